@@ -1,0 +1,7 @@
+"""Fine-tune diffusion models with reinforcement learning: DDPO as a Hugging Face TRL-style trainer."""
+
+from ddpo_trl.config import DDPOConfig
+from ddpo_trl.trainer import DDPOTrainer
+
+
+__all__ = ["DDPOConfig", "DDPOTrainer"]

@@ -1,0 +1,104 @@
+"""Rewards to advantages: A = (r − mean) / (std + δ), over the round, a prompt's history or a group.
+
+The arithmetic is float64 and runs on every process over the gathered rewards of all of them.
+"""
+
+from collections import defaultdict, deque
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+# Keeps the quotient finite when all rewards but a few are equal; far below any reward difference that matters.
+DELTA = 1e-6
+
+# (N,) rewards and N prompts to (N,) advantages
+Normalizer = Callable[[Tensor, Sequence[str]], Tensor]
+
+
+def standardize(rewards: Tensor, population: Tensor | None = None) -> Tensor:
+    """
+    (r − mean) / (std + δ) with mean and (biased) standard deviation of `population`, by default of `rewards`.
+
+    A population of equal values carries no information: its advantages are exactly zero, whatever the rounding.
+
+    Args:
+        rewards (`torch.Tensor` of shape `(N,)`):
+            The rewards to standardise.
+        population (`torch.Tensor` of shape `(M,)`, *optional*):
+            The rewards that define mean and standard deviation.
+
+    Returns:
+        `torch.Tensor` of shape `(N,)`, float64.
+    """
+    rewards = rewards.double()
+    population = rewards if population is None else population.double()
+    if torch.equal(population.min(), population.max()):
+        return torch.zeros_like(rewards)
+    return (rewards - population.mean()) / (population.std(correction=0) + DELTA)
+
+
+def normalize_by_batch(rewards: Tensor, prompts: Sequence[str]) -> Tensor:
+    """Standardises over all samples of the round; `prompts` plays no part."""
+    return standardize(rewards)
+
+
+def normalize_by_group(rewards: Tensor, prompts: Sequence[str]) -> Tensor:
+    """Standardises over the samples of the round that share a prompt (GRPO, https://huggingface.co/papers/2402.03300)."""
+    advantages = torch.zeros_like(rewards, dtype=torch.float64)
+    for indices in indices_by_key(prompts).values():
+        advantages[indices] = standardize(rewards[indices])
+    return advantages
+
+
+def keep_raw(rewards: Tensor, prompts: Sequence[str]) -> Tensor:
+    """A = r: no baseline, no scale."""
+    return rewards.double()
+
+
+class PromptStatistics:
+    """
+    Standardises with running statistics per prompt, section 5.2 of https://huggingface.co/papers/2305.13301.
+
+    Every prompt keeps its last `buffer_size` rewards, those of the current round included. A prompt with fewer than
+    `min_count` of them is standardised with the mean and standard deviation of the round instead.
+
+    Args:
+        buffer_size (`int`):
+            How many rewards of a prompt are remembered.
+        min_count (`int`):
+            From how many on they are used.
+    """
+
+    def __init__(self, buffer_size: int, min_count: int):
+        self.min_count = min_count
+        self.rewards: defaultdict[str, deque[float]] = defaultdict(lambda: deque(maxlen=buffer_size))
+
+    def __call__(self, rewards: Tensor, prompts: Sequence[str]) -> Tensor:
+        advantages = torch.zeros_like(rewards, dtype=torch.float64)
+        for prompt, indices in indices_by_key(prompts).items():
+            self.rewards[prompt].extend(rewards[indices].tolist())
+            history = torch.tensor(self.rewards[prompt], dtype=torch.float64)
+            population = history if len(history) >= self.min_count else rewards
+            advantages[indices] = standardize(rewards[indices], population)
+        return advantages
+
+    def state_dict(self) -> dict[str, list[float]]:
+        """The remembered rewards by prompt, JSON-serialisable, for a checkpoint."""
+        return {prompt: list(rewards) for prompt, rewards in self.rewards.items()}
+
+    def load_state_dict(self, state: dict[str, list[float]]) -> None:
+        """Replaces the remembered rewards by those of [`state_dict`]."""
+        self.rewards.clear()
+        for prompt, rewards in state.items():
+            self.rewards[prompt].extend(rewards)
+
+
+def indices_by_key(keys: Sequence[Hashable]) -> dict[Any, list[int]]:
+    """Positions of each distinct key, in the order of first appearance."""
+    positions: dict[Any, list[int]] = {}
+    for index, key in enumerate(keys):
+        positions.setdefault(key, []).append(index)
+    return positions

@@ -1,0 +1,85 @@
+"""Progress on the terminal: a bar for sampling and one for training, with the running reward."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+
+class RoundProgress(TrainerCallback):
+    """
+    Two progress bars: images of the round sampled, and optimizer steps of the run done. A line per round stays.
+
+    It takes the place of Trainer's own progress bar. The sampling bar is driven by the rollout loader, because Trainer
+    has no event for sampling.
+
+    Args:
+        disable (`bool`):
+            Whether to show nothing (`disable_tqdm`, or a process that is not the first).
+    """
+
+    def __init__(self, disable: bool):
+        self.disable = disable
+        self._sampling: tqdm | None = None
+        self._training: tqdm | None = None
+
+    def sampling_begins(self, round: int, samples: int) -> None:
+        """A round starts to sample `samples` images on this process."""
+        if self._sampling is None:
+            self._sampling = tqdm(total=samples, unit="image", position=1, leave=False, disable=self.disable)
+        self._sampling.reset(samples)
+        self._sampling.set_description(f"Sampling, round {round + 1}")
+
+    def sampled(self, samples: int, rewards: Sequence[Tensor]) -> None:
+        """`samples` more images were sampled; `rewards` are those known by now, of the whole round."""
+        if self._sampling is None:
+            return
+        if rewards:
+            self._sampling.set_postfix(reward=f"{torch.cat(list(rewards)).mean():.4g}", refresh=False)
+        self._sampling.update(samples)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._training = tqdm(
+            total=state.max_steps,
+            initial=state.global_step,
+            unit="step",
+            desc="Training",
+            position=0,
+            disable=self.disable,
+        )
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._training is not None:
+            self._training.update(state.global_step - self._training.n)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if self._training is None or logs is None or "reward" not in logs:
+            return
+        reward = f"{logs['reward']:.4g} ± {logs['reward_std']:.2g}"
+        self._training.set_postfix(reward=reward)
+        if not self.disable:
+            self._training.write(
+                f"round {round(logs['epoch']):>4}   {logs['episode']:>7} reward queries   reward {reward}"
+            )
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        for bar in (self._sampling, self._training):
+            if bar is not None:
+                bar.close()
+        self._sampling = self._training = None

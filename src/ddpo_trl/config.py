@@ -1,0 +1,293 @@
+"""DDPOConfig: every setting of a run, as a `transformers.TrainingArguments`."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from transformers import TrainingArguments
+
+
+# What the trainer hands to the pipeline's `__call__` itself, in sampling or in replay.
+OWN_PIPELINE_ARGUMENTS = {
+    "prompt", "num_inference_steps", "guidance_scale", "eta", "generator", "latents", "num_images_per_prompt",
+    "output_type", "return_dict", "timesteps", "sigmas",
+}  # fmt: skip
+
+
+@dataclass
+class DDPOConfig(TrainingArguments):
+    r"""
+    Configuration class for the [`DDPOTrainer`].
+
+    This class lists only what is specific to DDPO or has another default here. For all other arguments see
+    [`~transformers.TrainingArguments`]. One Trainer epoch is one *round*: sample, score, advantages, optimise.
+
+    Using [`~transformers.HfArgumentParser`] we can turn this class into
+    [argparse](https://docs.python.org/3/library/argparse#module-argparse) arguments that can be specified on the
+    command line.
+
+    Parameters:
+        > Parameters that control the length of the run
+
+        num_train_epochs (`float`, *optional*, defaults to `100`):
+            Rounds.
+        total_episodes (`int`, *optional*):
+            Reward queries (images scored) over all processes, in place of `num_train_epochs`; rounded up to whole
+            rounds.
+
+        > Parameters that control the sampler
+
+        num_inference_steps (`int`, *optional*, defaults to `50`):
+            Denoising steps of a sample.
+        guidance_scale (`float`, *optional*, defaults to `5.0`):
+            Classifier-free guidance, the same in sampling and in training.
+        eta (`float`, *optional*, defaults to `1.0`):
+            η of the DDIM family, > 0: how much noise a step adds, in units of DDPM's.
+        pipeline_kwargs (`dict` or `str`, *optional*):
+            Further arguments of the pipeline's `__call__` (`height`, `width`, `negative_prompt`, ...), handed over
+            unchanged in sampling, in training and in evaluation. A JSON string on the command line.
+        per_device_sample_batch_size (`int`, *optional*, defaults to `4`):
+            Images sampled at once on one process.
+        num_sample_batches (`int`, *optional*, defaults to `8`):
+            Batches sampled in a round on each process.
+        num_images_per_prompt (`int`, *optional*, defaults to `1`):
+            Images of a round that share a drawn prompt: the group of `advantage_normalization="group"`.
+
+        > Parameters that control the rewards and advantages
+
+        reward_weights (`list[float]`, *optional*):
+            Weight of each reward function in the sum. `None` weighs all by 1.
+        max_workers (`int`, *optional*, defaults to `2`):
+            Threads that compute rewards while the next batch is sampled.
+        advantage_normalization (`"batch"`, `"prompt"`, `"group"` or `"none"`, *optional*, defaults to `"batch"`):
+            What a reward is standardised against: the round, the running statistics of its prompt, the images of the
+            round that share its prompt, or nothing.
+        advantage_clip (`float`, *optional*, defaults to `5.0`):
+            Advantages are clipped to ± this many standard deviations. Not applied to `"none"`, which has no unit.
+        per_prompt_stat_tracking_buffer_size (`int`, *optional*, defaults to `16`):
+            Rewards remembered of each prompt (`"prompt"` only).
+        per_prompt_stat_tracking_min_count (`int`, *optional*, defaults to `16`):
+            Remembered rewards from which on a prompt's own statistics are used instead of the round's.
+
+        > Parameters that control the objective
+
+        loss_type (`"is"` or `"sf"`, *optional*, defaults to `"is"`):
+            Importance sampling (PPO) or score function (REINFORCE).
+        cliprange (`float`, *optional*, defaults to `1e-4`):
+            ε of the ratio (`"is"` only). It belongs to `log_prob_reduction="mean"`: the ratio then is the D-th root of
+            the true one, and 1e-4 at D = 16384 latent dimensions is ±1.6 nats of the joint density. Rescale it with D.
+        log_prob_reduction (`"mean"` or `"sum"`, *optional*, defaults to `"mean"`):
+            How log-probabilities and KL are reduced over the latent dimensions.
+        kl_coef (`float`, *optional*, defaults to `0.0`):
+            Weight of the KL divergence to the pipeline without its adapter (or, with `use_lora=False`, as it was at
+            the start), in the loss. Above 0 it costs one more forward pass per transition.
+        timestep_fraction (`float`, *optional*, defaults to `1.0`):
+            Share of the transitions in `train_timestep_range` that are trained on, drawn anew in each round.
+        train_timestep_range (`list[float]`, *optional*, defaults to `[0.0, 1.0]`):
+            Part of the trajectory, from noise (0) to image (1), whose transitions are trained on. The last ones have a
+            tiny σ and outweigh the rest when there are few steps: `[0.0, 0.8]` leaves out the last two of ten.
+
+        > Parameters that control the optimisation
+
+        num_ppo_epochs (`int`, *optional*, defaults to `1`):
+            Passes over a rollout. `"sf"` allows one only.
+        num_mini_batches (`int`, *optional*, defaults to `1`):
+            Optimizer steps in each pass. `"sf"` allows one only.
+        per_device_train_batch_size (`int`, *optional*, defaults to `4`):
+            Samples of a micro-batch, all at one timestep. Gradients accumulate over all trained timesteps of all
+            samples of a mini-batch, so `gradient_accumulation_steps` is derived and must not be set.
+        use_lora (`bool`, *optional*, defaults to `True`):
+            Whether to train a LoRA adapter. `False` trains the denoiser's own weights.
+    """
+
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "pipeline_kwargs"]
+
+    # Parameters whose default value differs from TrainingArguments; optimizer values as in TRL 0.23's DDPOConfig
+    num_train_epochs: float = field(default=100, metadata={"help": "Rounds of sampling and optimising."})
+    learning_rate: float = field(default=3e-4, metadata={"help": "Initial learning rate of AdamW."})
+    weight_decay: float = field(default=1e-4, metadata={"help": "Weight decay of AdamW."})
+    lr_scheduler_type: str = field(default="constant", metadata={"help": "Learning rate schedule."})
+    per_device_train_batch_size: int = field(
+        default=4, metadata={"help": "Samples of a micro-batch, all at one timestep."}
+    )
+    save_strategy: str = field(
+        default="epoch", metadata={"help": "When to save a checkpoint: 'epoch' (between rounds), 'best' or 'no'."}
+    )
+    logging_strategy: str = field(
+        default="epoch",
+        metadata={"help": "When to log: 'epoch' is once a round, 'steps' every `logging_steps` updates."},
+    )
+
+    # Parameters that control the length of the run
+    total_episodes: int | None = field(
+        default=None, metadata={"help": "Reward queries in all, in place of `num_train_epochs`."}
+    )
+
+    # Parameters that control the sampler
+    num_inference_steps: int = field(default=50, metadata={"help": "Denoising steps of a sample."})
+    guidance_scale: float = field(
+        default=5.0, metadata={"help": "Classifier-free guidance, the same in sampling and in training."}
+    )
+    eta: float = field(
+        default=1.0, metadata={"help": "Noise of a DDIM step in units of DDPM's, > 0: the policy's exploration."}
+    )
+    pipeline_kwargs: dict | str | None = field(
+        default=None, metadata={"help": "Further arguments of the pipeline's `__call__`, as JSON."}
+    )
+    per_device_sample_batch_size: int = field(default=4, metadata={"help": "Images sampled at once on one process."})
+    num_sample_batches: int = field(default=8, metadata={"help": "Batches sampled in a round on each process."})
+    num_images_per_prompt: int = field(default=1, metadata={"help": "Images of a round that share a drawn prompt."})
+
+    # Parameters that control the rewards and advantages
+    reward_weights: list[float] | None = field(
+        default=None, metadata={"help": "Weight of each reward function in the sum, 1 by default."}
+    )
+    max_workers: int = field(
+        default=2, metadata={"help": "Threads that compute rewards while the next batch is sampled."}
+    )
+    advantage_normalization: Literal["batch", "prompt", "group", "none"] = field(
+        default="batch", metadata={"help": "What a reward is standardised against."}
+    )
+    advantage_clip: float = field(
+        default=5.0, metadata={"help": "Advantages are clipped to ± this many standard deviations."}
+    )
+    per_prompt_stat_tracking_buffer_size: int = field(
+        default=16, metadata={"help": "Rewards remembered of each prompt."}
+    )
+    per_prompt_stat_tracking_min_count: int = field(
+        default=16, metadata={"help": "Remembered rewards from which on a prompt's own statistics are used."}
+    )
+
+    # Parameters that control the objective
+    loss_type: Literal["is", "sf"] = field(
+        default="is", metadata={"help": "Importance sampling (PPO) or score function (REINFORCE)."}
+    )
+    cliprange: float = field(
+        default=1e-4, metadata={"help": "Half-width of the trusted interval of the ratio. Belongs to the mean over D."}
+    )
+    log_prob_reduction: Literal["mean", "sum"] = field(
+        default="mean", metadata={"help": "How log-probabilities and KL are reduced over the latent dimensions."}
+    )
+    kl_coef: float = field(default=0.0, metadata={"help": "Weight of the KL to the pipeline without its adapter."})
+    timestep_fraction: float = field(
+        default=1.0, metadata={"help": "Share of the transitions that are trained on, drawn anew in each round."}
+    )
+    train_timestep_range: list[float] = field(
+        default_factory=lambda: [0.0, 1.0],
+        metadata={"help": "Part of the trajectory, from noise (0) to image (1), whose transitions are trained on."},
+    )
+
+    # Parameters that control the optimisation
+    num_ppo_epochs: int = field(default=1, metadata={"help": "Passes over a rollout."})
+    num_mini_batches: int = field(default=1, metadata={"help": "Optimizer steps in each pass over a rollout."})
+    use_lora: bool = field(
+        default=True, metadata={"help": "Train a LoRA adapter, or else the denoiser's own weights."}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        self._check_positive()
+        self._check_ranges()
+        self._check_objective()
+        self._check_pipeline_kwargs()
+        self._check_round_boundaries()
+
+    @property
+    def updates_per_round(self) -> int:
+        """Optimizer steps of a round."""
+        return self.num_ppo_epochs * self.num_mini_batches
+
+    def _check_positive(self) -> None:
+        for name in (
+            "num_inference_steps", "per_device_sample_batch_size", "num_sample_batches", "num_images_per_prompt",
+            "per_device_train_batch_size", "num_ppo_epochs", "num_mini_batches", "max_workers",
+            "per_prompt_stat_tracking_buffer_size", "per_prompt_stat_tracking_min_count",
+        ):  # fmt: skip
+            if (value := vars(self)[name]) < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1.")
+        for name in ("advantage_clip", "cliprange"):
+            if not (value := vars(self)[name]) > 0:
+                raise ValueError(f"{name} is {value}; it must be above 0.")
+        if self.total_episodes is not None and self.total_episodes < 1:
+            raise ValueError(f"total_episodes is {self.total_episodes}; it must be at least 1, or None.")
+        if not self.eta > 0:
+            raise ValueError(
+                f"eta is {self.eta}: a step without noise is no policy. Set eta above 0 (1.0 is DDPM's noise)."
+            )
+        if self.kl_coef < 0:
+            raise ValueError(f"kl_coef is {self.kl_coef}; it must be 0 (no KL) or above.")
+
+    def _check_ranges(self) -> None:
+        if not 0 < self.timestep_fraction <= 1:
+            raise ValueError(f"timestep_fraction is {self.timestep_fraction}; it must be in (0, 1].")
+        bounds = self.train_timestep_range
+        if len(bounds) != 2 or not 0 <= bounds[0] < bounds[1] <= 1:
+            raise ValueError(
+                f"train_timestep_range is {bounds}; it must be two numbers with 0 <= first < second <= 1, such as "
+                "[0.0, 0.8] for the first 80 % of the steps."
+            )
+        if self.per_prompt_stat_tracking_min_count > self.per_prompt_stat_tracking_buffer_size:
+            raise ValueError(
+                f"per_prompt_stat_tracking_min_count is {self.per_prompt_stat_tracking_min_count}, more than the "
+                f"{self.per_prompt_stat_tracking_buffer_size} rewards that are remembered: no prompt's own statistics "
+                "would ever be used. Raise per_prompt_stat_tracking_buffer_size or lower the count."
+            )
+
+    def _check_objective(self) -> None:
+        choices = {
+            "loss_type": ("is", "sf"),
+            "advantage_normalization": ("batch", "prompt", "group", "none"),
+            "log_prob_reduction": ("mean", "sum"),
+        }
+        for name, allowed in choices.items():
+            if (value := vars(self)[name]) not in allowed:
+                raise ValueError(f"{name} is {value!r}; choose one of {', '.join(map(repr, allowed))}.")
+        if self.loss_type == "sf" and self.updates_per_round > 1:
+            raise ValueError(
+                f"loss_type is 'sf' with num_ppo_epochs={self.num_ppo_epochs} and num_mini_batches="
+                f"{self.num_mini_batches}: after the first update the samples no longer come from the current policy, "
+                "and the score-function gradient is biased. Set both to 1, or loss_type='is'."
+            )
+        if self.advantage_normalization == "group" and self.num_images_per_prompt < 2:
+            raise ValueError(
+                "advantage_normalization is 'group' with num_images_per_prompt=1: a group of one image has no "
+                "advantage. Set num_images_per_prompt to 2 or more."
+            )
+
+    def _check_pipeline_kwargs(self) -> None:
+        if self.pipeline_kwargs is None:
+            return
+        if not isinstance(self.pipeline_kwargs, dict):
+            raise ValueError(
+                f"pipeline_kwargs is {self.pipeline_kwargs!r}; give a dict, or on the command line a JSON object such "
+                "as '{\"height\": 512}'."
+            )
+        if taken := OWN_PIPELINE_ARGUMENTS & self.pipeline_kwargs.keys():
+            raise ValueError(
+                f"pipeline_kwargs holds {', '.join(sorted(taken))}, which the trainer sets itself. Use the config's "
+                "field of that name where there is one."
+            )
+
+    def _check_round_boundaries(self) -> None:
+        if self.gradient_accumulation_steps != 1:
+            raise ValueError(
+                f"gradient_accumulation_steps is {self.gradient_accumulation_steps}, but it is derived: gradients "
+                "accumulate over all trained timesteps of all samples of a mini-batch. Leave it at 1 and choose "
+                "per_device_train_batch_size (memory) and num_mini_batches (optimizer steps) instead."
+            )
+        if self.save_strategy == "steps":
+            raise ValueError(
+                "save_strategy is 'steps': a checkpoint inside a round can't be resumed, because the rollout is not "
+                "part of it. Set save_strategy='epoch' (one epoch is one round), 'best' or 'no'."
+            )
+        if self.save_strategy == "best" and self.eval_strategy != "epoch":
+            raise ValueError(
+                f"save_strategy is 'best' with eval_strategy={str(self.eval_strategy)!r}: the best checkpoint must "
+                "fall between rounds. Set eval_strategy='epoch'."
+            )
+        if self.max_steps > 0 and self.max_steps % self.updates_per_round:
+            raise ValueError(
+                f"max_steps is {self.max_steps}, which ends inside a round of {self.updates_per_round} optimizer "
+                "steps (num_ppo_epochs x num_mini_batches). Set a multiple, or use num_train_epochs or total_episodes."
+            )
+        if self.num_train_epochs != int(self.num_train_epochs):
+            raise ValueError(f"num_train_epochs is {self.num_train_epochs}; a run has a whole number of rounds.")

@@ -1,0 +1,178 @@
+"""The rollout loader: what `transformers.Trainer` takes for a data loader makes one rollout per epoch."""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from torch import Tensor
+
+from ddpo_trl.advantages import Normalizer
+from ddpo_trl.callbacks import RoundProgress
+from ddpo_trl.plan import BatchPlan
+from ddpo_trl.policy import Policy
+from ddpo_trl.prompts import PromptPair, PromptSource
+from ddpo_trl.scoring import PendingRewards, RewardScorer
+from ddpo_trl.seeding import Stream, generator
+from ddpo_trl.types import Rollout, SampledBatch
+
+
+@dataclass(frozen=True, kw_only=True)
+class MicroBatch:
+    """
+    Which transitions of the current rollout make up a micro-batch.
+
+    It crosses the Trainer as the plain dict `vars(micro_batch)`. Indices and not tensors cross, because the Trainer
+    prefetches all micro-batches of an optimizer step, and their tensors would be a second copy of the rollout.
+
+    Args:
+        samples (`list[int]`):
+            Indices of samples on this process.
+        step (`int`):
+            Index of the denoising step.
+        on_policy (`bool`):
+            Whether it belongs to the first optimizer step after sampling.
+    """
+
+    samples: list[int]
+    step: int
+    on_policy: bool
+
+
+@dataclass(kw_only=True)
+class RolloutLoader:
+    """
+    Makes a rollout whenever it is iterated over, then yields its micro-batches.
+
+    Args:
+        policy ([`~ddpo_trl.policy.Policy`]):
+            Samples.
+        prompts ([`~ddpo_trl.prompts.PromptSource`]):
+            The prompts of each round.
+        scorer ([`~ddpo_trl.scoring.RewardScorer`]):
+            The rewards.
+        normalize (`Callable`):
+            Rewards and prompts of all processes to advantages.
+        advantage_clip (`float`):
+            Largest magnitude of an advantage; `inf` for none.
+        plan ([`~ddpo_trl.plan.BatchPlan`]):
+            The sizes.
+        seed (`int`):
+            Seed of the run.
+        accelerator ([`~accelerate.Accelerator`]):
+            The Trainer's.
+        progress ([`~ddpo_trl.callbacks.RoundProgress`]):
+            Shows how far sampling is.
+        on_rollout (`Callable[[Rollout], None]`):
+            Receives every finished rollout before its micro-batches are yielded.
+    """
+
+    policy: Policy
+    prompts: PromptSource
+    scorer: RewardScorer
+    normalize: Normalizer
+    advantage_clip: float
+    plan: BatchPlan
+    seed: int
+    accelerator: Accelerator
+    progress: RoundProgress
+    on_rollout: Callable[[Rollout], None]
+    round: int = 0
+
+    def __len__(self) -> int:
+        return self.plan.micro_batches_per_round
+
+    def set_epoch(self, epoch: int) -> None:
+        """The Trainer's announcement of the epoch, which is the round."""
+        self.round = epoch
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        self.on_rollout(self._collect())
+        for micro_batch in self._micro_batches():
+            yield vars(micro_batch)
+
+    def _collect(self) -> Rollout:
+        pairs = self._draw_prompts()
+        start = time.perf_counter()
+        batches, pending = self._sample(self._own_share(pairs))
+        sampled = time.perf_counter()
+        rewards = torch.cat([scores.result() for scores in pending])
+        waited = time.perf_counter()
+        gathered = self._gather(rewards)  # (samples of all processes, functions)
+        totals = self.scorer.total(gathered)
+        advantages = self.normalize(totals, [prompt for prompt, _ in pairs])
+        advantages = advantages.clamp(-self.advantage_clip, self.advantage_clip)
+        return Rollout(
+            round=self.round,
+            batches=batches,
+            rewards=self._own_share(totals),
+            advantages=self._own_share(advantages).float().to(self.accelerator.device),
+            metrics={
+                **self._reward_metrics(gathered, totals),
+                "episode": (self.round + 1) * self.plan.samples_per_round,
+                "time/sampling": sampled - start,
+                "time/scoring": sum(scores.seconds() for scores in pending),
+                "time/waiting_for_rewards": waited - sampled,
+            },
+        )
+
+    def _draw_prompts(self) -> list[PromptPair]:
+        """The pairs of all samples of all processes, drawn on one of them: the others might draw differently."""
+        pairs = self.prompts.draw(self.round, self.plan.prompts_per_round)
+        if self.accelerator.num_processes > 1:
+            pairs = broadcast_object_list(pairs)
+        return [pair for pair in pairs for _ in range(self.plan.num_images_per_prompt)]
+
+    def _sample(self, pairs: list[PromptPair]) -> tuple[list[SampledBatch], list[PendingRewards]]:
+        size = self.plan.per_device_sample_batch_size
+        batches: list[SampledBatch] = []
+        pending: list[PendingRewards] = []
+        self.progress.sampling_begins(self.round, len(pairs))
+        for first in range(0, len(pairs), size):
+            prompts, metadata = zip(*pairs[first : first + size], strict=True)
+            # The index counts over all processes: the images of a round don't depend on how many there are.
+            offset = self.accelerator.process_index * self.plan.samples_per_process + first
+            generators = [generator(self.seed, Stream.SAMPLE, self.round, offset + row) for row in range(size)]
+            with self.accelerator.autocast():
+                batch = self.policy.sample(prompts, generators, record=self.plan.recorded_steps)
+            batches.append(batch)
+            pending.append(self.scorer.submit(batch.images, prompts, metadata, when=f"round {self.round}"))
+            self.progress.sampled(size, [self.scorer.total(scores.result()) for scores in pending if scores.done()])
+        return batches, pending
+
+    def _own_share(self, values: Any) -> Any:
+        """The part of a sequence over all processes' samples that belongs to this process."""
+        first = self.accelerator.process_index * self.plan.samples_per_process
+        return values[first : first + self.plan.samples_per_process]
+
+    def _gather(self, rewards: Tensor) -> Tensor:
+        if self.accelerator.num_processes == 1:
+            return rewards
+        # float32 over the wire: not every backend's device has float64
+        return self.accelerator.gather(rewards.float().to(self.accelerator.device)).cpu().double()
+
+    def _reward_metrics(self, rewards: Tensor, totals: Tensor) -> dict[str, float]:
+        metrics = {"reward": totals.mean().item(), "reward_std": totals.std(correction=0).item()}
+        for column, name in enumerate(self.scorer.names):
+            metrics[f"rewards/{name}/mean"] = rewards[:, column].mean().item()
+            metrics[f"rewards/{name}/std"] = rewards[:, column].std(correction=0).item()
+        return metrics
+
+    def _micro_batches(self) -> Iterator[MicroBatch]:
+        """Shuffles the samples in every pass and gives each micro-batch of samples its own random order of steps."""
+        plan = self.plan
+        random = generator(self.seed, Stream.MICRO_BATCHES, self.round, self.accelerator.process_index)
+        for ppo_epoch in range(plan.num_ppo_epochs):
+            order = torch.randperm(plan.samples_per_process, generator=random)
+            for index, mini_batch in enumerate(order.split(plan.samples_per_mini_batch)):
+                for samples in mini_batch.split(plan.per_device_train_batch_size):
+                    steps = torch.randperm(len(plan.recorded_steps), generator=random)
+                    for step in steps[: plan.transitions_per_sample].tolist():
+                        yield MicroBatch(
+                            samples=samples.tolist(),
+                            step=plan.recorded_steps[step],
+                            on_policy=ppo_epoch == 0 and index == 0,
+                        )

@@ -1,0 +1,55 @@
+"""The two policy-gradient objectives of DDPO, as losses over a micro-batch of transitions.
+
+They return what to minimise and what to log; they never log, gather or hold state.
+"""
+
+import torch
+from torch import Tensor
+
+from ddpo_trl.types import Objective
+
+
+def score_function(log_probs: Tensor, advantages: Tensor) -> Objective:
+    """
+    DDPO_SF, the score-function (REINFORCE) estimator: L = −mean(A · log π_θ).
+
+    Its gradient is an unbiased policy gradient only if the samples come from the current θ, so it allows one update
+    per rollout. Eq. 6 of https://huggingface.co/papers/2305.13301, averaged over steps instead of summed.
+
+    Args:
+        log_probs (`torch.Tensor` of shape `(B,)`):
+            log π_θ of the recorded actions, with gradient.
+        advantages (`torch.Tensor` of shape `(B,)`):
+            Advantages, without gradient.
+    """
+    return Objective(loss=-(advantages * log_probs).mean(), metrics={})
+
+
+def importance_sampling(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, cliprange: float) -> Objective:
+    """
+    DDPO_IS, the importance-sampled estimator with PPO's clipping: L = −mean(min(r·A, clip(r, 1−ε, 1+ε)·A)).
+
+    r = exp(log π_θ − log π_old), never a quotient of densities. Outside the trusted interval, on the side that would
+    go further, the gradient is exactly zero. Eq. 7 of https://huggingface.co/papers/2305.13301 with the clipping of
+    https://huggingface.co/papers/1707.06347.
+
+    Args:
+        log_probs (`torch.Tensor` of shape `(B,)`):
+            log π_θ of the recorded actions, with gradient.
+        old_log_probs (`torch.Tensor` of shape `(B,)`):
+            log π_old of the same actions, without gradient.
+        advantages (`torch.Tensor` of shape `(B,)`):
+            Advantages, without gradient.
+        cliprange (`float`):
+            Half-width ε of the trusted interval around a ratio of 1.
+    """
+    log_ratio = log_probs - old_log_probs
+    ratio = torch.exp(log_ratio)
+    clipped = ratio.clamp(1 - cliprange, 1 + cliprange)
+    loss = -torch.minimum(ratio * advantages, clipped * advantages).mean()
+    metrics = {
+        "policy/approxkl_avg": 0.5 * (log_ratio.detach() ** 2).mean(),
+        "policy/clipfrac_avg": ((ratio.detach() - 1).abs() > cliprange).float().mean(),
+        "val/ratio": ratio.detach().mean(),
+    }
+    return Objective(loss=loss, metrics=metrics)

@@ -1,0 +1,139 @@
+"""Where prompts come from: a function, a dataset or a list. Each yields `(prompt, metadata)` pairs."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from datasets import Dataset
+
+from ddpo_trl.seeding import Stream, generator
+
+
+PromptPair = tuple[str, Any]
+PromptFunction = Callable[[], PromptPair]
+
+
+class PromptSource(ABC):
+    """Draws the prompts of a round."""
+
+    @abstractmethod
+    def draw(self, round: int, count: int) -> list[PromptPair]:
+        """The `count` pairs of round `round`; rounds are drawn in order, from the one a run starts or resumes at."""
+
+    @abstractmethod
+    def preview(self, count: int) -> list[PromptPair]:
+        """The first `count` pairs of a run that starts at round 0, without using them up."""
+
+
+class FunctionPrompts(PromptSource):
+    """
+    Calls the user's function once per prompt. What it draws follows Python's, NumPy's and torch's global RNG, which a
+    checkpoint holds.
+
+    Args:
+        prompt_fn (`Callable[[], tuple[str, Any]]`):
+            Returns `(prompt, metadata)`.
+    """
+
+    def __init__(self, prompt_fn: PromptFunction):
+        self.prompt_fn = prompt_fn
+        self.previewed: list[PromptPair] = []
+
+    def draw(self, round: int, count: int) -> list[PromptPair]:
+        pairs = self.previewed[:count] if round == 0 else []
+        self.previewed = []
+        return pairs + [self._call() for _ in range(count - len(pairs))]
+
+    def preview(self, count: int) -> list[PromptPair]:
+        self.previewed = [self._call() for _ in range(count)]
+        return self.previewed
+
+    def _call(self) -> PromptPair:
+        pair = self.prompt_fn()
+        if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str)):
+            raise TypeError(f"prompt_fn returned {pair!r}; it must return a pair (prompt, metadata) with a str first.")
+        return pair
+
+
+class ShuffledPrompts(PromptSource):
+    """
+    Goes through a fixed list in a new random order on every pass. A round's prompts depend on the seed and the round
+    only.
+
+    Args:
+        pairs (`Sequence[tuple[str, Any]]`):
+            The `(prompt, metadata)` pairs.
+        seed (`int`):
+            Seed of the run.
+    """
+
+    def __init__(self, pairs: Sequence[PromptPair], seed: int):
+        self.pairs = pairs
+        self.seed = seed
+
+    def draw(self, round: int, count: int) -> list[PromptPair]:
+        return [self._at(position) for position in range(round * count, (round + 1) * count)]
+
+    def preview(self, count: int) -> list[PromptPair]:
+        return self.draw(0, count)
+
+    def _at(self, position: int) -> PromptPair:
+        which_pass, offset = divmod(position, len(self.pairs))
+        order = torch.randperm(len(self.pairs), generator=generator(self.seed, Stream.PROMPTS, which_pass))
+        return self.pairs[int(order[offset])]
+
+
+def prompt_pairs(prompts: Any, argument: str) -> list[PromptPair]:
+    """
+    Turns a dataset or a list into `(prompt, metadata)` pairs.
+
+    Args:
+        prompts (`datasets.Dataset` or `Sequence`):
+            A dataset with a `prompt` column (its other columns are the metadata), strings (their metadata is `{}`), or
+            pairs.
+        argument (`str`):
+            Name of the argument, for the error messages.
+
+    Raises:
+        `TypeError`: If it is none of these.
+        `ValueError`: If it is empty, or the dataset has no `prompt` column.
+    """
+    if isinstance(prompts, Dataset):
+        if "prompt" not in prompts.column_names:
+            raise ValueError(
+                f"{argument} is a dataset with the columns {prompts.column_names}; name the one with the texts "
+                "'prompt' (`dataset.rename_column(...)`)."
+            )
+        pairs = [(row["prompt"], {name: row[name] for name in row if name != "prompt"}) for row in prompts]
+    elif isinstance(prompts, Sequence) and not isinstance(prompts, str):
+        pairs = [(prompt, {}) if isinstance(prompt, str) else prompt for prompt in prompts]
+    else:
+        raise TypeError(
+            f"{argument} is {type(prompts).__name__}; give a callable that returns (prompt, metadata), a "
+            "datasets.Dataset with a 'prompt' column, or a list of strings."
+        )
+    if not pairs:
+        raise ValueError(f"{argument} is empty; give at least one prompt.")
+    for index, pair in enumerate(pairs):
+        if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str)):
+            raise TypeError(f"{argument}[{index}] is {pair!r}; each must be a str or a pair (str, metadata).")
+    return pairs
+
+
+def prompt_source(prompt_fn: Any, seed: int) -> PromptSource:
+    """
+    The source for what the user gave as `prompt_fn`.
+
+    Args:
+        prompt_fn (`Callable`, `datasets.Dataset` or `Sequence`):
+            A function that returns `(prompt, metadata)`, or what [`prompt_pairs`] takes.
+        seed (`int`):
+            Seed of the order in which a dataset or list is gone through.
+
+    Raises:
+        `TypeError` or `ValueError`: As [`prompt_pairs`].
+    """
+    if callable(prompt_fn):
+        return FunctionPrompts(prompt_fn)
+    return ShuffledPrompts(prompt_pairs(prompt_fn, "prompt_fn"), seed)

@@ -1,0 +1,124 @@
+"""Tiny random pipelines, so that tests need no download and take milliseconds."""
+
+import os
+
+
+# Before torch is imported: two test machines' cores are few, and idle OpenMP threads must not spin.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from ddpo_trl import DDPOConfig
+
+
+def tiny_tokenizer() -> CLIPTokenizer:
+    """One token per letter, in CLIP's format."""
+    letters = "abcdefghijklmnopqrstuvwxyz0123456789"
+    tokens = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(vocab={token: index for index, token in enumerate(tokens)}, merges=[], model_max_length=12)
+
+
+def tiny_pipeline(seed: int = 0, **scheduler_config: Any) -> StableDiffusionPipeline:
+    """A random Stable Diffusion of 30 k parameters: 8x8x4 latents, 16x16 images."""
+    torch.manual_seed(seed)
+    tokenizer = tiny_tokenizer()
+    text_encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=12,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    )
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=16,
+        attention_head_dim=2,
+        norm_num_groups=4,
+    )
+    vae = AutoencoderKL(
+        block_out_channels=(4, 8),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        mid_block_add_attention=False,
+    )
+    scheduler = DDIMScheduler(
+        **{
+            "beta_start": 0.00085,
+            "beta_end": 0.012,
+            "beta_schedule": "scaled_linear",
+            "clip_sample": False,
+            "set_alpha_to_one": False,
+            "steps_offset": 1,
+            **scheduler_config,
+        }
+    )
+    pipeline = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture
+def pipeline() -> StableDiffusionPipeline:
+    return tiny_pipeline()
+
+
+@pytest.fixture
+def make_config(tmp_path) -> Callable[..., DDPOConfig]:
+    """A config whose run takes a second: 4 steps, 8 samples a round, one round."""
+
+    def make(**overrides: Any) -> DDPOConfig:
+        return DDPOConfig(
+            **{
+                "output_dir": str(tmp_path / "run"),
+                "use_cpu": True,
+                "disable_tqdm": True,
+                "report_to": "none",
+                "save_strategy": "no",
+                "num_train_epochs": 1,
+                "num_inference_steps": 4,
+                "guidance_scale": 3.0,
+                "per_device_sample_batch_size": 4,
+                "num_sample_batches": 2,
+                "per_device_train_batch_size": 4,
+                "learning_rate": 1e-2,
+                **overrides,
+            }
+        )
+
+    return make
+
+
+def brightness(images: torch.Tensor, prompts: tuple[str, ...], metadata: tuple[Any, ...]) -> torch.Tensor:
+    """Mean pixel value of each image, in [0, 1]."""
+    return images.flatten(1).mean(1)
