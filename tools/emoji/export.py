@@ -1,0 +1,141 @@
+"""Writes what ships: the pipeline's folder, the contact sheet, the list of concepts and the credits.
+
+python tools/emoji/export.py            # from the newest checkpoint, while training goes on
+"""
+
+import argparse
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from data import FLUENT, NOTO, STYLES, WORDS, Concept, load_dataset
+from diffusers import AutoencoderKL, StableDiffusionPipeline
+from PIL import Image
+from text import create_tokenizer
+from unet import create_scheduler, load_average
+
+
+ROOT = Path(__file__).parents[2]
+ASSETS = ROOT / "src" / "ddpo_trl" / "assets" / "emoji"
+
+# The contact sheet: all the drawings in the order of the concepts, both styles of each side by side.
+TILE_SIZE = 32
+SHEET_COLUMNS = 48
+
+NOTICE = f"""\
+The weights in this folder were trained by tools/emoji in this repository, from scratch, on the images and words below;
+contact_sheet.png holds those images, each averaged to {TILE_SIZE}x{TILE_SIZE} pixels.
+
+Style "{STYLES[0]}": Noto Emoji
+    Copyright Google LLC. Licensed under the Apache License, Version 2.0.
+    https://github.com/googlefonts/noto-emoji
+    Taken from the npm package {NOTO} (its code: MIT, Copyright (c) 2013 Cal Henderson).
+
+Style "{STYLES[1]}": Fluent Emoji 3D
+    Copyright (c) Microsoft Corporation. Licensed under the MIT License.
+    https://github.com/microsoft/fluentui-emoji
+    Taken from the npm package {FLUENT} (MIT).
+
+Captions and keywords: emojibase
+    Copyright (c) 2017-2019 Miles Johnson. Licensed under the MIT License.
+    https://github.com/milesj/emojibase
+    Taken from the npm package {WORDS} (MIT).
+"""
+
+
+def create_pipeline(concepts: list[Concept], work_dir: Path) -> StableDiffusionPipeline:
+    """Assembles the pipeline in fp32 from the newest checkpoints in `work_dir`."""
+    tokenizer = create_tokenizer(concepts)
+    denoiser = load_average(work_dir, tokenizer)
+    denoiser.unet.set_default_attn_processor()
+    return StableDiffusionPipeline(
+        vae=AutoencoderKL.from_pretrained(work_dir / "autoencoder"),
+        text_encoder=denoiser.text_encoder,
+        tokenizer=tokenizer,
+        unet=denoiser.unet,
+        scheduler=create_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def index_drawings(concepts: list[Concept], drawings: np.ndarray) -> tuple[list[dict[str, object]], np.ndarray]:
+    """Gives every drawing a place in the contact sheet; two equal ones (Fluent has such a pair) share theirs.
+
+    Args:
+        drawings: `(concepts, styles, 64, 64, 3)` uint8.
+
+    Returns:
+        The concepts with their places, as in `{"tiles": {"flat": 0, "3d": 1}}`, and the `(places, 64, 64, 3)` images.
+    """
+    places: dict[bytes, int] = {}
+    images: list[np.ndarray] = []
+    entries: list[dict[str, object]] = []
+    for concept, pair in zip(concepts, drawings, strict=True):
+        tiles = {}
+        for style, image in zip(STYLES, pair, strict=True):
+            tiles[style] = places.setdefault(image.tobytes(), len(images))
+            if tiles[style] == len(images):
+                images.append(image)
+        entries.append({**asdict(concept), "tiles": tiles})
+    return entries, np.array(images)
+
+
+def contact_sheet(images: np.ndarray) -> Image.Image:
+    """Averages `(N, 64, 64, 3)` uint8 images to tiles and lays them out row by row."""
+    factor = images.shape[1] // TILE_SIZE
+    tiles = images.reshape(-1, TILE_SIZE, factor, TILE_SIZE, factor, 3).mean(axis=(2, 4)).round().astype(np.uint8)
+    rows = -(-len(tiles) // SHEET_COLUMNS)
+    sheet = np.full((rows * SHEET_COLUMNS, TILE_SIZE, TILE_SIZE, 3), 255, dtype=np.uint8)
+    sheet[: len(tiles)] = tiles
+    grid = sheet.reshape(rows, SHEET_COLUMNS, TILE_SIZE, TILE_SIZE, 3).transpose(0, 2, 1, 3, 4)
+    return Image.fromarray(grid.reshape(rows * TILE_SIZE, SHEET_COLUMNS * TILE_SIZE, 3))
+
+
+def export(work_dir: Path, target: Path) -> None:
+    """Writes the whole folder beside `target` and then swaps it in: whoever loads it finds the old or the new one."""
+    concepts, drawings = load_dataset(work_dir)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=".emoji-", dir=target.parent))
+    folder.chmod(0o755)
+    pipeline = create_pipeline(concepts, work_dir).to(torch.float16)
+    pipeline.save_pretrained(folder)
+    # transformers 5 writes tokenizer.json alone; these two are CLIP's classic files, read by older versions.
+    pipeline.tokenizer.backend_tokenizer.model.save(str(folder / "tokenizer"))
+    # Told float16, transformers would load the text encoder in half precision and diffusers the rest in single.
+    config = json.loads((folder / "text_encoder" / "config.json").read_text())
+    (folder / "text_encoder" / "config.json").write_text(json.dumps({**config, "dtype": "float32"}, indent=2) + "\n")
+    for weights in folder.rglob("*.safetensors"):
+        weights.chmod(0o644)
+    index, images = index_drawings(concepts, drawings)
+    contact_sheet(images).save(folder / "contact_sheet.png", optimize=True)
+    lines = ",\n".join(json.dumps(entry, ensure_ascii=False) for entry in index)
+    (folder / "concepts.json").write_text(f"[\n{lines}\n]\n")
+    (folder / "NOTICE").write_text(NOTICE)
+    if target.exists():
+        old = Path(tempfile.mkdtemp(prefix=".emoji-old-", dir=target.parent))
+        os.replace(target, old / "emoji")
+        os.replace(folder, target)
+        shutil.rmtree(old)
+    else:
+        os.replace(folder, target)
+    size = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
+    print(f"{target}: {size / 1e6:.2f} MB")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work-dir", type=Path, default=ROOT / "build" / "emoji", help="packages and checkpoints")
+    parser.add_argument("--target", type=Path, default=ASSETS, help="the folder to replace")
+    args = parser.parse_args()
+    export(args.work_dir, args.target)
+
+
+if __name__ == "__main__":
+    main()
