@@ -58,6 +58,23 @@ def keep_raw(rewards: Tensor, prompts: Sequence[str]) -> Tensor:
     return rewards.double()
 
 
+def shuffled(normalizer: Normalizer, generator: torch.Generator) -> Normalizer:
+    """
+    Hands the rewards of a round to `normalizer` in random order: the control that must not learn.
+
+    Args:
+        normalizer (`Callable`):
+            What turns the shuffled rewards into advantages.
+        generator (`torch.Generator`):
+            Draws the permutations; the same on all processes.
+    """
+
+    def normalize(rewards: Tensor, prompts: Sequence[str]) -> Tensor:
+        return normalizer(rewards[torch.randperm(len(rewards), generator=generator)], prompts)
+
+    return normalize
+
+
 class PromptStatistics:
     """
     Standardises with running statistics per prompt, section 5.2 of https://huggingface.co/papers/2305.13301.

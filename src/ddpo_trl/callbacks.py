@@ -11,7 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 class RoundProgress(TrainerCallback):
     """
-    Two progress bars: images of the round sampled, and optimizer steps of the run done. A line per round stays.
+    Two progress bars: images of the round sampled, and micro-batches of the run trained on. A line per round stays.
 
     It takes the place of Trainer's own progress bar. The sampling bar is driven by the rollout loader, because Trainer
     has no event for sampling.
@@ -45,19 +45,22 @@ class RoundProgress(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._training = tqdm(
-            total=state.max_steps,
-            initial=state.global_step,
-            unit="step",
+            total=state.max_steps * args.gradient_accumulation_steps,
+            initial=state.global_step * args.gradient_accumulation_steps,
+            unit="micro-batch",
             desc="Training",
             position=0,
             disable=self.disable,
         )
 
-    def on_step_end(
+    def on_substep_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if self._training is not None:
-            self._training.update(state.global_step - self._training.n)
+            self._training.update()
+
+    # The last micro-batch of an optimizer step ends a step and no substep.
+    on_step_end = on_substep_end
 
     def on_log(
         self,
@@ -73,7 +76,7 @@ class RoundProgress(TrainerCallback):
         self._training.set_postfix(reward=reward)
         if not self.disable:
             self._training.write(
-                f"round {round(logs['epoch']):>4}   {logs['episode']:>7} reward queries   reward {reward}"
+                f"round {logs['epoch']:>4.0f}   {logs['episode']:>7.0f} reward queries   reward {reward}"
             )
 
     def on_train_end(

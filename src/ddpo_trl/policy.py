@@ -65,7 +65,9 @@ class Policy(nn.Module):
         super().__init__()
         self.settings = config  # not `config`: Trainer takes that for a transformers model's and writes to it
         self.adapter = adapter
-        self.pipeline_kwargs: dict[str, Any] = config.pipeline_kwargs or {}
+        pipeline_kwargs = config.pipeline_kwargs or {}
+        assert isinstance(pipeline_kwargs, dict), "DDPOConfig parses strings"
+        self.pipeline_kwargs = pipeline_kwargs
         self.scheduler = policy_scheduler(pipeline.scheduler, config.eta)
         self.denoiser_name = denoiser_name(pipeline)
         self.denoiser: ModelMixin = pipeline.components[self.denoiser_name]
@@ -236,9 +238,15 @@ class Policy(nn.Module):
             prompt=list(prompts),
             guidance_scale=self.settings.guidance_scale,
             return_dict=False,
-            **self.pipeline_kwargs,
+            **self._pipeline_kwargs(len(prompts)),
             **kwargs,
         )[0]
+
+    def _pipeline_kwargs(self, batch_size: int) -> dict[str, Any]:
+        negative_prompt = self.pipeline_kwargs.get("negative_prompt")
+        if isinstance(negative_prompt, str):  # Stable Diffusion wants as many as there are prompts
+            return {**self.pipeline_kwargs, "negative_prompt": [negative_prompt] * batch_size}
+        return self.pipeline_kwargs
 
     @contextmanager
     def _reference(self) -> Iterator[DiffusionPipeline]:
@@ -270,11 +278,21 @@ def memoised_by_prompt(encode_prompt: Any) -> Any:
     @functools.lru_cache(MAX_CACHED_PROMPTS)
     def encode_one(prompt: str, *args: Any, **kwargs: Any) -> tuple[Tensor | None, ...]:
         with torch.no_grad():
-            return encode_prompt([prompt], *args, **kwargs)
+            return encode_prompt(prompt, *args, **kwargs)
 
     @functools.wraps(encode_prompt)
     def encode(prompt: Sequence[str], *args: Any, **kwargs: Any) -> tuple[Tensor | None, ...]:
-        embeddings = [encode_one(text, *args, **kwargs) for text in prompt]
+        def of_sample(index: int, value: Any) -> Any:  # a negative prompt per sample
+            return value[index] if isinstance(value, list) else value
+
+        embeddings = [
+            encode_one(
+                text,
+                *(of_sample(index, value) for value in args),
+                **{name: of_sample(index, value) for name, value in kwargs.items()},
+            )
+            for index, text in enumerate(prompt)
+        ]
         return tuple(None if column[0] is None else torch.cat(column) for column in zip(*embeddings, strict=True))
 
     return encode

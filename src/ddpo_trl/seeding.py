@@ -13,6 +13,7 @@ class Stream(IntEnum):
     MICRO_BATCHES = 1
     PROMPTS = 2
     EVALUATION = 3
+    CONTROL = 4
 
 
 def generator(seed: int, stream: Stream, *path: int) -> torch.Generator:

@@ -1,0 +1,208 @@
+"""The main job, for real: DDPO with LoRA on the embedded pipeline, in a few minutes on two cores."""
+
+import json
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from peft import LoraConfig
+from rich.console import Console
+from rich.table import Table
+from trl import TrlParser
+
+from ddpo_trl import rewards
+from ddpo_trl.advantages import shuffled
+from ddpo_trl.config import DDPOConfig
+from ddpo_trl.emoji import load_emoji_pipeline, recognised_share
+from ddpo_trl.plots import ImageRow, save_comparison, save_reward_curve
+from ddpo_trl.seeding import Stream, generator
+from ddpo_trl.trainer import DDPOTrainer, Samples
+
+
+PROMPTS = [
+    "cat face", "tiger", "penguin", "octopus", "frog", "butterfly", "tulip", "cactus",
+    "pizza", "hamburger", "strawberry", "doughnut", "red apple", "watermelon", "ice cream", "carrot",
+]  # fmt: skip
+
+# The evaluation repeats every prompt this often, each time with another seed.
+EVAL_SEEDS = 4
+
+# Prompts whose first evaluation image is in before_after.png.
+SHOWN = 10
+
+DEFAULTS: dict[str, Any] = {
+    "output_dir": "outputs/demo",
+    "num_train_epochs": 10,
+    "num_inference_steps": 10,
+    "guidance_scale": 3.0,
+    "train_timestep_range": [0.0, 0.8],
+    "per_device_sample_batch_size": 16,
+    "num_sample_batches": 4,
+    "num_images_per_prompt": 4,
+    "per_device_train_batch_size": 16,
+    "num_mini_batches": 2,
+    "advantage_normalization": "group",
+    "learning_rate": 3e-3,
+    "save_strategy": "no",
+    "report_to": "none",
+    "seed": 0,
+}
+
+
+@dataclass
+class DemoArguments:
+    """
+    What `ddpo-trl demo` takes beside the fields of [`DDPOConfig`].
+
+    Args:
+        reward (`str`, *optional*, defaults to `"jpeg_compressibility"`):
+            What the images are trained for: that, or `"jpeg_incompressibility"`.
+        lora_rank (`int`, *optional*, defaults to `4`):
+            Rank of the adapter.
+        shuffle_rewards (`bool`, *optional*, defaults to `False`):
+            Whether to shuffle the rewards of each round among its images: the control, which must not learn.
+    """
+
+    reward: Literal["jpeg_compressibility", "jpeg_incompressibility"] = field(
+        default="jpeg_compressibility", metadata={"help": "What the images are trained for."}
+    )
+    lora_rank: int = field(default=4, metadata={"help": "Rank of the adapter."})
+    shuffle_rewards: bool = field(
+        default=False, metadata={"help": "Shuffle the rewards among the images: the control, which must not learn."}
+    )
+
+
+def demo_lora_config(rank: int) -> LoraConfig:
+    """An adapter on all that carries the drawing: attention, feed-forward, convolutions and time projections."""
+    return LoraConfig(
+        r=rank,
+        lora_alpha=rank,
+        init_lora_weights="gaussian",
+        target_modules=[
+            *("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"),
+            *("proj_in", "proj_out", "conv1", "conv2", "time_emb_proj"),
+        ],
+    )
+
+
+def parse_arguments(argv: Sequence[str]) -> tuple[DemoArguments, DDPOConfig]:
+    """Reads the command line of `ddpo-trl demo`: its own arguments and any field of [`DDPOConfig`]."""
+    parser = TrlParser([DemoArguments, DDPOConfig], prog="ddpo-trl demo")
+    parser.set_defaults(**DEFAULTS)
+    try:
+        arguments, config = parser.parse_args_and_config(argv)
+    except ValueError as error:
+        parser.error(str(error))
+    return arguments, config
+
+
+def run_demo(arguments: DemoArguments, config: DDPOConfig) -> dict[str, Any]:
+    """
+    Trains, compares before and after on fixed prompts and seeds, and saves weights, pictures and `summary.json`.
+
+    Args:
+        arguments ([`DemoArguments`]):
+            The reward and the adapter.
+        config ([`DDPOConfig`]):
+            Everything else.
+
+    Returns:
+        `dict`: What `summary.json` holds.
+    """
+    reward_fn = {"jpeg_compressibility": rewards.jpeg_compressibility}.get(
+        arguments.reward, rewards.jpeg_incompressibility
+    )
+    trainer = DDPOTrainer(
+        config,
+        reward_fn,
+        PROMPTS,
+        load_emoji_pipeline(),
+        peft_config=demo_lora_config(arguments.lora_rank) if config.use_lora else None,
+        eval_prompts=PROMPTS * EVAL_SEEDS,
+    )
+    if arguments.shuffle_rewards:
+        trainer.normalize = shuffled(trainer.normalize, generator(config.seed, Stream.CONTROL))
+    before = trainer.generate_samples()
+    start = time.perf_counter()
+    trainer.train()
+    seconds = time.perf_counter() - start
+    after = trainer.generate_samples()
+
+    output = Path(config.output_dir)
+    trainer.save_model()
+    save_reward_curve(trainer.state.log_history, output / "reward.png", f"{arguments.reward} [kB]")
+    save_before_after(before, after, output / "before_after.png")
+    summary = summarise(trainer, before, after, seconds)
+    (output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    return summary
+
+
+def save_before_after(before: Samples, after: Samples, path: Path) -> None:
+    """The same prompts and seeds before and after training, one row each."""
+    shown = slice(0, SHOWN)
+    rows = [
+        ImageRow(title=title, images=samples.images[shown], rewards=samples.rewards[shown, 0])
+        for title, samples in (("before", before), ("after", after))
+    ]
+    save_comparison(rows, before.prompts[shown], path)
+
+
+def summarise(trainer: DDPOTrainer, before: Samples, after: Samples, seconds: float) -> dict[str, Any]:
+    """The figures of a run; the standard error is that of the mean of the paired gains."""
+    gain = (after.rewards - before.rewards)[:, 0]
+    logs = [log for log in trainer.state.log_history if "reward" in log]
+    sampling = sum(log["time/sampling"] for log in logs)
+    waiting = sum(log["time/waiting_for_rewards"] for log in logs)
+    return {
+        "reward": trainer.scorer.names[0],
+        "reward_queries": int(logs[-1]["episode"]) if logs else 0,
+        "eval_reward_before": before.rewards.mean().item(),
+        "eval_reward_after": after.rewards.mean().item(),
+        "eval_reward_gain": gain.mean().item(),
+        "eval_reward_gain_stderr": gain.std(correction=1).item() / math.sqrt(len(gain)),
+        "recognised_before": recognised_share(before.images, before.prompts),
+        "recognised_after": recognised_share(after.images, after.prompts),
+        "seconds": {
+            "sampling": sampling,
+            "scoring": sum(log["time/scoring"] for log in logs),  # in worker threads, while sampling goes on
+            "training": seconds - sampling - waiting,
+            "total": seconds,
+        },
+        "config": trainer.args.to_dict(),
+    }
+
+
+def print_summary(summary: dict[str, Any], output_dir: str) -> None:
+    """Shows the figures as a table."""
+    table = Table(title=f"{summary['reward']}: {summary['reward_queries']} reward queries")
+    for heading in ("", "before", "after", "gain"):
+        table.add_column(heading, justify="left" if heading == "" else "right")
+    table.add_row(
+        "evaluation reward [kB]",
+        f"{summary['eval_reward_before']:.3f}",
+        f"{summary['eval_reward_after']:.3f}",
+        f"{summary['eval_reward_gain']:+.3f} ± {summary['eval_reward_gain_stderr']:.3f}",
+    )
+    table.add_row(
+        "subjects recognised",
+        f"{summary['recognised_before']:.0%}",
+        f"{summary['recognised_after']:.0%}",
+        "",
+    )
+    seconds = summary["seconds"]
+    console = Console()
+    console.print(table)
+    console.print(
+        f"{seconds['total']:.0f} s: sampling {seconds['sampling']:.0f} s, training {seconds['training']:.0f} s "
+        f"(scoring {seconds['scoring']:.1f} s meanwhile). Saved in {output_dir}: pytorch_lora_weights.safetensors, "
+        "reward.png, before_after.png, summary.json"
+    )
+
+
+def main(argv: Sequence[str]) -> None:
+    """`ddpo-trl demo`."""
+    arguments, config = parse_arguments(argv)
+    print_summary(run_demo(arguments, config), config.output_dir)
