@@ -164,7 +164,7 @@ def test_generate_runs_the_pipelines_own_scheduler(make_config, scheduler):
 
 
 def test_pipeline_kwargs_reach_the_pipeline_in_sampling_and_replay(make_config):
-    config = make_config(pipeline_kwargs={"negative_prompt": "dull", "height": 24})
+    config = make_config(pipeline_kwargs={"negative_prompt": "dull", "height": 24, "width": 16})
     policy = make_policy(tiny_pipeline(), config)
     batch = policy.sample(PROMPTS, generators(4), record=[1])
     assert batch.images.shape == (4, 3, 24, 16)

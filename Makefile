@@ -1,0 +1,46 @@
+# Everything works from a clean clone with Python 3.11+, pip and make. Heavy steps run one at a time on purpose.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/ready
+
+# With two cores, spinning OpenMP threads of one process starve the other.
+export OMP_WAIT_POLICY ?= PASSIVE
+
+.PHONY: demo test learning check format type emoji emoji-quality clean
+
+demo: $(READY)  ## the main job: DDPO on the embedded pipeline, results in outputs/demo
+	$(BIN)/ddpo-trl demo
+
+test: $(READY)  ## the test suite, under 8 minutes on two cores
+	$(BIN)/pytest -q
+
+learning: $(READY)  ## the slow proof that the demo learns, and that its control does not
+	$(BIN)/pytest -q -m slow -s
+
+check: $(READY)  ## lint, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+emoji: $(READY)  ## rebuild the embedded pipeline from the npm packages; hours, resumable
+	$(BIN)/python tools/emoji/build.py
+
+emoji-quality: $(READY)  ## share of samples that show what their caption says; last line is the share
+	$(BIN)/python tools/emoji/quality.py
+
+clean:
+	rm -rf $(VENV) build dist outputs
+
+# torch 2.13.0 by exact version: its CPU build is what a machine without GPU wants, and a range may fetch CUDA packages.
+$(READY): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install --quiet torch==2.13.0
+	$(BIN)/pip install --quiet --editable ".[dev]"
+	touch $(READY)

@@ -1,0 +1,82 @@
+"""Two real processes (gloo) train as one does."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+
+SCRIPT = Path(__file__).parent / "run_in_processes.py"
+
+
+def launch(output_dir: Path, num_processes: int) -> list[dict[str, Any]]:
+    """Runs the script and returns what each rank saved."""
+    output_dir.mkdir()
+    # `accelerate launch --cpu` needs MPI for several processes; torchrun sets up the same environment with gloo.
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}",
+               str(SCRIPT), str(output_dir), str(num_processes)]  # fmt: skip
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert run.returncode == 0, run.stdout + run.stderr
+    return [torch.load(output_dir / f"rank-{rank}.pt", weights_only=True) for rank in range(num_processes)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("processes")
+
+
+@pytest.fixture(scope="module")
+def runs(folder) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    (alone,) = launch(folder / "one", 1)
+    return alone, launch(folder / "two", 2)
+
+
+def largest_difference(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> float:
+    assert left.keys() == right.keys()
+    return max((left[name] - right[name]).abs().max().item() for name in left)
+
+
+def test_both_ranks_end_with_equal_weights(runs):
+    _, (first, second) = runs
+    assert largest_difference(first["weights"], second["weights"]) == 0.0
+
+
+def test_two_processes_have_the_gradient_of_one(runs):
+    alone, (first, second) = runs
+    scale = max(gradient.abs().max().item() for gradient in alone["gradients"].values())
+    assert scale > 1e-6
+    for rank in (first, second):
+        assert largest_difference(alone["gradients"], rank["gradients"]) < 1e-4 * scale
+
+
+def test_two_processes_end_with_the_weights_of_one(runs):
+    alone, (first, _) = runs
+    assert largest_difference(alone["weights"], first["weights"]) < 1e-6
+
+
+def test_the_images_do_not_depend_on_the_number_of_processes(runs):
+    alone, ranks = runs
+    assert torch.allclose(alone["images"], torch.cat([rank["images"] for rank in ranks]), atol=1e-5)
+
+
+def test_rewards_and_prompt_statistics_are_shared(runs):
+    alone, (first, second) = runs
+    assert first["statistics"] == second["statistics"]
+    assert first["rewards"] == second["rewards"] == pytest.approx(alone["rewards"], abs=1e-6)
+
+
+def test_evaluation_is_split_between_processes_and_gathered_in_order(runs):
+    alone, ranks = runs
+    for rank in ranks:
+        assert rank["evaluation"][0] == alone["evaluation"][0]
+        assert torch.allclose(rank["evaluation"][1], alone["evaluation"][1], atol=1e-5)
+
+
+def test_one_process_writes_the_checkpoints(runs, folder):
+    names = {path.name for path in (folder / "two" / "checkpoint-2").iterdir()}
+    assert {"pytorch_lora_weights.safetensors", "trainer_state.json", "prompt_statistics.json"} <= names
