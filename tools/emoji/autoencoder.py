@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
+
 from training import TrainingState, load_training_state, save_training_state
 
 

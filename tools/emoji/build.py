@@ -7,6 +7,7 @@ import argparse
 from pathlib import Path
 
 import torch
+
 from autoencoder import encode_mean, train_autoencoder
 from data import IMAGE_SIZE, load_dataset
 from export import ASSETS, export

@@ -13,9 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from data import FLUENT, NOTO, STYLES, WORDS, Concept, load_dataset
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 from PIL import Image
+
+from autoencoder import create_autoencoder
+from data import STYLES, Concept, load_dataset
 from text import create_tokenizer
 from unet import create_scheduler, load_average
 
@@ -27,34 +29,17 @@ ASSETS = ROOT / "src" / "ddpo_trl" / "assets" / "emoji"
 TILE_SIZE = 32
 SHEET_COLUMNS = 48
 
-NOTICE = f"""\
-The weights in this folder were trained by tools/emoji in this repository, from scratch, on the images and words below;
-contact_sheet.png holds those images, each averaged to {TILE_SIZE}x{TILE_SIZE} pixels.
-
-Style "{STYLES[0]}": Noto Emoji
-    Copyright Google LLC. Licensed under the Apache License, Version 2.0.
-    https://github.com/googlefonts/noto-emoji
-    Taken from the npm package {NOTO} (its code: MIT, Copyright (c) 2013 Cal Henderson).
-
-Style "{STYLES[1]}": Fluent Emoji 3D
-    Copyright (c) Microsoft Corporation. Licensed under the MIT License.
-    https://github.com/microsoft/fluentui-emoji
-    Taken from the npm package {FLUENT} (MIT).
-
-Captions and keywords: emojibase
-    Copyright (c) 2017-2019 Miles Johnson. Licensed under the MIT License.
-    https://github.com/milesj/emojibase
-    Taken from the npm package {WORDS} (MIT).
-"""
-
 
 def create_pipeline(concepts: list[Concept], work_dir: Path) -> StableDiffusionPipeline:
     """Assembles the pipeline in fp32 from the newest checkpoints in `work_dir`."""
     tokenizer = create_tokenizer(concepts)
     denoiser = load_average(work_dir, tokenizer)
     denoiser.unet.set_default_attn_processor()
+    # Built anew, not loaded: what from_pretrained returns would note the path of this machine in its configuration.
+    autoencoder = create_autoencoder()
+    autoencoder.load_state_dict(AutoencoderKL.from_pretrained(work_dir / "autoencoder").state_dict())
     return StableDiffusionPipeline(
-        vae=AutoencoderKL.from_pretrained(work_dir / "autoencoder"),
+        vae=autoencoder,
         text_encoder=denoiser.text_encoder,
         tokenizer=tokenizer,
         unet=denoiser.unet,
@@ -117,7 +102,7 @@ def export(work_dir: Path, target: Path) -> None:
     contact_sheet(images).save(folder / "contact_sheet.png", optimize=True)
     lines = ",\n".join(json.dumps(entry, ensure_ascii=False) for entry in index)
     (folder / "concepts.json").write_text(f"[\n{lines}\n]\n")
-    (folder / "NOTICE").write_text(NOTICE)
+    shutil.copy(Path(__file__).parent / "NOTICE", folder)
     if target.exists():
         old = Path(tempfile.mkdtemp(prefix=".emoji-old-", dir=target.parent))
         os.replace(target, old / "emoji")

@@ -5,11 +5,12 @@ import random
 from pathlib import Path
 
 import torch
-from data import STYLES, Concept
 from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from data import STYLES, Concept
 
 
 VOCABULARY_SIZE = 4000

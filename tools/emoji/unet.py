@@ -7,14 +7,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from data import STYLES, Concept
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
-from text import TEXT_WIDTH, create_text_encoder, create_tokenizer, sample_caption, tokenize
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from training import TrainingState, load_training_state, save_training_state
 from transformers import CLIPTokenizer
+
+from data import STYLES, Concept
+from text import TEXT_WIDTH, create_text_encoder, create_tokenizer, sample_caption, tokenize
+from training import TrainingState, load_training_state, save_training_state
 
 
 WARMUP_STEPS = 200
