@@ -1,0 +1,258 @@
+"""DDPOConfig: its defaults, what it refuses, and its command line."""
+
+import ast
+import dataclasses
+import inspect
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import TrainingArguments
+from trl import TrlParser
+
+from ddpo_trl import DDPOConfig
+
+
+OWN_FIELDS = [field for field in dataclasses.fields(DDPOConfig) if field.name in inspect.get_annotations(DDPOConfig)]
+
+
+def parse(*arguments: str, output_dir: Path) -> DDPOConfig:
+    (config,) = TrlParser(DDPOConfig).parse_args_and_config(["--output_dir", str(output_dir), "--use_cpu", *arguments])
+    return config
+
+
+# ---- Defaults ----
+
+
+@pytest.mark.parametrize(
+    ("name", "default"),
+    [
+        ("loss_type", "is"),
+        ("num_train_epochs", 100),
+        ("total_episodes", None),
+        ("num_inference_steps", 50),
+        ("guidance_scale", 5.0),
+        ("eta", 1.0),
+        ("num_ppo_epochs", 1),
+        ("num_mini_batches", 1),
+        ("cliprange", 1e-4),
+        ("log_prob_reduction", "mean"),
+        ("advantage_normalization", "batch"),
+        ("advantage_clip", 5.0),
+        ("per_prompt_stat_tracking_buffer_size", 16),
+        ("per_prompt_stat_tracking_min_count", 16),
+        ("timestep_fraction", 1.0),
+        ("train_timestep_range", [0.0, 1.0]),
+        ("kl_coef", 0.0),
+        ("gradient_accumulation_steps", 1),  # derived
+        ("save_strategy", "epoch"),  # between rounds
+    ],
+)
+def test_the_defaults_are_those_of_the_design(tmp_path, name, default):
+    assert vars(DDPOConfig(output_dir=str(tmp_path), use_cpu=True))[name] == default
+
+
+def test_ranges_of_two_configs_are_two_lists(tmp_path):
+    first, second = (DDPOConfig(output_dir=str(tmp_path), use_cpu=True) for _ in range(2))
+    first.train_timestep_range[1] = 0.5
+    assert second.train_timestep_range == [0.0, 1.0]
+
+
+@pytest.mark.parametrize(("passes", "mini_batches", "updates"), [(1, 1, 1), (1, 4, 4), (3, 2, 6)])
+def test_updates_of_a_round_are_passes_times_mini_batches(make_config, passes, mini_batches, updates):
+    assert make_config(num_ppo_epochs=passes, num_mini_batches=mini_batches).updates_per_round == updates
+
+
+# ---- Refusals: the argument, its value, the remedy ----
+
+AT_LEAST_ONE = [
+    "num_inference_steps",
+    "per_device_sample_batch_size",
+    "num_sample_batches",
+    "num_images_per_prompt",
+    "per_device_train_batch_size",
+    "num_ppo_epochs",
+    "num_mini_batches",
+    "max_workers",
+    "per_prompt_stat_tracking_buffer_size",
+    "per_prompt_stat_tracking_min_count",
+]
+
+
+@pytest.mark.parametrize("name", AT_LEAST_ONE)
+@pytest.mark.parametrize("value", [0, -3])
+def test_counts_below_one_are_refused(make_config, name, value):
+    with pytest.raises(ValueError, match=f"^{name} is {value}; it must be at least 1"):
+        make_config(**{name: value})
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"eta": 0.0}, r"eta is 0\.0: a step without noise is no policy\. Set eta above 0"),
+        ({"eta": -1.0}, r"eta is -1\.0"),
+        ({"eta": NAN}, r"eta is nan"),
+        ({"cliprange": 0.0}, r"cliprange is 0\.0; it must be above 0"),
+        ({"cliprange": NAN}, r"cliprange is nan"),
+        ({"advantage_clip": -5.0}, r"advantage_clip is -5\.0; it must be above 0"),
+        ({"total_episodes": 0}, r"total_episodes is 0; it must be at least 1, or None"),
+        ({"kl_coef": -0.1}, r"kl_coef is -0\.1; it must be 0 \(no KL\) or above"),
+        ({"timestep_fraction": 0.0}, r"timestep_fraction is 0\.0; it must be in \(0, 1\]"),
+        ({"timestep_fraction": 1.5}, r"timestep_fraction is 1\.5; it must be in \(0, 1\]"),
+        ({"timestep_fraction": NAN}, r"timestep_fraction is nan"),
+        ({"train_timestep_range": [0.5, 0.5]}, r"train_timestep_range is \[0\.5, 0\.5\]; .*0 <= first < second <= 1"),
+        ({"train_timestep_range": [0.8, 0.2]}, r"train_timestep_range is \[0\.8, 0\.2\]"),
+        ({"train_timestep_range": [-0.1, 0.2]}, r"train_timestep_range is \[-0\.1, 0\.2\]"),
+        ({"train_timestep_range": [0.0, 1.1]}, r"train_timestep_range is \[0\.0, 1\.1\]"),
+        ({"train_timestep_range": [0.8]}, r"train_timestep_range is \[0\.8\]; it must be two numbers"),
+        ({"train_timestep_range": [0.0, 0.5, 1.0]}, r"train_timestep_range is .*; it must be two numbers"),
+        (
+            {"per_prompt_stat_tracking_min_count": 17},
+            r"min_count is 17, more than the 16 rewards .*Raise per_prompt_stat_tracking_buffer_size or lower",
+        ),
+        ({"loss_type": "ppo"}, r"loss_type is 'ppo'; choose one of 'is', 'sf'"),
+        (
+            {"advantage_normalization": "rank"},
+            r"advantage_normalization is 'rank'; choose one of 'batch', 'prompt', 'group', 'none'",
+        ),
+        ({"log_prob_reduction": "none"}, r"log_prob_reduction is 'none'; choose one of 'mean', 'sum'"),
+        (
+            {"loss_type": "sf", "num_mini_batches": 4},
+            r"loss_type is 'sf' with num_ppo_epochs=1 and num_mini_batches=4: .*Set both to 1, or loss_type='is'",
+        ),
+        ({"loss_type": "sf", "num_ppo_epochs": 2}, r"loss_type is 'sf' with num_ppo_epochs=2 and num_mini_batches=1"),
+        (
+            {"advantage_normalization": "group"},
+            r"advantage_normalization is 'group' with num_images_per_prompt=1: .*Set num_images_per_prompt to 2",
+        ),
+        ({"pipeline_kwargs": "height=64"}, r"pipeline_kwargs is 'height=64'; give a dict, or .* a JSON object"),
+        ({"pipeline_kwargs": [64]}, r"pipeline_kwargs is \[64\]; give a dict"),
+        (
+            {"pipeline_kwargs": {"height": 64, "latents": None, "eta": 0.0}},
+            r"pipeline_kwargs holds eta, latents, which the trainer sets itself",
+        ),
+        ({"gradient_accumulation_steps": 8}, r"gradient_accumulation_steps is 8, but it is derived: .*Leave it at 1"),
+        ({"save_strategy": "steps"}, r"save_strategy is 'steps': a checkpoint inside a round .*save_strategy='epoch'"),
+        (
+            {"save_strategy": "best", "metric_for_best_model": "reward"},
+            r"save_strategy is 'best' with eval_strategy=.*Set eval_strategy='epoch'",
+        ),
+        (
+            {"max_steps": 6, "num_mini_batches": 4},
+            r"max_steps is 6, which ends inside a round of 4 optimizer steps .*Set a multiple",
+        ),
+        ({"num_train_epochs": 2.5}, r"num_train_epochs is 2\.5; a run has a whole number of rounds"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused(make_config, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        make_config(**arguments)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"loss_type": "sf", "num_ppo_epochs": 1, "num_mini_batches": 1},
+        {"loss_type": "is", "num_ppo_epochs": 2, "num_mini_batches": 4},
+        {"advantage_normalization": "group", "num_images_per_prompt": 2},
+        {"advantage_clip": float("inf")},
+        {"pipeline_kwargs": {"height": 64, "negative_prompt": "blurry"}},
+        {"save_strategy": "best", "eval_strategy": "epoch", "metric_for_best_model": "reward"},
+        {"max_steps": 8, "num_mini_batches": 4},
+        {"num_train_epochs": 3.0},
+        {"train_timestep_range": (0.0, 0.8)},
+    ],
+)
+def test_what_stands_just_inside_the_limits_is_accepted(make_config, arguments):
+    config = make_config(**arguments)
+    assert {name: vars(config)[name] for name in arguments} == arguments
+
+
+# ---- The command line ----
+
+
+def test_every_field_of_ours_is_a_flag():
+    flags = {flag for action in TrlParser(DDPOConfig)._actions for flag in action.option_strings}
+    assert {f"--{field.name}" for field in OWN_FIELDS} <= flags
+
+
+def test_values_come_from_the_command_line(tmp_path):
+    config = parse(
+        *("--loss_type", "sf"),
+        *("--train_timestep_range", "0.1", "0.8"),
+        *("--pipeline_kwargs", '{"height": 64, "negative_prompt": "blurry"}'),
+        *("--reward_weights", "1", "-0.5"),
+        *("--total_episodes", "640"),
+        *("--use_lora", "false"),
+        *("--cliprange", "1e-3"),
+        output_dir=tmp_path,
+    )
+    assert config.loss_type == "sf"
+    assert config.train_timestep_range == [0.1, 0.8]
+    assert config.pipeline_kwargs == {"height": 64, "negative_prompt": "blurry"}
+    assert config.reward_weights == [1.0, -0.5]
+    assert config.total_episodes == 640
+    assert config.use_lora is False
+    assert config.cliprange == 1e-3
+
+
+def test_an_empty_command_line_gives_the_defaults(tmp_path):
+    parsed = parse(output_dir=tmp_path)
+    expected = DDPOConfig(output_dir=str(tmp_path), use_cpu=True)
+    assert all(vars(parsed)[field.name] == vars(expected)[field.name] for field in OWN_FIELDS)
+
+
+def test_values_come_from_a_yaml_file(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text("eta: 0.5\ntrain_timestep_range: [0.0, 0.8]\npipeline_kwargs: {height: 64}\nnum_mini_batches: 4\n")
+    config = parse("--config", str(file), "--num_mini_batches", "2", output_dir=tmp_path)
+    assert (config.eta, config.train_timestep_range, config.pipeline_kwargs) == (0.5, [0.0, 0.8], {"height": 64})
+    assert config.num_mini_batches == 2  # the command line wins
+
+
+def test_choices_are_checked_on_the_command_line(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        parse("--loss_type", "ppo", output_dir=tmp_path)
+    assert re.search("argument --loss_type.*: invalid choice: 'ppo'", capsys.readouterr().err)
+
+
+# ---- Documentation ----
+
+
+@pytest.mark.parametrize("field", OWN_FIELDS, ids=lambda field: field.name)
+def test_every_field_has_a_help_text(field):
+    assert field.metadata["help"].endswith(".")
+
+
+def documented_defaults() -> dict[str, Any]:
+    """The default that the docstring states for each field; `None` where it is only *optional*."""
+    entries = re.findall(r"^ {8}(\w+) \((.*?)\):$", DDPOConfig.__doc__ or "", flags=re.MULTILINE)
+    stated = {name: re.search(r"defaults to `(.*)`$", description) for name, description in entries}
+    return {name: ast.literal_eval(match.group(1)) if match else None for name, match in stated.items()}
+
+
+@pytest.mark.parametrize("field", OWN_FIELDS, ids=lambda field: field.name)
+def test_every_field_is_documented_with_its_default(field):
+    default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    assert documented_defaults()[field.name] == default
+
+
+def test_only_fields_are_documented():
+    assert documented_defaults().keys() <= {field.name for field in OWN_FIELDS}
+
+
+def test_no_field_shadows_one_of_the_trainer_but_for_its_default():
+    inherited = {field.name for field in dataclasses.fields(TrainingArguments)}
+    assert {field.name for field in OWN_FIELDS} & inherited == {
+        "num_train_epochs",
+        "learning_rate",
+        "weight_decay",
+        "lr_scheduler_type",
+        "per_device_train_batch_size",
+        "save_strategy",
+        "logging_strategy",
+    }
