@@ -1,0 +1,107 @@
+"""The shape of the package: imports point downwards, nothing is probed for, nothing is called utils."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import ddpo_trl
+
+
+ROOT = Path(ddpo_trl.__file__).parent
+
+# From the ground up. Modules of one layer do not import each other.
+LAYERS = [
+    {"advantages", "callbacks", "config", "emoji", "gaussian", "lora", "plots", "rewards", "seeding", "types"},
+    {"model_card", "objectives", "plan", "prompts", "scheduler", "scoring"},
+    {"policy"},
+    {"loader"},
+    {"trainer"},
+    {"__init__", "demo"},
+    {"cli"},
+]
+DEPTH = {module: depth for depth, modules in enumerate(LAYERS) for module in modules}
+
+
+def module_name(path: Path) -> str:
+    """The module or subpackage that a file belongs to."""
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+FILES = sorted(ROOT.rglob("*.py"))
+MODULES = {module_name(path) for path in FILES}
+
+
+def imported_modules(tree: ast.AST) -> Iterator[str]:
+    """Modules of the package that a file imports, anywhere in it."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            prefix = "ddpo_trl." * (node.level > 0) + (node.module or "")
+            names = [f"{prefix}.{alias.name}".replace("..", ".") for alias in node.names]
+        else:
+            continue
+        for name in names:
+            package, _, rest = name.partition(".")
+            if package == "ddpo_trl":
+                module = rest.partition(".")[0]
+                yield module if module in MODULES else "__init__"
+
+
+def test_every_module_has_a_layer():
+    assert DEPTH.keys() == MODULES
+    assert len(DEPTH) == sum(len(modules) for modules in LAYERS)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_downwards(path):
+    source = module_name(path)
+    for target in imported_modules(ast.parse(path.read_text())):
+        assert target == source or DEPTH[target] < DEPTH[source], f"{source} must not import {target}"
+
+
+@pytest.mark.parametrize(
+    ("statement", "expected"),
+    [
+        ("from ddpo_trl.plan import BatchPlan", ["plan"]),
+        ("from ddpo_trl import advantages, DDPOConfig", ["advantages", "__init__"]),
+        ("import ddpo_trl.policy as p, torch", ["policy"]),
+        ("import ddpo_trl", ["__init__"]),
+        ("from .loader import RolloutLoader", ["loader"]),
+        ("from . import types", ["types"]),
+        ("def late():\n    from ddpo_trl.trainer import DDPOTrainer", ["trainer"]),
+        ("import types, torch.nn\nfrom transformers import Trainer", []),
+    ],
+)
+def test_the_walk_sees_every_form_of_import(statement, expected):
+    assert list(imported_modules(ast.parse(statement))) == expected
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_attributes_are_declared_and_never_probed_for(path):
+    names = {node.id for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Name)}
+    assert not {"hasattr", "getattr", "setattr", "delattr"} & names
+
+
+def test_only_the_policy_runs_a_pipeline():
+    running = {
+        module_name(path)
+        for path in FILES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if ast.unparse(node).endswith(".__call__")
+        or (isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in ("pipeline", "pipe"))
+    }
+    assert running == {"policy"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_modules_are_named_after_what_they_hold(path):
+    assert not {"utils", "util", "helpers", "misc", "common"} & set(path.relative_to(ROOT).with_suffix("").parts)
+
+
+def test_the_public_names_are_few_and_exist():
+    assert {"DDPOConfig", "DDPOTrainer"} <= set(ddpo_trl.__all__)
+    assert all(name in vars(ddpo_trl) for name in ddpo_trl.__all__)
+    assert len(ddpo_trl.__all__) <= 12
