@@ -218,6 +218,8 @@ def test_the_seconds_are_those_of_all_functions():
     ("answer", "error", "message"),
     [
         ([1, 2], ValueError, "returned 2 values for 3 images; it must return one per image"),
+        ((1, 2), ValueError, "returned 2 values for 3 images"),
+        ((torch.tensor(1), torch.tensor(2)), ValueError, "returned 2 values for 3 images"),
         (torch.zeros(3, 2), ValueError, "returned 6 values for 3 images"),
         ((torch.zeros(4), {}), ValueError, "returned 4 values for 3 images"),
         (torch.tensor(1.0), ValueError, "returned 1 values for 3 images"),
