@@ -1,0 +1,76 @@
+"""DDPO learns: on a tiny random pipeline the images get brighter or darker as asked, and not when rewards are shuffled."""
+
+import math
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from conftest import brightness, tiny_pipeline
+from ddpo_trl import DDPOTrainer
+from ddpo_trl.advantages import shuffled
+
+
+PROMPTS = ["cat", "dog", "owl", "fox"]
+
+
+# A gain counts from a tenth of the spread that rewards have between images: what shuffled rewards do, which move the
+# weights as far but in no direction, is a few hundredths of it.
+LEAST_GAIN = 0.1
+
+
+class Gain(NamedTuple):
+    """
+    Paired gain in reward on fixed prompts and seeds.
+
+    Args:
+        mean (`float`):
+            In units of the standard deviation of the reward between images, before training.
+        standard_error (`float`):
+            Of the mean, in the same unit.
+    """
+
+    mean: float
+    standard_error: float
+
+    def is_learning(self) -> bool:
+        return self.mean > 4 * self.standard_error and self.mean > LEAST_GAIN
+
+
+def gain(make_config, sign: int, loss_type: str = "is", shuffle: bool = False) -> Gain:
+    """Trains on `sign` x brightness and measures what it brought."""
+
+    def reward(images: Tensor, prompts: tuple[str, ...], metadata: tuple) -> Tensor:
+        return sign * brightness(images, prompts, metadata)
+
+    config = make_config(
+        loss_type=loss_type,
+        num_train_epochs=16,
+        num_inference_steps=5,
+        guidance_scale=1.0,
+        pipeline_kwargs={"height": 8, "width": 8},
+        per_device_sample_batch_size=64,
+        num_sample_batches=4,
+        per_device_train_batch_size=64,
+        learning_rate=1e-2,
+        logging_strategy="no",
+    )
+    trainer = DDPOTrainer(config, reward, PROMPTS, tiny_pipeline(), eval_prompts=PROMPTS * 8)
+    if shuffle:
+        trainer.normalize = shuffled(trainer.normalize, torch.Generator().manual_seed(0))
+    before = trainer.generate_samples().rewards[:, 0]
+    trainer.train()
+    gains = (trainer.generate_samples().rewards[:, 0] - before) / before.std()
+    return Gain(gains.mean().item(), gains.std().item() / math.sqrt(len(gains)))
+
+
+@pytest.mark.parametrize("loss_type, sign", [("is", +1), ("is", -1), ("sf", +1)])
+def test_training_moves_brightness_in_the_direction_of_the_reward(make_config, loss_type, sign):
+    assert gain(make_config, sign, loss_type).is_learning()
+
+
+def test_shuffled_rewards_teach_nothing(make_config):
+    control = gain(make_config, +1, shuffle=True)
+    assert not control.is_learning()
+    assert abs(control.mean) < LEAST_GAIN / 2

@@ -1,0 +1,53 @@
+"""What the documents show runs as it stands."""
+
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+from ddpo_trl import trainer
+
+
+ROOT = Path(__file__).parents[1]
+
+
+def snippets(text: str) -> list[str]:
+    """The fenced Python blocks of a Markdown text or a docstring."""
+    blocks = re.findall(r"^([ ]*)```python\n(.*?)^\1```", text, flags=re.MULTILINE | re.DOTALL)
+    return [re.sub(rf"^{indent}", "", code, flags=re.MULTILINE) for indent, code in blocks]
+
+
+def test_the_readmes_example_runs_and_plain_diffusers_loads_what_it_saves(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (code,) = snippets((ROOT / "README.md").read_text())
+    names: dict = {}
+    exec(compile(code, "README.md", "exec"), names)
+    names["load_emoji_pipeline"]().load_lora_weights("outputs/red-emoji")
+
+
+def test_the_trainers_docstring_example_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (code,) = snippets(trainer.DDPOTrainer.__doc__ or "")
+    exec(compile(code, "docstring", "exec"), {})
+    assert (tmp_path / "ddpo-emoji" / "pytorch_lora_weights.safetensors").is_file()
+
+
+def test_the_example_script_runs(tmp_path, monkeypatch):
+    arguments = ["--total_episodes", "16", "--num_sample_batches", "1", "--num_inference_steps", "4"]
+    monkeypatch.setattr(sys, "argv", ["example", *arguments, "--output_dir", str(tmp_path / "out")])
+    runpy.run_path(str(ROOT / "examples" / "ddpo_custom_reward.py"), run_name="__main__")
+    assert (tmp_path / "out" / "reward.png").is_file()
+
+
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md"])
+def test_the_documents_name_files_and_commands_that_exist(document):
+    text = (ROOT / document).read_text()
+    for target in re.findall(r"\]\(((?!http)[^)#]+)\)", text):
+        assert (ROOT / target).exists(), target
+    commands = (ROOT / "Makefile").read_text()
+    for command in re.findall(r"make ([a-z-]+)", text):
+        assert f"\n{command}:" in commands, command
+    for name in re.findall(r"`(\w+\.py)`", text):
+        assert list(ROOT.glob(f"src/ddpo_trl/{name}")) or list(ROOT.glob(f"tests/{name}")) or name == "utils.py", name
