@@ -7,6 +7,7 @@ from transformers import TrainerCallback
 
 from conftest import brightness, tiny_pipeline
 from ddpo_trl import DDPOConfig, DDPOTrainer
+from ddpo_trl.advantages import PromptStatistics
 
 
 SAMPLES_PER_ROUND = 8
@@ -47,6 +48,7 @@ def main(output_dir: str, num_processes: int) -> None:
     assert config.world_size == num_processes, "not started as asked"
     trainer.train()
     samples = trainer.generate_samples()
+    assert isinstance(trainer.normalize, PromptStatistics)
     torch.save(
         {
             "gradients": recorder.gradients,

@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -97,18 +97,18 @@ def test_equal_rewards_give_a_zero_gradient(make_config, loss_type, normalizatio
 
 
 def test_only_the_transitions_in_train_timestep_range_are_trained_on(make_config):
-    trainer = DDPOTrainer(make_config(train_timestep_range=[0.25, 0.75]), brightness, PROMPTS, tiny_pipeline())
-    seen = record_micro_batches(trainer)
+    trainer = RecordingTrainer(make_config(train_timestep_range=[0.25, 0.75]), brightness, PROMPTS, tiny_pipeline())
     trainer.train()
+    seen = trainer.seen
     assert {micro_batch["step"] for micro_batch in seen} == {1, 2}
     assert set(trainer.rollout.batches[0].steps) == {1, 2}  # the others are not even kept
 
 
 def test_timestep_fraction_draws_other_transitions_in_each_round(make_config):
     config = make_config(timestep_fraction=0.5, num_inference_steps=10, num_train_epochs=3)
-    trainer = DDPOTrainer(config, brightness, PROMPTS, tiny_pipeline())
-    seen = record_micro_batches(trainer)
+    trainer = RecordingTrainer(config, brightness, PROMPTS, tiny_pipeline())
     trainer.train()
+    seen = trainer.seen
     per_round = len(seen) // 3
     assert per_round == 2 * 5  # two micro-batches of samples, half of ten steps each
     drawn = [tuple(micro_batch["step"] for micro_batch in seen[i : i + 5]) for i in range(0, len(seen), 5)]
@@ -118,9 +118,9 @@ def test_timestep_fraction_draws_other_transitions_in_each_round(make_config):
 
 def test_every_pass_visits_every_transition_once_in_optimizer_steps_of_equal_size(make_config):
     config = make_config(num_ppo_epochs=2, num_mini_batches=2, per_device_train_batch_size=2)
-    trainer = DDPOTrainer(config, brightness, PROMPTS, tiny_pipeline())
-    seen = record_micro_batches(trainer)
+    trainer = RecordingTrainer(config, brightness, PROMPTS, tiny_pipeline())
     trainer.train()
+    seen = trainer.seen
     assert trainer.state.global_step == 4
     assert len(seen) == 4 * trainer.args.gradient_accumulation_steps
     for half in (seen[: len(seen) // 2], seen[len(seen) // 2 :]):
@@ -129,16 +129,16 @@ def test_every_pass_visits_every_transition_once_in_optimizer_steps_of_equal_siz
     assert [batch["on_policy"] for batch in seen] == [index < 8 for index in range(32)]
 
 
-def record_micro_batches(trainer: DDPOTrainer) -> list[dict[str, Any]]:
-    seen: list[dict[str, Any]] = []
-    compute_loss = trainer.compute_loss
+class RecordingTrainer(DDPOTrainer):
+    """Keeps the micro-batches in the order in which they are trained on."""
 
-    def recording(model, inputs, *args, **kwargs):
-        seen.append(inputs)
-        return compute_loss(model, inputs, *args, **kwargs)
+    def __init__(self, *args, **kwargs):
+        self.seen: list[dict[str, Any]] = []
+        super().__init__(*args, **kwargs)
 
-    trainer.compute_loss = recording
-    return seen
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        self.seen.append(inputs)
+        return super().compute_loss(model, inputs, *args, **kwargs)
 
 
 # ---- The run ----
@@ -534,10 +534,10 @@ def test_a_faulty_reward_function_is_refused_at_construction(make_config, answer
 
 def test_a_reward_function_of_another_signature_is_refused_at_construction(make_config):
     with pytest.raises(RuntimeError, match="`only_images` raised TypeError"):
-        DDPOTrainer(make_config(), only_images, PROMPTS, tiny_pipeline())
+        DDPOTrainer(make_config(), cast(Any, only_images), PROMPTS, tiny_pipeline())
 
 
-def only_images(images):
+def only_images(images: torch.Tensor) -> Any:
     return [0.0] * len(images)
 
 

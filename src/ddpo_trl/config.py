@@ -97,6 +97,19 @@ class DDPOConfig(TrainingArguments):
             samples of a mini-batch, so `gradient_accumulation_steps` is derived and must not be set.
         use_lora (`bool`, *optional*, defaults to `True`):
             Whether to train a LoRA adapter. `False` trains the denoiser's own weights.
+        learning_rate (`float`, *optional*, defaults to `3e-4`):
+            Initial learning rate of AdamW.
+        weight_decay (`float`, *optional*, defaults to `1e-4`):
+            Weight decay of AdamW.
+        lr_scheduler_type (`str`, *optional*, defaults to `"constant"`):
+            Learning rate schedule.
+
+        > Parameters that control logging and saving
+
+        logging_strategy (`str`, *optional*, defaults to `"epoch"`):
+            When to log: `"epoch"` is once a round, `"steps"` every `logging_steps` updates.
+        save_strategy (`str`, *optional*, defaults to `"epoch"`):
+            When to save a checkpoint: `"epoch"` (between rounds), `"best"` or `"no"`.
     """
 
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "pipeline_kwargs"]
@@ -213,7 +226,7 @@ class DDPOConfig(TrainingArguments):
             raise ValueError(
                 f"eta is {self.eta}: a step without noise is no policy. Set eta above 0 (1.0 is DDPM's noise)."
             )
-        if self.kl_coef < 0:
+        if not self.kl_coef >= 0:
             raise ValueError(f"kl_coef is {self.kl_coef}; it must be 0 (no KL) or above.")
 
     def _check_ranges(self) -> None:

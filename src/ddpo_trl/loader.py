@@ -151,8 +151,7 @@ class RolloutLoader:
     def _gather(self, rewards: Tensor) -> Tensor:
         if self.accelerator.num_processes == 1:
             return rewards
-        # float32 over the wire: not every backend's device has float64
-        return self.accelerator.gather(rewards.float().to(self.accelerator.device)).cpu().double()
+        return self.accelerator.gather(rewards.to(self.accelerator.device)).cpu()
 
     def _reward_metrics(self, rewards: Tensor, totals: Tensor) -> dict[str, float]:
         metrics = {"reward": totals.mean().item(), "reward_std": totals.std(correction=0).item()}

@@ -3,6 +3,8 @@
 They return what to minimise and what to log; they never log, gather or hold state.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -45,8 +47,11 @@ def importance_sampling(log_probs: Tensor, old_log_probs: Tensor, advantages: Te
     """
     log_ratio = log_probs - old_log_probs
     ratio = torch.exp(log_ratio)
-    clipped = ratio.clamp(1 - cliprange, 1 + cliprange)
-    loss = -torch.minimum(ratio * advantages, clipped * advantages).mean()
+    # min(r·A, clip(r)·A) is r·A with r bounded from above where A ≥ 0 and from below elsewhere. Bounded before exp: an
+    # infinite ratio would turn the clipped side's zero gradient into NaN.
+    upper, lower = math.log1p(cliprange), math.log1p(-cliprange) if cliprange < 1 else -math.inf
+    bounded = torch.where(advantages >= 0, log_ratio.clamp(max=upper), log_ratio.clamp(min=lower))
+    loss = -(torch.exp(bounded) * advantages).mean()
     metrics = {
         "policy/approxkl_avg": 0.5 * (log_ratio.detach() ** 2).mean(),
         "policy/clipfrac_avg": ((ratio.detach() - 1).abs() > cliprange).float().mean(),

@@ -73,7 +73,7 @@ class BatchPlan:
     @property
     def transitions_per_sample(self) -> int:
         """Transitions of a sample that are trained on in a pass."""
-        return max(1, int(len(self.recorded_steps) * self.timestep_fraction))
+        return max(1, round(len(self.recorded_steps) * self.timestep_fraction))
 
     @property
     def samples_per_mini_batch(self) -> int:

@@ -354,7 +354,9 @@ def policy_scheduler(scheduler: SchedulerMixin, eta: float) -> DDIMPolicySchedul
                 f"pipeline.scheduler.config.{option} is True: a clipped step has no Gaussian density. Switch it off "
                 f"with `pipeline.scheduler = {name}.from_config(pipeline.scheduler.config, {option}=False)`."
             )
-    # Configs of other classes may lack the key, and DDIM's own default is True.
-    policy = DDIMPolicyScheduler.from_config(config, clip_sample=False)
+    # Values that the pipeline's class chose by default are part of its diffusion (Heun's betas are not DDIM's), but
+    # `from_config` would replace those listed here by DDIM's. `clip_sample` other classes lack, and DDIM's is True.
+    settings = {key: value for key, value in config.items() if key != "_use_default_values"}
+    policy = DDIMPolicyScheduler.from_config(settings, clip_sample=False)
     policy.eta = eta
     return policy

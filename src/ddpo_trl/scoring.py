@@ -3,6 +3,7 @@
 import asyncio
 import functools
 import inspect
+import itertools
 import math
 import time
 import types
@@ -164,22 +165,32 @@ def as_rewards(answer: Any, count: int, name: str, when: str = "") -> Tensor:
         `ValueError`: If it has not B values, or one is NaN or infinite.
     """
     where = f"Reward function `{name}`" + (f" ({when})" if when else "")
-    if isinstance(answer, tuple) and len(answer) == 2 and not isinstance(answer[0], Number):
+    if isinstance(answer, tuple) and len(answer) == 2 and not is_number(answer[0], count):
         answer = answer[0]  # (rewards, info), as TRL ≤ 0.23 and ddpo-pytorch want
     if not isinstance(answer, list | tuple | np.ndarray | Tensor):
         raise TypeError(f"{where} returned {answer!r}; it must return one number per image.")
     values = answer.reshape(-1).tolist() if isinstance(answer, np.ndarray | Tensor) else list(answer)
     if len(values) != count:
         raise ValueError(f"{where} returned {len(values)} values for {count} images; it must return one per image.")
-    rewards = []
-    for index, value in enumerate(values):
-        try:
-            rewards.append(float(value))
-        except (TypeError, ValueError) as error:
-            raise TypeError(f"{where} returned {value!r} for image {index}; it must be a number.") from error
-        if not math.isfinite(rewards[-1]):
-            raise ValueError(f"{where} returned {rewards[-1]} for image {index}; rewards must be finite.")
+    rewards = [_finite_number(value, f"{where} returned {value!r} for image {i}") for i, value in enumerate(values)]
     return torch.tensor(rewards, dtype=torch.float64)
+
+
+def _finite_number(value: Any, what: str) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{what}; it must be a number.") from error
+    if isinstance(value, str):  # "8", which float() takes
+        raise TypeError(f"{what}; it must be a number.")
+    if not math.isfinite(number):
+        raise ValueError(f"{what}; rewards must be finite.")
+    return number
+
+
+def is_number(value: Any, count: int) -> bool:
+    """Whether `value` is one of `count` rewards; a 0-dim tensor may also be all of a batch of one."""
+    return isinstance(value, Number) or (isinstance(value, np.ndarray | Tensor) and value.ndim == 0 and count > 1)
 
 
 def reward_name(function: Any) -> str:
@@ -193,7 +204,8 @@ def reward_name(function: Any) -> str:
 
 def unique_names(names: Sequence[str]) -> list[str]:
     """Names in the same order; those that occur again get a number: `["a", "a"]` → `["a", "a_2"]`."""
-    return [
-        name if (before := names[:index].count(name)) == 0 else f"{name}_{before + 1}"
-        for index, name in enumerate(names)
-    ]
+    unique: list[str] = []
+    for name in names:
+        candidates = itertools.chain([name], (f"{name}_{number}" for number in itertools.count(2)))
+        unique.append(next(candidate for candidate in candidates if candidate not in unique))
+    return unique

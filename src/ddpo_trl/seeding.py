@@ -31,5 +31,5 @@ def generator(seed: int, stream: Stream, *path: int) -> torch.Generator:
         path (`int`):
             What distinguishes the streams of one purpose, ≥ 0 each.
     """
-    state = np.random.SeedSequence([seed, stream, *path]).generate_state(1, np.uint64)
+    state = np.random.SeedSequence(seed, spawn_key=(stream, *path)).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(state[0]) >> 1)  # manual_seed takes 63 bits

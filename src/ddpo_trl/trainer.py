@@ -171,7 +171,7 @@ class DDPOTrainer(Trainer):
         self.remove_callback(ProgressCallback)
         self.add_callback(self.progress)
         self.normalize = self._normalizer()
-        self.rollout: Rollout | None = None
+        self.rollout: Rollout  # of the current round
         self._metrics: defaultdict[str, list[Tensor | float]] = defaultdict(list)
         self._training_since = 0.0
         self._try_reward_function()
@@ -207,7 +207,6 @@ class DDPOTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The objective of one micro-batch, which `inputs` names by the indices of its transitions."""
-        assert self.rollout is not None, "the loader hands over the rollout before its first micro-batch"
         batch = self.rollout.transition(**inputs)
         log_probs, kl = model(
             step=batch.step,
@@ -277,7 +276,8 @@ class DDPOTrainer(Trainer):
 
     def _try_reward_function(self) -> None:
         """Scores two images made in one denoising step: a faulty reward function is refused at construction."""
-        prompts, metadata = zip(*self.prompts.preview(2), strict=True)
+        pairs = self.prompts.preview(min(2, self.plan.prompts_per_round))
+        prompts, metadata = zip(*(pairs[0], pairs[-1]), strict=True)
         generators = [generator(self.args.seed, Stream.EVALUATION, index) for index in range(2)]
         with self.accelerator.autocast():
             images = self._policy.sample(prompts, generators, num_inference_steps=1).images

@@ -1,4 +1,4 @@
-"""DDPO learns: on a tiny random pipeline the images get brighter or darker as asked, and not when rewards are shuffled."""
+"""DDPO learns: tiny images get brighter or darker as asked, and neither when the rewards are shuffled."""
 
 import math
 from typing import NamedTuple
