@@ -32,7 +32,7 @@ def test_pairs_keep_their_metadata():
 def test_the_other_columns_of_a_dataset_are_the_metadata():
     dataset = Dataset.from_dict({"legs": [4, 2], "prompt": ["cat", "owl"], "kind": ["mammal", "bird"]})
     expected = [("cat", {"legs": 4, "kind": "mammal"}), ("owl", {"legs": 2, "kind": "bird"})]
-    assert prompt_pairs(dataset, "prompt_fn") == expected
+    assert list(prompt_pairs(dataset, "prompt_fn")) == expected
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ def test_a_wrong_prompt_is_refused_with_its_index(wrong):
 
 
 def test_a_wrong_prompt_in_a_dataset_is_refused_with_its_index():
-    with pytest.raises(TypeError, match=r"prompt_fn\[0\] is \(3, {}\)"):
+    with pytest.raises(TypeError, match=r"prompt_fn\[0\]\['prompt'\] is 3"):
         prompt_source(Dataset.from_dict({"prompt": [3]}), seed=0)
 
 

@@ -283,7 +283,7 @@ def test_a_function_with_another_signature_is_named():
     def two_arguments(images: Any, prompts: Any) -> list[int]:
         return [1, 2, 3]
 
-    with pytest.raises(RuntimeError, match="`two_arguments` raised TypeError.*positional arguments"):
+    with pytest.raises(TypeError, match=r"reward_fn\[0\] \(`two_arguments`\).*called with three"):
         rewards_of(two_arguments)
 
 

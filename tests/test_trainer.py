@@ -533,7 +533,7 @@ def test_a_faulty_reward_function_is_refused_at_construction(make_config, answer
 
 
 def test_a_reward_function_of_another_signature_is_refused_at_construction(make_config):
-    with pytest.raises(RuntimeError, match="`only_images` raised TypeError"):
+    with pytest.raises(TypeError, match=r"reward_fn\[0\] \(`only_images`\) .* called with three"):
         DDPOTrainer(make_config(), cast(Any, only_images), PROMPTS, tiny_pipeline())
 
 

@@ -73,18 +73,39 @@ class ShuffledPrompts(PromptSource):
         self.seed = seed
 
     def draw(self, round: int, count: int) -> list[PromptPair]:
-        return [self._at(position) for position in range(round * count, (round + 1) * count)]
+        places = [divmod(position, len(self.pairs)) for position in range(round * count, (round + 1) * count)]
+        orders = {which_pass: self._order(which_pass) for which_pass in {which_pass for which_pass, _ in places}}
+        return [self.pairs[orders[which_pass][offset]] for which_pass, offset in places]
 
     def preview(self, count: int) -> list[PromptPair]:
         return self.draw(0, count)
 
-    def _at(self, position: int) -> PromptPair:
-        which_pass, offset = divmod(position, len(self.pairs))
-        order = torch.randperm(len(self.pairs), generator=generator(self.seed, Stream.PROMPTS, which_pass))
-        return self.pairs[int(order[offset])]
+    def _order(self, which_pass: int) -> list[int]:
+        random = generator(self.seed, Stream.PROMPTS, which_pass)
+        return torch.randperm(len(self.pairs), generator=random).tolist()
 
 
-def prompt_pairs(prompts: Any, argument: str) -> list[PromptPair]:
+class DatasetPairs(Sequence[PromptPair]):
+    """
+    A dataset's rows as `(prompt, metadata)` pairs, read when they are needed.
+
+    Args:
+        dataset (`datasets.Dataset`):
+            With a `prompt` column.
+    """
+
+    def __init__(self, dataset: Dataset):
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: Any) -> Any:
+        row = dict(self.dataset[index])
+        return row.pop("prompt"), row
+
+
+def prompt_pairs(prompts: Any, argument: str) -> Sequence[PromptPair]:
     """
     Turns a dataset or a list into `(prompt, metadata)` pairs.
 
@@ -100,14 +121,12 @@ def prompt_pairs(prompts: Any, argument: str) -> list[PromptPair]:
         `ValueError`: If it is empty, or the dataset has no `prompt` column.
     """
     if isinstance(prompts, Dataset):
-        if "prompt" not in prompts.column_names:
-            raise ValueError(
-                f"{argument} is a dataset with the columns {prompts.column_names}; name the one with the texts "
-                "'prompt' (`dataset.rename_column(...)`)."
-            )
-        pairs = [(row["prompt"], {name: row[name] for name in row if name != "prompt"}) for row in prompts]
+        pairs: Sequence[PromptPair] = _dataset_pairs(prompts, argument)
     elif isinstance(prompts, Sequence) and not isinstance(prompts, str):
         pairs = [(prompt, {}) if isinstance(prompt, str) else prompt for prompt in prompts]
+        for index, pair in enumerate(pairs):
+            if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str)):
+                raise TypeError(f"{argument}[{index}] is {pair!r}; each must be a str or a pair (str, metadata).")
     else:
         raise TypeError(
             f"{argument} is {type(prompts).__name__}; give a callable that returns (prompt, metadata), a "
@@ -115,10 +134,18 @@ def prompt_pairs(prompts: Any, argument: str) -> list[PromptPair]:
         )
     if not pairs:
         raise ValueError(f"{argument} is empty; give at least one prompt.")
-    for index, pair in enumerate(pairs):
-        if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str)):
-            raise TypeError(f"{argument}[{index}] is {pair!r}; each must be a str or a pair (str, metadata).")
     return pairs
+
+
+def _dataset_pairs(dataset: Dataset, argument: str) -> DatasetPairs:
+    if "prompt" not in dataset.column_names:
+        raise ValueError(
+            f"{argument} is a dataset with the columns {dataset.column_names}; name the one with the texts "
+            "'prompt' (`dataset.rename_column(...)`)."
+        )
+    if len(dataset) > 0 and not isinstance(dataset[0]["prompt"], str):
+        raise TypeError(f"{argument}[0]['prompt'] is {dataset[0]['prompt']!r}; the prompt column must hold texts.")
+    return DatasetPairs(dataset)
 
 
 def prompt_source(prompt_fn: Any, seed: int) -> PromptSource:

@@ -62,7 +62,7 @@ class RewardScorer:
             The functions' names, as they are logged.
 
     Raises:
-        `TypeError`: If a reward function can't be called.
+        `TypeError`: If a reward function can't be called with three arguments.
         `ValueError`: If there is none, or their number is not that of the weights.
     """
 
@@ -81,6 +81,7 @@ class RewardScorer:
                     f"reward_fn[{index}] is {function!r}, which can't be called; give a function of (images, prompts, "
                     "metadata)."
                 )
+            _check_signature(function, f"reward_fn[{index}] (`{reward_name(function)}`)")
         weights = [1.0] * len(self.functions) if weights is None else list(weights)
         if len(weights) != len(self.functions):
             raise ValueError(
@@ -113,6 +114,19 @@ class RewardScorer:
     def total(self, rewards: Tensor) -> Tensor:
         """The weighted sum over the functions of `(N, F)` rewards: `(N,)` float64."""
         return rewards.cpu().double() @ self.weights
+
+
+def _check_signature(function: RewardFunction, which: str) -> None:
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # some functions written in C don't tell theirs
+        return
+    try:
+        signature.bind("images", "prompts", "metadata")
+    except TypeError as error:
+        raise TypeError(
+            f"{which} has the parameters {signature}, but is called with three: (images, prompts, metadata)."
+        ) from error
 
 
 def score(

@@ -16,7 +16,7 @@ from datasets import Dataset
 from diffusers import DiffusionPipeline
 from peft import PeftConfig
 from torch import Tensor, nn
-from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerControl
+from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerControl, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ddpo_trl import advantages
@@ -145,6 +145,7 @@ class DDPOTrainer(Trainer):
                 f"{args.n_gpu} GPUs are visible to one process, and DataParallel can't drive a pipeline. Start the "
                 "script with `accelerate launch`, or make one GPU visible (CUDA_VISIBLE_DEVICES=0)."
             )
+        set_seed(args.seed)  # the adapter is initialised at random
         self.scorer = RewardScorer(reward_fn, args.reward_weights, args.max_workers)
         self.prompts = prompt_source(prompt_fn, args.seed)
         self.eval_prompts = None if eval_prompts is None else prompt_pairs(eval_prompts, "eval_prompts")
