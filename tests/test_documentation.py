@@ -1,13 +1,13 @@
 """What the documents show runs as it stands."""
 
+import ast
+import doctest
 import re
 import runpy
 import sys
 from pathlib import Path
 
 import pytest
-
-from ddpo_trl import trainer
 
 
 ROOT = Path(__file__).parents[1]
@@ -27,11 +27,25 @@ def test_the_readmes_example_runs_and_plain_diffusers_loads_what_it_saves(tmp_pa
     names["load_emoji_pipeline"]().load_lora_weights("outputs/red-emoji")
 
 
-def test_the_trainers_docstring_example_runs(tmp_path, monkeypatch):
+def docstring_snippets() -> list[tuple[str, str]]:
+    """Every fenced Python block of a docstring of the package, with where it stands."""
+    found = []
+    for path in sorted((ROOT / "src" / "ddpo_trl").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                for code in snippets(ast.get_docstring(node) or ""):
+                    found.append((f"{path.stem}.{node.name if not isinstance(node, ast.Module) else ''}", code))
+    return found
+
+
+@pytest.mark.parametrize("where, code", docstring_snippets(), ids=lambda value: value[:40])
+def test_a_docstrings_example_runs(where, code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (code,) = snippets(trainer.DDPOTrainer.__doc__ or "")
-    exec(compile(code, "docstring", "exec"), {})
-    assert (tmp_path / "ddpo-emoji" / "pytorch_lora_weights.safetensors").is_file()
+    if code.startswith(">>>"):
+        example = doctest.DocTestParser().get_doctest(code, {}, where, None, 0)
+        assert doctest.DocTestRunner().run(example).failed == 0
+    else:
+        exec(compile(code, where, "exec"), {})
 
 
 def test_the_example_script_runs(tmp_path, monkeypatch):
