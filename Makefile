@@ -11,7 +11,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 .PHONY: demo test learning check format type emoji emoji-quality clean
 
 demo: $(READY)  ## the main job: DDPO on the embedded pipeline, results in outputs/demo
-	$(BIN)/ddpo-trl demo
+	TRANSFORMERS_VERBOSITY=error $(BIN)/ddpo-trl demo  # it warns of a missing torchvision, which nothing here needs
 
 test: $(READY)  ## the test suite, under 8 minutes on two cores
 	$(BIN)/pytest -q

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from diffusers.models.attention_processor import AttnProcessor
 from peft import LoraConfig
 from rich.console import Console
 from rich.table import Table
@@ -20,12 +21,18 @@ from ddpo_trl.emoji import load_emoji_pipeline, recognised_share
 from ddpo_trl.plots import ImageRow, save_comparison, save_reward_curve
 from ddpo_trl.seeding import Stream, generator
 from ddpo_trl.trainer import DDPOTrainer, Samples
+from ddpo_trl.types import RewardFunction
 
 
 PROMPTS = [
     "cat face", "tiger", "penguin", "octopus", "frog", "butterfly", "tulip", "cactus",
     "pizza", "hamburger", "strawberry", "doughnut", "red apple", "watermelon", "ice cream", "carrot",
 ]  # fmt: skip
+
+REWARDS: dict[str, RewardFunction] = {
+    "jpeg_compressibility": rewards.jpeg_compressibility,
+    "jpeg_incompressibility": rewards.jpeg_incompressibility,
+}
 
 # The evaluation repeats every prompt this often, each time with another seed.
 EVAL_SEEDS = 4
@@ -48,6 +55,7 @@ DEFAULTS: dict[str, Any] = {
     "learning_rate": 3e-3,
     "save_strategy": "no",
     "report_to": "none",
+    "disable_tqdm": False,
     "seed": 0,
 }
 
@@ -112,14 +120,14 @@ def run_demo(arguments: DemoArguments, config: DDPOConfig) -> dict[str, Any]:
     Returns:
         `dict`: What `summary.json` holds.
     """
-    reward_fn = {"jpeg_compressibility": rewards.jpeg_compressibility}.get(
-        arguments.reward, rewards.jpeg_incompressibility
-    )
+    reward_fn = REWARDS[arguments.reward]
+    pipeline = load_emoji_pipeline()
+    pipeline.unet.set_attn_processor(AttnProcessor())  # fused attention is slower on a CPU, backwards above all
     trainer = DDPOTrainer(
         config,
         reward_fn,
         PROMPTS,
-        load_emoji_pipeline(),
+        pipeline,
         peft_config=demo_lora_config(arguments.lora_rank) if config.use_lora else None,
         eval_prompts=PROMPTS * EVAL_SEEDS,
     )
