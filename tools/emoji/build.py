@@ -1,6 +1,6 @@
 """Builds the embedded pipeline from nothing: packages, autoencoder, denoiser, export. Run it again to go on.
 
-python tools/emoji/build.py --minutes 85
+python tools/emoji/build.py --minutes 65
 """
 
 import argparse
@@ -22,7 +22,7 @@ def main() -> None:
     parser.add_argument("--work-dir", type=Path, default=ROOT / "build" / "emoji", help="packages and checkpoints")
     parser.add_argument("--target", type=Path, default=ASSETS, help="the folder that the pipeline replaces")
     parser.add_argument("--device", default="cpu", help="where to train, such as cpu or cuda")
-    parser.add_argument("--minutes", type=float, default=85, help="time to train the denoiser, over all resumptions")
+    parser.add_argument("--minutes", type=float, default=65, help="time to train the denoiser, over all resumptions")
     args = parser.parse_args()
     args.work_dir.mkdir(parents=True, exist_ok=True)
 
