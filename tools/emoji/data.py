@@ -53,7 +53,7 @@ def pack(package: str, folder: Path) -> Path:
                 f"{tarball} is absent and npm is not installed: install npm or put the file there."
             )
         folder.mkdir(parents=True, exist_ok=True)
-        subprocess.run(["npm", "pack", package], cwd=folder, check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(["npm", "pack", "--silent", package], cwd=folder, check=True, stdout=subprocess.DEVNULL)
     return tarball
 
 
