@@ -5,6 +5,7 @@ import json
 import pytest
 from PIL import Image
 from safetensors import safe_open
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from ddpo_trl import cli, demo
 
@@ -43,7 +44,8 @@ def test_the_demo_saves_weights_pictures_and_figures(tmp_path, capsys):
 @pytest.mark.parametrize(
     "flags, field, value",
     [
-        (["--loss_type", "sf", "--num_mini_batches", "1"], "loss_type", "sf"),
+        (["--loss_type", "sf"], "loss_type", "sf"),
+        (["--loss_type", "sf", "--learning_rate", "1e-3"], "learning_rate", 1e-3),
         (["--kl_coef", "0.5"], "kl_coef", 0.5),
         (["--train_timestep_range", "0", "0.5"], "train_timestep_range", [0.0, 0.5]),
         (["--seed", "7"], "seed", 7),
@@ -53,6 +55,23 @@ def test_every_config_field_is_a_flag(tmp_path, flags, field, value):
     _, config = demo.parse_arguments(["--output_dir", str(tmp_path), *flags])
     assert vars(config)[field] == value
     assert config.num_inference_steps == demo.DEFAULTS["num_inference_steps"]
+
+
+def test_training_stops_once_the_reward_has_improved_enough(tmp_path):
+    """From −2 to −1.6 is a fifth of the magnitude; from 2 up to 2.3 is less."""
+    stop, control = demo.StopAtGain(0.18), TrainerControl()
+
+    def is_over_after(reward: float) -> bool:
+        stop.on_log(TrainingArguments(str(tmp_path)), TrainerState(), control, logs={"reward": reward})
+        return control.should_training_stop
+
+    assert not is_over_after(-2.0)
+    assert not is_over_after(-1.65)
+    assert is_over_after(-1.6)
+    stop, control = demo.StopAtGain(0.18), TrainerControl()
+    assert not is_over_after(2.0)
+    assert not is_over_after(2.3)
+    assert is_over_after(2.4)
 
 
 def test_the_other_direction_is_a_flag(tmp_path):

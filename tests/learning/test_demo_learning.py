@@ -48,5 +48,5 @@ def test_the_demo_goes_the_other_way_too(tmp_path):
 
 
 def test_the_score_function_estimator_learns_too(tmp_path):
-    summary = run(tmp_path, "--loss_type", "sf", "--num_mini_batches", "1")
+    summary = run(tmp_path, "--loss_type", "sf")
     assert summary["eval_reward_gain"] >= 4 * summary["eval_reward_gain_stderr"]
