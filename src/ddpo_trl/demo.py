@@ -42,8 +42,8 @@ EVAL_SEEDS = 2
 # Prompts whose first evaluation image is in before_after.png.
 SHOWN = 10
 
-# Guidance above 1 keeps what belongs to the caption: at 1 the whole image fades, which compresses well too. The last two
-# of five steps have a tiny σ, and their gradient would outweigh the others'.
+# Guidance above 1 keeps what belongs to the caption: at 1 the whole image fades, which compresses well too. The last
+# two of five steps have a tiny σ, and their gradient would outweigh the others'.
 DEFAULTS: dict[str, Any] = {
     "output_dir": "outputs/demo",
     "num_train_epochs": 13,
