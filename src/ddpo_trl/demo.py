@@ -252,8 +252,8 @@ def print_summary(summary: dict[str, Any], output_dir: str) -> None:
     console.print(table)
     console.print(
         f"{seconds['total']:.0f} s: sampling {seconds['sampling']:.0f} s, training {seconds['training']:.0f} s "
-        f"(scoring {seconds['scoring']:.1f} s meanwhile). Saved in {output_dir}: pytorch_lora_weights.safetensors, "
-        "reward.png, before_after.png, summary.json"
+        f"(scoring {seconds['scoring']:.1f} s meanwhile). Saved in {output_dir}: the weights, reward.png, "
+        "before_after.png, summary.json"
     )
 
 

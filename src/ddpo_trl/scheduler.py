@@ -308,7 +308,7 @@ class DDIMPolicyScheduler(PolicyScheduler, DDIMScheduler):
         # float32 tensors up to the last line, in diffusers' order: η = 0 then is DDIMScheduler.step to the bit.
         alpha = self.alphas_cumprod[timestep]
         next_alpha = self.alphas_cumprod[next_timestep] if next_timestep >= 0 else self.final_alpha_cumprod
-        std = self.eta * self._get_variance(timestep, next_timestep) ** 0.5
+        std = self.eta * ((1 - next_alpha) / (1 - alpha) * (1 - alpha / next_alpha)) ** 0.5
         # With zero terminal SNR and η = 1 the difference is 0, or -1e-8 by rounding.
         direction = (1 - next_alpha - std**2).clamp(min=0) ** 0.5
         return DDIMCoefficients(
