@@ -153,6 +153,18 @@ def test_a_run_without_updates_has_ratio_one_in_every_round(make_config):
         assert log["policy/approxkl_avg"] == 0.0
 
 
+def test_later_updates_of_a_round_are_measured_against_the_policy_that_sampled_it(make_config):
+    """One step far beyond ε takes every ratio out of the trusted interval; on-policy, none can be."""
+    settings = {"learning_rate": 0.1, "cliprange": 1e-8}
+    first = DDPOTrainer(make_config(**settings), brightness, PROMPTS, tiny_pipeline())
+    first.train()
+    assert reward_logs(first)[0]["policy/clipfrac_avg"] == 0.0
+    both = DDPOTrainer(make_config(num_ppo_epochs=2, **settings), brightness, PROMPTS, tiny_pipeline())
+    both.train()
+    assert reward_logs(both)[0]["policy/clipfrac_avg"] > 0.45  # all of the second half
+    assert reward_logs(both)[0]["policy/approxkl_avg"] > 0
+
+
 def test_a_pipeline_that_does_not_repeat_itself_stops_the_first_round(make_config):
     pipeline = tiny_pipeline()
     pipeline.unet.register_forward_hook(lambda *args: (args[2][0] + torch.randn_like(args[2][0]),))
