@@ -26,9 +26,10 @@ from ddpo_trl.trainer import DDPOTrainer, Samples
 from ddpo_trl.types import RewardFunction
 
 
+# Captions whose two drawings differ in complexity: there is something to choose without losing the subject.
 PROMPTS = [
-    "cat face", "tiger", "penguin", "octopus", "frog", "butterfly", "tulip", "cactus",
-    "pizza", "hamburger", "strawberry", "doughnut", "red apple", "watermelon", "ice cream", "carrot",
+    "mushroom", "squid", "hamburger", "blossom", "snake", "taco", "spider", "strawberry",
+    "tropical fish", "pancakes", "evergreen tree", "candy", "honeybee", "potted plant", "sushi", "lollipop",
 ]  # fmt: skip
 
 REWARDS: dict[str, RewardFunction] = {
@@ -80,7 +81,7 @@ class DemoArguments:
             Rank of the adapter.
         shuffle_rewards (`bool`, *optional*, defaults to `False`):
             Whether to shuffle the rewards of each round among its images: the control, which must not learn.
-        stop_at_gain (`float`, *optional*, defaults to `0.18`):
+        stop_at_gain (`float`, *optional*, defaults to `0.2`):
             Training stops when the reward of a round is better than the first round's by this share of its magnitude.
             Left to run, compressibility ends in blank images.
     """
@@ -93,7 +94,7 @@ class DemoArguments:
         default=False, metadata={"help": "Shuffle the rewards among the images: the control, which must not learn."}
     )
     stop_at_gain: float = field(
-        default=0.18, metadata={"help": "Stop when the reward has improved by this share of the first round's."}
+        default=0.2, metadata={"help": "Stop when the reward has improved by this share of the first round's."}
     )
 
 
@@ -103,7 +104,7 @@ class StopAtGain(TrainerCallback):
 
     Args:
         share (`float`):
-            0.18 for 18 %.
+            0.2 for 20 %.
     """
 
     def __init__(self, share: float):
