@@ -8,7 +8,7 @@ READY := $(VENV)/ready
 # With two cores, spinning OpenMP threads of one process starve the other.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test learning check format type emoji emoji-quality clean
+.PHONY: demo test learning check format emoji emoji-quality clean
 
 demo: $(READY)  ## the main job: DDPO on the embedded pipeline, results in outputs/demo
 	TRANSFORMERS_VERBOSITY=error $(BIN)/ddpo-trl demo  # it warns of a missing torchvision, which nothing here needs
