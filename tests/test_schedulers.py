@@ -1,4 +1,7 @@
-"""The policy scheduler against diffusers' own DDIM step, `torch.distributions` and the formulas of the papers."""
+"""Policy schedulers of variance-preserving diffusions, and what all have in common.
+
+Against diffusers' own DDIM step, `torch.distributions` and the formulas of the papers.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,26 +10,29 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
+    CMStochasticIterativeScheduler,
+    CogVideoXDDIMScheduler,
+    CogVideoXDPMScheduler,
     DDIMScheduler,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
+    EDMDPMSolverMultistepScheduler,
     EDMEulerScheduler,
     EulerDiscreteScheduler,
-    FlowMatchEulerDiscreteScheduler,
+    LCMScheduler,
     LMSDiscreteScheduler,
     PNDMScheduler,
+    SASolverScheduler,
     SchedulerMixin,
-    UniPCMultistepScheduler,
+    SCMScheduler,
+    TCDScheduler,
 )
+from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
 from torch import Tensor
 from torch.distributions import Normal
 
-from ddpo_trl.scheduler import (
-    VARIANCE_PRESERVING_SCHEDULERS,
-    Replay,
-    Sampling,
-    policy_scheduler,
-)
+from ddpo_trl.schedulers import ActionSource, Replay, Sampling, StepReplayed, policy_scheduler
+from ddpo_trl.schedulers.convert import VARIANCE_PRESERVING_SCHEDULERS
 
 
 # Stable Diffusion's noise
@@ -52,15 +58,37 @@ def denoiser(latents: Tensor, timestep: Tensor) -> Tensor:
     return torch.sin(1.7 * latents + timestep / 300)
 
 
-def sample(policy: Any, steps: int, latents: Tensor, source: Sampling) -> list[Tensor]:
+def begin(policy: Any, steps: int, first: int = 0) -> Tensor:
+    """The timesteps of a pipeline that leaves out the `first` ones, as image-to-image pipelines do."""
+    policy.set_timesteps(steps)
+    if first:
+        policy.set_begin_index(first)
+    return policy.timesteps[first:]
+
+
+def sample(policy: Any, steps: int, latents: Tensor, source: Sampling, first: int = 0) -> list[Tensor]:
     """The latents after each step, as a pipeline would make them."""
     trajectory = []
     with policy.acting(source):
-        policy.set_timesteps(steps)
-        for timestep in policy.timesteps:
+        for timestep in begin(policy, steps, first):
             latents = policy.step(denoiser(latents, timestep), timestep, latents, return_dict=False)[0]
             trajectory.append(latents)
     return trajectory
+
+
+def replay(policy: Any, steps: int, index: int, latents: Tensor, first: int = 0) -> Replay:
+    """What a pipeline that is given `latents` as its first state does until the policy leaves it."""
+    source = Replay(index, latents)
+    with policy.acting(source), pytest.raises(StepReplayed):
+        timestep = begin(policy, steps, first)[0]
+        policy.step(denoiser(latents, timestep), timestep, latents)
+    return source
+
+
+def stds(policy: Any, steps: int, source: ActionSource | None = None) -> list[float]:
+    with policy.acting(source or Replay(0)):
+        policy.set_timesteps(steps)
+    return policy.stds
 
 
 def diffusers_sample(scheduler: DDIMScheduler, steps: int, latents: Tensor, **step_kwargs: Any) -> list[Tensor]:
@@ -145,12 +173,12 @@ def test_the_pipeline_gets_the_form_of_answer_it_asks_for():
 
 @pytest.mark.parametrize("eta", [1.0, 0.5])
 def test_sigma_is_that_of_the_paper(eta):
-    stds = policy_scheduler(ddim(), eta).stds(10)
     # leading spacing with an offset of 1: 901, 801, ..., 1; after the last step the signal is that of timestep 0
     expected = [sigma(t, t - 100, final_alpha=float(alphas_cumprod()[0]), eta=eta) for t in range(901, 0, -100)]
     # float32 keeps 1 - a / a_next, about 1e-3 at the last step, to 1e-4 of its value
-    assert stds == pytest.approx(expected, rel=1e-4)
-    assert min(stds) > 0
+    actual = stds(policy_scheduler(ddim(), eta), 10)
+    assert actual == pytest.approx(expected, rel=1e-4)
+    assert min(actual) > 0
 
 
 @pytest.mark.parametrize(
@@ -167,7 +195,7 @@ def test_deterministic_steps_are_run_but_never_recorded(config, deterministic):
     policy: Any = policy_scheduler(ddim(**config), eta=1.0)
     source = Sampling(generators(2), record=range(10), reduction="mean")
     assert len(sample(policy, 10, draw(SHAPE), source)) == 10
-    assert [index for index, std in enumerate(policy.stds(10)) if std == 0] == deterministic
+    assert [index for index, std in enumerate(policy.stds) if std == 0] == deterministic
     assert sorted(source.steps) == [index for index in range(10) if index not in deterministic]
 
 
@@ -269,26 +297,35 @@ def test_in_half_precision_an_action_is_rounded_before_its_density_is_taken():
 @pytest.mark.parametrize("config", EVERY_DDIM)
 @pytest.mark.parametrize("index", [0, 4, 9])
 def test_replay_runs_exactly_the_one_recorded_step(config, index):
-    latents, action = draw(SHAPE), draw(SHAPE, 1)
+    latents = draw(SHAPE)
     reference = ddim(**config)
     reference.set_timesteps(10)
     policy: Any = policy_scheduler(ddim(**config), eta=0.8)
-    source = Replay(index, action)
-    with policy.acting(source):
-        policy.set_timesteps(10)
-        assert policy.timesteps.tolist() == [reference.timesteps[index].item()]
-        (timestep,) = policy.timesteps
-        assert policy.step(denoiser(latents, timestep), timestep, latents, return_dict=False)[0] is action
-    assert source.visits == 1
+    source = replay(policy, 10, index, latents)
+    assert policy.timesteps[0] == reference.timesteps[index]  # it is the first that the pipeline gets to see
+    assert sorted(policy.timesteps.tolist()) == sorted(reference.timesteps.tolist())  # some pipelines count them
+    assert source.latents is latents
     assert torch.equal(source.mean, diffusers_mean(ddim(**config), 10, index, latents, eta=0.8))
-    assert source.std == policy.stds(10)[index]
+    assert source.std == stds(policy, 10)[index]
+
+
+def test_a_replayed_step_needs_no_state_of_ones_own():
+    latents = draw(SHAPE)
+    policy: Any = policy_scheduler(ddim(), eta=1.0)
+    source = Replay(0)
+    assert source.latents is None
+    with policy.acting(source), pytest.raises(StepReplayed):
+        policy.set_timesteps(10)
+        policy.step(denoiser(latents, policy.timesteps[0]), policy.timesteps[0], latents)
+    assert source.latents is latents
+    assert torch.equal(source.mean, diffusers_mean(ddim(), 10, 0, latents, eta=1.0))
 
 
 def test_gradients_flow_through_a_replayed_mean():
     policy: Any = policy_scheduler(ddim(), eta=1.0)
     output = draw(SHAPE).requires_grad_()
     source = Replay(3, draw(SHAPE, 1))
-    with policy.acting(source):
+    with policy.acting(source), pytest.raises(StepReplayed):
         policy.set_timesteps(10)
         policy.step(output, policy.timesteps[0], draw(SHAPE, 2))
     (gradient,) = torch.autograd.grad(source.mean.sum(), output)
@@ -302,10 +339,9 @@ def test_gradients_flow_through_a_replayed_mean():
 def test_sampling_after_a_replay_runs_the_whole_schedule_again():
     policy: Any = policy_scheduler(ddim(), eta=1.0)
     before = sample(policy, 10, draw(SHAPE), Sampling(generators(2), (), "mean"))
-    with policy.acting(Replay(3, draw(SHAPE))):
-        policy.set_timesteps(10)
-        policy.step(draw(SHAPE), policy.timesteps[0], draw(SHAPE))
+    replay(policy, 10, 3, draw(SHAPE))
     after = sample(policy, 10, draw(SHAPE), Sampling(generators(2), (), "mean"))
+    assert len(before) == 10
     assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
 
 
@@ -320,7 +356,152 @@ def test_a_policy_scheduler_works_only_where_its_actions_come_from_somewhere():
         policy.step(draw(SHAPE), 901, draw(SHAPE))
 
 
+# ---- Parts of the schedule ----
+
+
+def test_steps_outside_the_window_are_diffusers_deterministic_ones_and_are_not_recorded():
+    policy: Any = policy_scheduler(ddim(), eta=1.0)
+    source = Sampling(generators(2), record=range(10), reduction="mean", stochastic={1, 2})
+    states = [draw(SHAPE)]
+    states += sample(policy, 10, states[0], source)
+    for index in range(10):
+        deterministic = diffusers_mean(ddim(), 10, index, states[index], eta=0.0)
+        assert torch.equal(states[index + 1], deterministic) == (index not in {1, 2})
+    assert sorted(source.steps) == [1, 2]
+    noise = [torch.stack([torch.randn(2, 4, 8, 8, generator=one)[i] for one in generators(2)]) for i in range(2)]
+    for index, drawn in zip((1, 2), noise, strict=True):  # the first numbers of each sample's generator
+        mean = diffusers_mean(ddim(), 10, index, states[index], eta=1.0)
+        std = sigma(901 - 100 * index, 801 - 100 * index, final_alpha=0.0, eta=1.0)
+        torch.testing.assert_close(states[index + 1], mean + std * drawn, rtol=1e-4, atol=1e-5)
+        assert replay(policy, 10, index, states[index]).std == pytest.approx(std, rel=1e-4)
+
+
+def test_the_window_does_not_change_what_the_standard_deviations_are():
+    policy: Any = policy_scheduler(ddim(), eta=1.0)
+    window = Sampling(generators(2), (), "mean", stochastic={4})
+    assert stds(policy, 10, window) == stds(policy, 10)
+
+
+def test_only_the_first_steps_are_run_if_no_more_are_wanted():
+    whole = sample(policy_scheduler(ddim(), eta=1.0), 10, draw(SHAPE), Sampling(generators(2), (), "mean"))
+    few = Sampling(generators(2), (), "mean", max_steps=3)
+    trajectory = sample(policy_scheduler(ddim(), eta=1.0), 10, draw(SHAPE), few)
+    assert len(trajectory) == 3
+    assert all(torch.equal(one, other) for one, other in zip(trajectory, whole[:3], strict=True))
+
+
+FIRST = 4  # image-to-image with strength 0.6 leaves out four steps of ten
+
+
+def test_steps_are_counted_from_the_first_that_the_pipeline_runs():
+    policy: Any = policy_scheduler(ddim(), eta=1.0)
+    source = Sampling(generators(2), record=(0, 5), reduction="mean")
+    states = [draw(SHAPE)]
+    states += sample(policy, 10, states[0], source, FIRST)
+    assert len(states) == 1 + 6
+    assert sorted(source.steps) == [0, 5]
+    for index, step in source.steps.items():
+        assert torch.equal(step.latents, states[index])
+        timestep = 901 - 100 * (FIRST + index)
+        mean = diffusers_mean(ddim(), 10, FIRST + index, states[index], eta=1.0)
+        std = sigma(timestep, timestep - 100, final_alpha=float(alphas_cumprod()[0]), eta=1.0)
+        expected = Normal(mean.double(), std).log_prob(step.next_latents.double()).flatten(1).mean(1)
+        torch.testing.assert_close(step.log_probs.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_standard_deviations_are_those_of_the_steps_that_the_pipeline_runs():
+    policy: Any = policy_scheduler(ddim(), eta=1.0)
+    whole = stds(policy, 10)
+    replay(policy, 10, 0, draw(SHAPE), FIRST)
+    assert policy.stds == whole[FIRST:]
+
+
+@pytest.mark.parametrize("index", [0, 2, 5])
+def test_replay_finds_its_step_behind_those_that_the_pipeline_leaves_out(index):
+    policy: Any = policy_scheduler(ddim(), eta=1.0)
+    replay(policy, 10, 0, draw(SHAPE), FIRST)  # a trainer's first run: how many are left out is known after it
+    latents = draw(SHAPE)
+    source = replay(policy, 10, index, latents, FIRST)
+    reference = ddim()
+    reference.set_timesteps(10)
+    assert policy.timesteps[FIRST] == reference.timesteps[FIRST + index]
+    assert policy.timesteps[:FIRST].tolist() == reference.timesteps[:FIRST].tolist()
+    assert sorted(policy.timesteps.tolist()) == sorted(reference.timesteps.tolist())
+    assert torch.equal(source.mean, diffusers_mean(ddim(), 10, FIRST + index, latents, eta=1.0))
+    assert source.std == stds(policy_scheduler(ddim(), eta=1.0), 10)[FIRST + index]
+
+
+def test_as_many_steps_as_wanted_are_run_behind_those_that_the_pipeline_leaves_out():
+    policy: Any = policy_scheduler(ddim(), eta=1.0)
+    whole = sample(policy, 10, draw(SHAPE), Sampling(generators(2), (), "mean"), FIRST)
+    trajectory = sample(policy, 10, draw(SHAPE), Sampling(generators(2), (), "mean", max_steps=2), FIRST)
+    assert len(whole) == 6
+    assert len(trajectory) == 2
+    assert all(torch.equal(one, other) for one, other in zip(trajectory, whole[:2], strict=True))
+
+
 # ---- Other schedulers ----
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+def test_a_learned_variance_is_left_out(prediction):
+    """PixArt's and Kandinsky's denoisers predict it in a second half of the channels; DDIM's variance is fixed."""
+    latents = draw(SHAPE)
+    policy: Any = policy_scheduler(ddim(prediction_type=prediction), eta=0.5)
+    source = Replay(2)
+    with policy.acting(source), pytest.raises(StepReplayed):
+        policy.set_timesteps(10)
+        output = denoiser(latents, policy.timesteps[0])
+        policy.step(torch.cat([output, draw(SHAPE, 1)], dim=1), policy.timesteps[0], latents)
+    assert torch.equal(source.mean, diffusers_mean(ddim(prediction_type=prediction), 10, 2, latents, eta=0.5))
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize("steps", [10, 25, 50])
+@pytest.mark.parametrize("name", ["DDIM", "PNDM", "Euler"])
+def test_a_velocity_keeps_zero_terminal_snr_finite_in_every_schedule(name, spacing, steps):
+    settings = {"prediction_type": "v_prediction", "timestep_spacing": spacing}
+    # PNDM has no option for it, but takes any betas.
+    betas = rescale_zero_terminal_snr(torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)
+    scheduler = {
+        "DDIM": lambda: ddim(**settings, rescale_betas_zero_snr=True),
+        "PNDM": lambda: PNDMScheduler(trained_betas=betas.tolist(), skip_prk_steps=True, **settings),
+        "Euler": lambda: EulerDiscreteScheduler(**BETAS, rescale_betas_zero_snr=True, **settings),
+    }[name]()
+    assert scheduler.alphas_cumprod[-1] < 1e-6
+    policy: Any = policy_scheduler(scheduler, eta=1.0)
+    source = Sampling(generators(2), record=range(steps), reduction="mean")
+    trajectory = sample(policy, steps, draw(SHAPE), source)
+    assert all(torch.isfinite(latents).all() for latents in trajectory)
+    assert len(source.steps) >= steps - 1  # the last may be deterministic
+    assert all(torch.isfinite(step.log_probs).all() for step in source.steps.values())
+
+
+# The release of CogVideoX: shifted towards noise, down to none of the signal.
+COGVIDEOX = {"clip_sample": False, "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param({**COGVIDEOX, "prediction_type": "v_prediction"}, id="2B"),
+        pytest.param({**COGVIDEOX, "prediction_type": "v_prediction", "snr_shift_scale": 1.0}, id="5B"),
+        pytest.param({"clip_sample": False}, id="epsilon"),
+        pytest.param({"clip_sample": False, "prediction_type": "sample"}, id="sample"),
+        pytest.param({"clip_sample": False, "set_alpha_to_one": False}, id="not to one"),
+    ],
+)
+@pytest.mark.parametrize("steps", [10, 7])
+@pytest.mark.parametrize("scheduler_class", [CogVideoXDDIMScheduler, CogVideoXDPMScheduler])
+def test_cogvideox_steps_are_diffusers_own_ddim_steps_without_noise(scheduler_class, config, steps):
+    shape = (2, 3, 4, 4, 4)  # samples, frames, channels
+    policy: Any = policy_scheduler(scheduler_class(**config), eta=0.0)
+    trajectory = sample(policy, steps, draw(shape), Sampling(generators(2), (), "mean"))
+    scheduler: Any = CogVideoXDDIMScheduler(**config)
+    expected = diffusers_sample(scheduler, steps, draw(shape))
+    assert len(trajectory) == steps
+    for ours, theirs in zip(trajectory, expected, strict=True):  # diffusers computes in float64
+        torch.testing.assert_close(ours.double(), theirs.double(), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -352,6 +533,15 @@ def test_a_policy_scheduler_works_only_where_its_actions_come_from_somewhere():
             id="DPM-Solver++",
         ),
         pytest.param(DDPMScheduler(clip_sample=False), DDIMScheduler(clip_sample=False), id="DDPM"),
+        pytest.param(LCMScheduler(), DDIMScheduler(**BETAS, clip_sample=False), id="LCM, whose betas are not DDIM's"),
+        pytest.param(
+            TCDScheduler(set_alpha_to_one=False, steps_offset=1, prediction_type="v_prediction"),
+            DDIMScheduler(**STABLE_DIFFUSION, prediction_type="v_prediction"),
+            id="TCD",
+        ),
+        pytest.param(
+            SASolverScheduler(), DDIMScheduler(clip_sample=False, timestep_spacing="linspace"), id="SA-Solver"
+        ),
     ],
 )
 def test_schedulers_of_the_same_diffusion_become_the_same_policy(scheduler, same_as):
@@ -370,7 +560,8 @@ def test_the_policy_has_the_noise_that_the_model_was_trained_with(scheduler_clas
     scheduler = scheduler_class(**config)
     options = [option for option in ("clip_sample", "thresholding") if option in scheduler.config]
     scheduler = scheduler_class(**config, **dict.fromkeys(options, False))
-    assert torch.equal(policy_scheduler(scheduler, eta=1.0).alphas_cumprod, scheduler.alphas_cumprod)
+    policy: Any = policy_scheduler(scheduler, eta=1.0)
+    assert torch.equal(policy.alphas_cumprod, scheduler.alphas_cumprod)
 
 
 def test_the_pipelines_own_scheduler_is_left_as_it_is():
@@ -384,14 +575,13 @@ def test_the_pipelines_own_scheduler_is_left_as_it_is():
 @pytest.mark.parametrize(
     ("scheduler", "message"),
     [
-        (
-            FlowMatchEulerDiscreteScheduler(),
-            r"scheduler is FlowMatchEulerDiscreteScheduler, .*Set pipeline\.scheduler to one of DDIMScheduler, ",
-        ),
         (EDMEulerScheduler(), r"pipeline\.scheduler is EDMEulerScheduler, .*Set pipeline\.scheduler to one of"),
+        (EDMDPMSolverMultistepScheduler(), r"is EDMDPMSolverMultistepScheduler, whose steps can't be turned into"),
+        (CMStochasticIterativeScheduler(), r"is CMStochasticIterativeScheduler, whose steps can't be turned into"),
+        (SCMScheduler(), r"is SCMScheduler, .* or to FlowMatchEulerDiscreteScheduler if it was trained with flow"),
         (
-            UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction"),
-            r"pipeline\.scheduler is UniPCMultistepScheduler, .*Set pipeline\.scheduler to one of",
+            EulerDiscreteScheduler(timestep_type="continuous"),
+            r"config\.timestep_type is 'continuous': the model was trained on EDM's noise levels",
         ),
         (
             ddim(clip_sample=True),
@@ -419,4 +609,5 @@ def test_a_scheduler_that_is_no_gaussian_policy_is_refused(scheduler, message):
 def test_the_remedy_for_clipping_works(option):
     scheduler = ddim(**{option: True})
     remedied = DDIMScheduler.from_config(scheduler.config, **{option: False})
-    assert policy_scheduler(remedied, eta=1.0).config[option] is False
+    policy: Any = policy_scheduler(remedied, eta=1.0)
+    assert policy.config[option] is False

@@ -1,0 +1,147 @@
+"""Where the actions of a policy scheduler come from: drawn from the policy, or recorded ones replayed."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Sequence
+
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from ddpo_trl.gaussian import Reduction, log_prob
+from ddpo_trl.types import Step
+
+
+class StepReplayed(Exception):
+    """Leaves a pipeline's `__call__` after the one step that was wanted: nothing behind it has to run."""
+
+
+class ActionSource(ABC):
+    """Where the action x_{t-1} of a step comes from. Steps are counted from the first that the pipeline runs."""
+
+    @abstractmethod
+    def schedule(self, timesteps: Tensor, skipped: int) -> Tensor:
+        """
+        The timesteps that the pipeline gets to see.
+
+        Args:
+            timesteps (`torch.Tensor` of shape `(T,)`):
+                The full schedule.
+            skipped (`int`):
+                How many of them the pipeline leaves out at the start (image-to-image with a strength below 1).
+        """
+
+    @abstractmethod
+    def index(self, visits: int) -> int:
+        """Index of the step that the pipeline runs after `visits` others."""
+
+    @abstractmethod
+    def is_stochastic(self, index: int) -> bool:
+        """Whether step `index` gets noise."""
+
+    @abstractmethod
+    def next_latents(self, index: int, latents: Tensor, mean: Tensor, std: float) -> Tensor:
+        """
+        The action of step `index` in state `latents`, `(B, ...)` in their dtype, under N(mean, std² I); `std` is 0 on
+        a deterministic step.
+
+        Raises:
+            [`StepReplayed`]: If no further step is wanted.
+        """
+
+
+class Sampling(ActionSource):
+    """
+    Draws every action from the policy and records the steps in `record`.
+
+    Args:
+        generators (`Sequence[torch.Generator]` of length `B`):
+            One per sample, so that a sample's noise does not depend on the batch it is in.
+        record (`Collection[int]`):
+            Indices of the steps to keep; deterministic ones have no density and are never kept.
+        reduction (`"mean"` or `"sum"`):
+            Reduction of the log-probabilities over the latent dimensions.
+        stochastic (`Collection[int]`, *optional*):
+            Indices of the steps that get noise, all by default: the SDE window.
+        max_steps (`int`, *optional*):
+            How many steps to run, all by default.
+
+    Attributes:
+        steps (`dict[int, Step]`):
+            What was recorded, by step index.
+    """
+
+    def __init__(
+        self,
+        generators: Sequence[torch.Generator],
+        record: Collection[int],
+        reduction: Reduction,
+        stochastic: Collection[int] | None = None,
+        max_steps: int | None = None,
+    ):
+        self.generators = list(generators)
+        self.record = record
+        self.reduction = reduction
+        self.stochastic = stochastic
+        self.max_steps = max_steps
+        self.steps: dict[int, Step] = {}
+
+    def schedule(self, timesteps: Tensor, skipped: int) -> Tensor:
+        return timesteps if self.max_steps is None else timesteps[: skipped + self.max_steps]
+
+    def index(self, visits: int) -> int:
+        return visits
+
+    def is_stochastic(self, index: int) -> bool:
+        return self.stochastic is None or index in self.stochastic
+
+    def next_latents(self, index: int, latents: Tensor, mean: Tensor, std: float) -> Tensor:
+        action = mean
+        if std > 0:
+            action = mean + std * randn_tensor(mean.shape, generator=self.generators, device=mean.device)
+        # Rounded before the density is taken: in bf16 the rounding alone moves a log-probability by more than ε.
+        action = action.to(latents.dtype)
+        if std > 0 and index in self.record:
+            log_probs = log_prob(action, mean, std, self.reduction)
+            self.steps[index] = Step(latents=latents, next_latents=action, log_probs=log_probs)
+        return action
+
+
+class Replay(ActionSource):
+    """
+    Makes the pipeline run one step from a given state, keeps the policy's distribution over its action, and leaves.
+
+    Args:
+        step (`int`):
+            Index of the step.
+        state (`torch.Tensor` of shape `(B, ...)`, *optional*):
+            Recorded x_t; the pipeline's own first latents by default.
+
+    Attributes:
+        latents (`torch.Tensor` of shape `(B, ...)`, *optional*):
+            The x_t with which the step was run; `None` if it was not.
+        mean (`torch.Tensor` of shape `(B, ...)`):
+            μ_θ(x_t), float32, with gradient if grad mode is on.
+        std (`float`):
+            σ_t.
+    """
+
+    def __init__(self, step: int, state: Tensor | None = None):
+        self.step = step
+        self.state = state
+        self.latents: Tensor | None = None
+        self.mean: Tensor
+        self.std: float
+
+    def schedule(self, timesteps: Tensor, skipped: int) -> Tensor:
+        # As many as ever, because some pipelines count them; only the first one is going to be run.
+        return torch.cat([timesteps[:skipped], timesteps[skipped:].roll(-self.step)])
+
+    def index(self, visits: int) -> int:
+        return self.step
+
+    def is_stochastic(self, index: int) -> bool:
+        return True
+
+    def next_latents(self, index: int, latents: Tensor, mean: Tensor, std: float) -> Tensor:
+        self.latents, self.mean, self.std = latents, mean, std
+        raise StepReplayed
