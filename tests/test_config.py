@@ -45,6 +45,13 @@ def parse(*arguments: str, output_dir: Path) -> DDPOConfig:
         ("timestep_fraction", 1.0),
         ("train_timestep_range", [0.0, 1.0]),
         ("kl_coef", 0.0),
+        ("noise_level", 0.7),  # Flow-GRPO's
+        ("sde_type", "sde"),
+        ("sde_window_size", None),
+        ("sde_window_strategy", "fixed"),
+        ("sde_window_interval", 25),  # MixGRPO's
+        ("pipeline_inputs", None),
+        ("offload_text_encoders", False),
         ("gradient_accumulation_steps", 1),  # derived
         ("save_strategy", "epoch"),  # between rounds
     ],
@@ -77,6 +84,8 @@ AT_LEAST_ONE = [
     "max_workers",
     "per_prompt_stat_tracking_buffer_size",
     "per_prompt_stat_tracking_min_count",
+    "sde_window_interval",
+    "sde_window_size",
 ]
 
 
@@ -96,6 +105,21 @@ NAN = float("nan")
         ({"eta": 0.0}, r"eta is 0\.0: a step without noise is no policy\. Set eta above 0"),
         ({"eta": -1.0}, r"eta is -1\.0"),
         ({"eta": NAN}, r"eta is nan"),
+        (
+            {"noise_level": 0.0},
+            r"noise_level is 0\.0: a step without noise is no policy\. Set noise_level above 0",
+        ),
+        ({"noise_level": -0.7}, r"noise_level is -0\.7"),
+        ({"noise_level": NAN}, r"noise_level is nan"),
+        (
+            {"noise_level": 1.1, "sde_type": "cps"},
+            r"noise_level is 1\.1 with sde_type='cps', .*Set it to 1\.0 or below",
+        ),
+        ({"sde_type": "ode"}, r"sde_type is 'ode'; choose one of 'sde', 'cps'"),
+        (
+            {"sde_window_strategy": "sliding"},
+            r"sde_window_strategy is 'sliding'; choose one of 'fixed', 'progressive', 'random'",
+        ),
         ({"cliprange": 0.0}, r"cliprange is 0\.0; it must be above 0"),
         ({"cliprange": NAN}, r"cliprange is nan"),
         ({"advantage_clip": -5.0}, r"advantage_clip is -5\.0; it must be above 0"),
@@ -135,6 +159,14 @@ NAN = float("nan")
             {"pipeline_kwargs": {"height": 64, "latents": None, "eta": 0.0}},
             r"pipeline_kwargs holds eta, latents, which the trainer sets itself",
         ),
+        (
+            {"pipeline_inputs": ["image", "prompt", "latents"]},
+            r"pipeline_inputs holds latents, prompt, which the trainer sets itself",
+        ),
+        (
+            {"pipeline_inputs": ["image", "mask_image"], "pipeline_kwargs": {"strength": 0.5, "image": 1}},
+            r"^image is in pipeline_kwargs and in pipeline_inputs; .*Leave it out of one",
+        ),
         ({"gradient_accumulation_steps": 8}, r"gradient_accumulation_steps is 8, but it is derived: .*Leave it at 1"),
         ({"save_strategy": "steps"}, r"save_strategy is 'steps': a checkpoint inside a round .*save_strategy='epoch'"),
         (
@@ -161,6 +193,13 @@ def test_what_cannot_be_trained_is_refused(make_config, arguments, message):
         {"advantage_normalization": "group", "num_images_per_prompt": 2},
         {"advantage_clip": float("inf")},
         {"pipeline_kwargs": {"height": 64, "negative_prompt": "blurry"}},
+        {"pipeline_kwargs": {"timesteps": [999, 500, 100]}},
+        {"pipeline_kwargs": {"sigmas": [1.0, 0.5, 0.1]}},
+        {"pipeline_kwargs": {"strength": 0.5}, "pipeline_inputs": ["image"]},
+        {"noise_level": 1.0, "sde_type": "cps"},
+        {"noise_level": 1.1, "sde_type": "sde"},
+        {"guidance_scale": None},
+        {"sde_window_size": 1, "sde_window_strategy": "random", "sde_window_interval": 1},
         {"save_strategy": "best", "eval_strategy": "epoch", "metric_for_best_model": "reward"},
         {"max_steps": 8, "num_mini_batches": 4},
         {"num_train_epochs": 3.0},
@@ -189,6 +228,9 @@ def test_values_come_from_the_command_line(tmp_path):
         *("--total_episodes", "640"),
         *("--use_lora", "false"),
         *("--cliprange", "1e-3"),
+        *("--pipeline_inputs", "image", "mask_image"),
+        *("--sde_window_size", "2"),
+        *("--sde_window_strategy", "progressive"),
         output_dir=tmp_path,
     )
     assert config.loss_type == "sf"
@@ -198,6 +240,9 @@ def test_values_come_from_the_command_line(tmp_path):
     assert config.total_episodes == 640
     assert config.use_lora is False
     assert config.cliprange == 1e-3
+    assert config.pipeline_inputs == ["image", "mask_image"]
+    assert config.sde_window_size == 2
+    assert config.sde_window_strategy == "progressive"
 
 
 def test_an_empty_command_line_gives_the_defaults(tmp_path):

@@ -17,7 +17,7 @@ def plan(**overrides: Any) -> BatchPlan:
             "per_device_train_batch_size": 2,
             "num_mini_batches": 3,
             "num_ppo_epochs": 2,
-            "recorded_steps": tuple(range(10)),
+            "trainable_steps": tuple(range(10)),
             "timestep_fraction": 1.0,
             **overrides,
         }
@@ -41,7 +41,7 @@ def test_the_sizes_of_a_round():
     [(10, 1.0, 10), (10, 0.5, 5), (10, 0.3, 3), (10, 0.24, 2), (50, 0.58, 29), (100, 0.29, 29), (3, 0.01, 1)],
 )
 def test_a_fraction_of_the_transitions_is_trained_on_but_at_least_one(transitions, fraction, trained):
-    sizes = plan(recorded_steps=tuple(range(transitions)), timestep_fraction=fraction)
+    sizes = plan(trainable_steps=tuple(range(transitions)), timestep_fraction=fraction)
     assert sizes.transitions_per_sample == trained
     assert sizes.micro_batches_per_update == 4 * trained
 
@@ -68,7 +68,7 @@ def test_the_settings_of_the_paper(num_processes, num_mini_batches, queries_an_u
         num_sample_batches=32 // num_processes,
         num_mini_batches=num_mini_batches,
         num_ppo_epochs=1,
-        recorded_steps=tuple(range(50)),
+        trainable_steps=tuple(range(50)),
     )
     assert sizes.samples_per_round == 256
     assert sizes.updates_per_round == num_mini_batches
@@ -107,12 +107,13 @@ def test_groups_may_span_processes_but_must_fill_the_round():
 
 def test_the_printed_plan_holds_the_arithmetic():
     printed = str(
-        plan(num_processes=2, num_images_per_prompt=8, recorded_steps=tuple(range(8)), timestep_fraction=0.5)
+        plan(num_processes=2, num_images_per_prompt=8, trainable_steps=tuple(range(8)), timestep_fraction=0.5)
     )
     for part in (
         "48 = 2 processes x 6 batches x 4 images",
         "6 x 8 images each",
-        "4 a sample, of 8 recorded (steps 0 to 7)",
+        "4 a sample, of 8 that may be (steps 0 to 7)",
+        "steps with noise                 all",
         "6 = 2 passes x 3 mini-batches",
         "16, in micro-batches of 2 on each process",
         "16 (the derived gradient_accumulation_steps)",
@@ -120,11 +121,71 @@ def test_the_printed_plan_holds_the_arithmetic():
         assert part in printed
 
 
+# ---- The window ----
+
+
+def window(size: int, **overrides: Any) -> BatchPlan:
+    return plan(trainable_steps=(1, 2, 3, 4, 5, 6), window_size=size, **overrides)
+
+
+def test_without_a_window_every_round_trains_on_all_steps_that_may_be():
+    sizes = plan(trainable_steps=(1, 2, 4))
+    assert {sizes.trained_steps(round, seed) for round in range(5) for seed in range(5)} == {(1, 2, 4)}
+
+
+def test_a_fixed_window_stays_at_the_first_steps():
+    sizes = window(2, window_strategy="fixed")
+    assert {sizes.trained_steps(round, seed) for round in range(60) for seed in range(3)} == {(1, 2)}
+
+
+def test_a_progressive_window_moves_on_by_a_step_every_interval_and_from_the_end_to_the_start():
+    sizes = window(4, window_strategy="progressive", window_interval=3)
+    positions = [sizes.trained_steps(round, seed=0) for round in range(12)]
+    once = [(1, 2, 3, 4)] * 3 + [(2, 3, 4, 5)] * 3 + [(3, 4, 5, 6)] * 3
+    assert positions == once + [(1, 2, 3, 4)] * 3
+
+
+def test_a_random_window_is_drawn_anew_in_each_round_and_gets_everywhere():
+    sizes = window(4, window_strategy="random")
+    drawn = [sizes.trained_steps(round, seed=7) for round in range(60)]
+    assert set(drawn) == {(1, 2, 3, 4), (2, 3, 4, 5), (3, 4, 5, 6)}
+    assert drawn == [sizes.trained_steps(round, seed=7) for round in range(60)]  # on every process, and on resume
+    assert drawn != [sizes.trained_steps(round, seed=8) for round in range(60)]
+    # each of 3 with probability 1/3: mean 20 of 60, standard deviation sqrt(60 * 1/3 * 2/3) = 3.7
+    assert all(abs(drawn.count(position) - 20) < 4 * 3.7 for position in set(drawn))
+
+
+@pytest.mark.parametrize("strategy", ["fixed", "progressive", "random"])
+def test_a_window_as_wide_as_the_range_has_one_place(strategy):
+    sizes = window(6, window_strategy=strategy, window_interval=1)
+    assert {sizes.trained_steps(round, seed=0) for round in range(20)} == {(1, 2, 3, 4, 5, 6)}
+
+
+def test_a_window_steps_over_deterministic_steps():
+    sizes = plan(trainable_steps=(0, 1, 3, 4), window_size=2, window_strategy="progressive", window_interval=1)
+    assert [sizes.trained_steps(round, seed=0) for round in range(3)] == [(0, 1), (1, 3), (3, 4)]
+
+
+@pytest.mark.parametrize(
+    ("size", "fraction", "trained"), [(1, 1.0, 1), (2, 1.0, 2), (6, 1.0, 6), (4, 0.5, 2), (2, 0.1, 1)]
+)
+def test_the_cost_of_training_falls_with_the_window(size, fraction, trained):
+    sizes = window(size, timestep_fraction=fraction)
+    assert sizes.transitions_per_sample == trained
+    assert sizes.micro_batches_per_update == 4 * trained
+
+
+def test_the_printed_plan_names_the_window():
+    printed = str(window(2, window_strategy="progressive"))
+    assert "2 a sample, of 6 that may be (steps 1 to 6)" in printed
+    assert "2 in a row, progressive" in printed
+
+
 # ---- From a config ----
 
 
 @pytest.mark.parametrize(
-    ("stds", "bounds", "recorded"),
+    ("stds", "bounds", "trained"),
     [
         ([0.1] * 10, [0.0, 1.0], tuple(range(10))),
         ([0.1] * 10, [0.0, 0.8], (0, 1, 2, 3, 4, 5, 6, 7)),  # all but the last two of ten
@@ -133,14 +194,14 @@ def test_the_printed_plan_holds_the_arithmetic():
         ([0.0, 0.1, 0.0, 0.1], [0.0, 1.0], (1, 3)),
     ],
 )
-def test_stochastic_steps_in_the_range_are_trained_on(make_config, stds, bounds, recorded):
-    assert plan_batches(make_config(train_timestep_range=bounds), stds).recorded_steps == recorded
+def test_stochastic_steps_in_the_range_are_trained_on(make_config, stds, bounds, trained):
+    assert plan_batches(make_config(train_timestep_range=bounds), stds).trainable_steps == trained
 
 
 @pytest.mark.parametrize("steps", [3, 7, 10, 50])
 def test_ranges_that_meet_share_no_step_and_leave_none_out(make_config, steps):
     parts = [
-        plan_batches(make_config(train_timestep_range=bounds), [0.1] * steps).recorded_steps
+        plan_batches(make_config(train_timestep_range=bounds), [0.1] * steps).trainable_steps
         for bounds in ([0.0, 0.35], [0.35, 0.7], [0.7, 1.0])
     ]
     assert sum(parts, ()) == tuple(range(steps))
@@ -154,6 +215,20 @@ def test_a_range_without_a_stochastic_step_is_refused(make_config, stds, bounds)
         plan_batches(make_config(train_timestep_range=bounds), stds)
 
 
+@pytest.mark.parametrize(
+    ("stds", "bounds", "size", "stochastic"),
+    [([0.1] * 4, [0.0, 1.0], 5, 4), ([0.1] * 4, [0.0, 0.5], 3, 2), ([0.1, 0.1, 0.1, 0.0], [0.0, 1.0], 4, 3)],
+)
+def test_a_window_wider_than_the_steps_that_may_be_trained_on_is_refused(make_config, stds, bounds, size, stochastic):
+    message = (
+        rf"sde_window_size is {size}, more than the {stochastic} stochastic steps in train_timestep_range=.*"
+        r"\. Lower it, or raise num_inference_steps"
+    )
+    with pytest.raises(ValueError, match=message):
+        plan_batches(make_config(train_timestep_range=bounds, sde_window_size=size), stds)
+    assert plan_batches(make_config(train_timestep_range=bounds, sde_window_size=size - 1), stds)
+
+
 def test_the_plan_takes_its_sizes_from_the_config(make_config):
     config = make_config(
         per_device_sample_batch_size=8,
@@ -163,6 +238,9 @@ def test_the_plan_takes_its_sizes_from_the_config(make_config):
         num_mini_batches=2,
         num_ppo_epochs=5,
         timestep_fraction=0.5,
+        sde_window_size=2,
+        sde_window_strategy="progressive",
+        sde_window_interval=7,
     )
     assert plan_batches(config, [0.1] * 4) == BatchPlan(
         num_processes=1,
@@ -172,6 +250,9 @@ def test_the_plan_takes_its_sizes_from_the_config(make_config):
         per_device_train_batch_size=4,
         num_mini_batches=2,
         num_ppo_epochs=5,
-        recorded_steps=(0, 1, 2, 3),
+        trainable_steps=(0, 1, 2, 3),
+        window_size=2,
+        window_strategy="progressive",
+        window_interval=7,
         timestep_fraction=0.5,
     )

@@ -4,17 +4,30 @@ import copy
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, EulerDiscreteScheduler, PNDMScheduler
+from diffusers import (
+    DDIMPipeline,
+    DDIMScheduler,
+    DiffusionPipeline,
+    EulerDiscreteScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    UNet2DModel,
+)
 
+from conformance.image_pipelines import images, stable_diffusion, stable_diffusion_3, stable_diffusion_img2img
+from conformance.newer_pipelines import kandinsky
 from conftest import tiny_pipeline
 from ddpo_trl import DDPOConfig
 from ddpo_trl.emoji import load_emoji_pipeline
 from ddpo_trl.lora import put_on_adapter
 from ddpo_trl.policy import Policy
-from ddpo_trl.seeding import Stream, generator
+from ddpo_trl.schedulers import Replay
+from ddpo_trl.types import Context
 
 
 PROMPTS = ["cat", "dog", "cat", "owl"]
+SEEDS = [11, 12, 13, 14]
+CONTEXT = Context(prompts=PROMPTS, seeds=SEEDS)
 
 
 def make_policy(pipeline, config: DDPOConfig) -> Policy:
@@ -27,38 +40,39 @@ def make_policy(pipeline, config: DDPOConfig) -> Policy:
     return policy
 
 
-def generators(count: int, first: int = 0) -> list[torch.Generator]:
-    return [generator(0, Stream.SAMPLE, 0, first + index) for index in range(count)]
+def generators() -> list[torch.Generator]:
+    """What a user of plain diffusers gives for the same images."""
+    return [torch.Generator().manual_seed(seed) for seed in SEEDS]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
 def test_replay_reproduces_the_recorded_log_probs_to_the_bit(make_config, dtype, prediction_type):
     policy = make_policy(tiny_pipeline(prediction_type=prediction_type).to(dtype), make_config())
-    batch = policy.sample(PROMPTS, generators(4), record=range(4))
+    batch = policy.sample(CONTEXT, record=range(4))
     assert sorted(batch.steps) == [0, 1, 2, 3]
     for index, step in batch.steps.items():
         assert step.latents.dtype == dtype
-        replayed, _ = policy(step=index, latents=step.latents, next_latents=step.next_latents, prompts=PROMPTS)
+        replayed, _ = policy(step=index, latents=step.latents, next_latents=step.next_latents, context=CONTEXT)
         assert replayed.requires_grad
         assert torch.equal(torch.exp(replayed - step.log_probs), torch.ones(4))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_replay_reproduces_the_embedded_pipelines_log_probs_to_the_bit(make_config, dtype):
-    prompts = ["cat face", "3d pizza"]
+    context = Context(prompts=["cat face", "3d pizza"], seeds=SEEDS[:2])
     policy = make_policy(load_emoji_pipeline(torch_dtype=dtype), make_config(num_inference_steps=5))
-    batch = policy.sample(prompts, generators(2), record=range(5))
+    batch = policy.sample(context, record=range(5))
     for index, step in batch.steps.items():
-        replayed, _ = policy(step=index, latents=step.latents, next_latents=step.next_latents, prompts=prompts)
+        replayed, _ = policy(step=index, latents=step.latents, next_latents=step.next_latents, context=context)
         assert torch.equal(replayed, step.log_probs)
 
 
 def test_replay_under_other_guidance_is_another_policy(make_config):
     policy = make_policy(tiny_pipeline(), make_config(guidance_scale=3.0))
-    step = policy.sample(PROMPTS, generators(4), record=[1]).steps[1]
+    step = policy.sample(CONTEXT, record=[1]).steps[1]
     policy.settings.guidance_scale = 5.0
-    replayed, _ = policy(step=1, latents=step.latents, next_latents=step.next_latents, prompts=PROMPTS)
+    replayed, _ = policy(step=1, latents=step.latents, next_latents=step.next_latents, context=CONTEXT)
     assert (replayed - step.log_probs).abs().min() > 1e-5
 
 
@@ -66,17 +80,106 @@ def test_samples_are_those_of_plain_diffusers_with_the_same_seeds(make_config):
     """With η = 1 the policy is diffusers' own DDIM sampler, so its images are too."""
     pipeline = tiny_pipeline()
     policy = make_policy(pipeline, make_config())
-    ours = policy.sample(PROMPTS, generators(4)).images
+    ours = policy.sample(CONTEXT).images
     theirs = pipeline(
-        PROMPTS, generator=generators(4), num_inference_steps=4, guidance_scale=3.0, eta=1.0, output_type="pt"
+        PROMPTS, generator=generators(), num_inference_steps=4, guidance_scale=3.0, eta=1.0, output_type="pt"
     ).images
     assert torch.allclose(ours, theirs, atol=1e-6)
 
 
+def test_without_noise_samples_are_those_of_deterministic_diffusers(make_config):
+    pipeline = tiny_pipeline()
+    batch = make_policy(pipeline, make_config()).sample(CONTEXT, record=range(4), stochastic=())
+    theirs = pipeline(
+        PROMPTS, generator=generators(), num_inference_steps=4, guidance_scale=3.0, eta=0.0, output_type="pt"
+    ).images
+    assert torch.allclose(batch.images, theirs, atol=1e-6)
+    assert batch.steps == {}
+
+
+def test_only_the_steps_of_the_window_are_recorded_and_they_replay_to_the_bit(make_config):
+    policy = make_policy(tiny_pipeline(), make_config())
+    batch = policy.sample(CONTEXT, record=range(4), stochastic={1, 2})
+    assert sorted(batch.steps) == [1, 2]
+    for index, step in batch.steps.items():
+        replayed, _ = policy(step=index, latents=step.latents, next_latents=step.next_latents, context=CONTEXT)
+        assert torch.equal(replayed, step.log_probs)
+
+
+@pytest.mark.parametrize("max_steps", [1, 3])
+def test_a_trial_stops_after_as_many_steps_as_wanted(make_config, max_steps):
+    pipeline = tiny_pipeline()
+    policy = make_policy(pipeline, make_config())
+    calls = []
+    pipeline.unet.register_forward_hook(lambda *_: calls.append(1))
+    assert policy.sample(CONTEXT, max_steps=max_steps).images.shape == (4, 3, 16, 16)
+    assert len(calls) == max_steps
+
+
+def test_without_a_guidance_scale_the_pipelines_own_default_counts(make_config):
+    pipeline = tiny_pipeline()
+    policy = make_policy(pipeline, make_config(guidance_scale=None))
+    ours = policy.sample(CONTEXT).images
+    theirs = pipeline(PROMPTS, generator=generators(), num_inference_steps=4, eta=1.0, output_type="pt").images
+    assert torch.allclose(ours, theirs, atol=1e-6)
+
+
+def test_no_safety_checker_blackens_what_is_to_be_scored(make_config):
+    def checked(images, clip_input):
+        return torch.zeros_like(images) if torch.is_tensor(images) else images * 0, [True] * len(images)
+
+    pipeline = tiny_pipeline()
+    expected = make_policy(tiny_pipeline(), make_config()).sample(CONTEXT).images
+    checker = torch.nn.Module()
+    checker.forward = checked
+    pipeline.register_modules(safety_checker=checker)
+    assert torch.equal(make_policy(pipeline, make_config()).sample(CONTEXT).images, expected)
+    assert pipeline.safety_checker is checker
+
+
+# ---- The survey ----
+
+
+def test_the_survey_runs_one_step_and_decodes_no_image(make_config):
+    pipeline = tiny_pipeline()
+    policy = make_policy(pipeline, make_config())
+    calls = []
+    pipeline.unet.register_forward_hook(lambda *_: calls.append(1))
+    pipeline.vae.decode = None
+    stds = policy.survey(CONTEXT)
+    assert len(calls) == 1
+    assert len(stds) == 4 and min(stds) > 0
+
+
+@pytest.mark.parametrize(("strength", "steps"), [(1.0, 4), (0.75, 3), (0.5, 2)])
+def test_the_survey_knows_the_steps_that_image_to_image_leaves_out(make_config, strength, steps):
+    whole = make_policy(stable_diffusion(0), make_config()).survey(CONTEXT)  # has the same scheduler
+    config = make_config(pipeline_inputs=["image"], pipeline_kwargs={"strength": strength})
+    policy = make_policy(stable_diffusion_img2img(0), config)
+    context = policy.context(PROMPTS, [{"image": image} for image in images(4)], SEEDS)
+    assert policy.survey(context) == whole[-steps:]
+    assert sorted(policy.sample(context, record=range(4)).steps) == list(range(steps))
+
+
+def test_schedules_of_ones_own_are_sampled_and_replayed(make_config):
+    config = make_config(num_inference_steps=3, pipeline_kwargs={"sigmas": [1.0, 0.7, 0.2], "max_sequence_length": 16})
+    policy = make_policy(stable_diffusion_3(0), config)
+    stds = policy.survey(CONTEXT)
+    assert len(stds) == 3 and stds[2] == 0  # it ends at 0
+    # the release's shift of 3: s -> 3 s / (1 + 2 s)
+    assert policy.scheduler.sigmas.tolist() == pytest.approx([1.0, 0.875, 3 / 7, 0.0], rel=1e-6)
+    for index, step in policy.sample(CONTEXT, record=range(3)).steps.items():
+        replayed, _ = policy(step=index, latents=step.latents, next_latents=step.next_latents, context=CONTEXT)
+        assert torch.equal(replayed, step.log_probs)
+
+
+# ---- Gradients and batches ----
+
+
 def test_gradients_reach_every_lora_parameter_and_nothing_else(make_config):
     policy = make_policy(tiny_pipeline(), make_config())
-    step = policy.sample(PROMPTS, generators(4), record=[2]).steps[2]
-    log_probs, _ = policy(step=2, latents=step.latents, next_latents=step.next_latents, prompts=PROMPTS)
+    step = policy.sample(CONTEXT, record=[2]).steps[2]
+    log_probs, _ = policy(step=2, latents=step.latents, next_latents=step.next_latents, context=CONTEXT)
     log_probs.sum().backward()
     for name, parameter in policy.named_parameters():
         if "lora" in name:
@@ -87,31 +190,33 @@ def test_gradients_reach_every_lora_parameter_and_nothing_else(make_config):
 
 def test_the_images_of_a_sample_do_not_depend_on_its_batch(make_config):
     policy = make_policy(tiny_pipeline(), make_config())
-    together = policy.sample(PROMPTS, generators(4), record=range(4))
+    together = policy.sample(CONTEXT, record=range(4))
     for row, prompt in enumerate(PROMPTS):
-        alone = policy.sample([prompt], generators(1, first=row), record=range(4))
+        alone = policy.sample(Context(prompts=[prompt], seeds=[SEEDS[row]]), record=range(4))
         assert torch.allclose(alone.images[0], together.images[row], atol=1e-5)
 
 
 def test_prompts_are_encoded_once_and_never_in_replay(make_config):
     pipeline = tiny_pipeline()
     calls = []
-    pipeline.text_encoder.register_forward_hook(lambda *_: calls.append(1))
+    # inside: a hook on the text encoder itself is called even where it only remembers
+    pipeline.text_encoder.final_layer_norm.register_forward_hook(lambda *_: calls.append(1))
     policy = make_policy(pipeline, make_config())
-    step = policy.sample(PROMPTS, generators(4), record=[0]).steps[0]
+    step = policy.sample(CONTEXT, record=[0]).steps[0]
     encoded = len(calls)
-    assert encoded == 2 * len(set(PROMPTS))  # a prompt and its negative prompt
-    policy.sample(PROMPTS, generators(4))
-    policy(step=0, latents=step.latents, next_latents=step.next_latents, prompts=PROMPTS)
+    assert encoded == len(set(PROMPTS)) + 1  # and the negative prompt
+    policy.sample(CONTEXT)
+    policy.generate(CONTEXT)
+    policy(step=0, latents=step.latents, next_latents=step.next_latents, context=CONTEXT)
     assert len(calls) == encoded
 
 
 def test_replay_decodes_no_image(make_config):
     pipeline = tiny_pipeline()
     policy = make_policy(pipeline, make_config())
-    step = policy.sample(PROMPTS, generators(4), record=[0]).steps[0]
+    step = policy.sample(CONTEXT, record=[0]).steps[0]
     pipeline.vae.decode = None
-    policy(step=0, latents=step.latents, next_latents=step.next_latents, prompts=PROMPTS)
+    policy(step=0, latents=step.latents, next_latents=step.next_latents, context=CONTEXT)
 
 
 def test_dropout_stays_off_while_trainer_trains(make_config):
@@ -123,17 +228,17 @@ def test_dropout_stays_off_while_trainer_trains(make_config):
 def test_the_reference_is_the_pipeline_without_its_adapter(make_config):
     plain = tiny_pipeline()
     policy = make_policy(copy.deepcopy(plain), make_config())
-    step = policy.sample(PROMPTS, generators(4), record=[1]).steps[1]
-    arguments = {"step": 1, "latents": step.latents, "next_latents": step.next_latents, "prompts": PROMPTS}
+    step = policy.sample(CONTEXT, record=[1]).steps[1]
+    arguments = {"step": 1, "latents": step.latents, "next_latents": step.next_latents, "context": CONTEXT}
     _, kl = policy(**arguments, with_reference=True)
     assert (kl > 0).all()
     # KL of two Gaussians, from the means of both policies, by torch's own formula
-    mean = policy._replay(policy.policy_pipeline, 1, step.latents, step.next_latents, PROMPTS).mean
+    mean = policy._visit(policy.policy_pipeline, Replay(1, step.latents), CONTEXT).mean
     reference = make_policy(plain, make_config())
     for name, parameter in reference.named_parameters():
         if "lora_B" in name:
             torch.nn.init.zeros_(parameter)
-    replay = reference._replay(reference.policy_pipeline, 1, step.latents, step.next_latents, PROMPTS)
+    replay = reference._visit(reference.policy_pipeline, Replay(1, step.latents), CONTEXT)
     normals = [torch.distributions.Normal(m, replay.std) for m in (mean, replay.mean)]
     expected = torch.distributions.kl_divergence(*normals).flatten(1).mean(1)
     assert torch.allclose(kl, expected, rtol=1e-4, atol=1e-9)
@@ -141,14 +246,47 @@ def test_the_reference_is_the_pipeline_without_its_adapter(make_config):
     assert torch.equal(policy(**arguments)[0], step.log_probs)
 
 
+@pytest.mark.parametrize(
+    ("build", "pipeline_kwargs"),
+    [(tiny_pipeline, None), (kandinsky, {"height": 16, "width": 16, "prior_num_inference_steps": 2})],
+)
+def test_the_reference_of_full_fine_tuning_is_the_denoiser_as_it_was(make_config, build, pipeline_kwargs):
+    config = make_config(use_lora=False, kl_coef=0.1, pipeline_kwargs=pipeline_kwargs)
+    policy = Policy(build(0), config, adapter=None)
+    step = policy.sample(CONTEXT, record=[1]).steps[1]
+    arguments = {"step": 1, "latents": step.latents, "next_latents": step.next_latents, "context": CONTEXT}
+    before, kl = policy(**arguments, with_reference=True)
+    assert torch.equal(before, step.log_probs)
+    assert torch.equal(kl, torch.zeros(4))
+    with torch.no_grad():
+        for parameter in policy.denoiser.parameters():
+            parameter.mul_(1.1)
+    after, kl = policy(**arguments, with_reference=True)
+    assert not torch.equal(after, before)
+    assert (kl > 0).all()
+
+
 def test_the_users_pipeline_keeps_its_scheduler_and_methods(make_config):
     pipeline = tiny_pipeline()
     pipeline.scheduler = EulerDiscreteScheduler.from_config(pipeline.scheduler.config)
-    scheduler, config = pipeline.scheduler, dict(pipeline.config)
-    make_policy(pipeline, make_config())
-    assert pipeline.scheduler is scheduler
+    components, config, attributes = pipeline.components, dict(pipeline.config), set(vars(pipeline))
+    policy = make_policy(pipeline, make_config())
+    policy.sample(CONTEXT)
+    assert all(component is components[name] for name, component in pipeline.components.items())
     assert dict(pipeline.config) == config
-    assert "encode_prompt" not in vars(pipeline)
+    assert set(vars(pipeline)) == attributes  # no method is replaced
+    assert "forward" not in vars(pipeline.text_encoder)
+
+
+def test_the_users_combined_pipeline_keeps_its_parts(make_config):
+    pipeline = kandinsky(0)
+    prior, decoder = pipeline.prior_pipe, pipeline.decoder_pipe
+    scheduler = decoder.scheduler
+    policy = make_policy(pipeline, make_config(pipeline_kwargs={"height": 16, "width": 16}))
+    policy.sample(CONTEXT)
+    assert pipeline.prior_pipe is prior and pipeline.decoder_pipe is decoder
+    assert decoder.scheduler is scheduler and type(decoder) is type(kandinsky(0).decoder_pipe)
+    assert "prepare_latents" not in vars(decoder)
 
 
 @pytest.mark.parametrize("scheduler", [PNDMScheduler, EulerDiscreteScheduler, DDIMScheduler])
@@ -156,9 +294,9 @@ def test_generate_runs_the_pipelines_own_scheduler(make_config, scheduler):
     pipeline = tiny_pipeline()
     pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config)
     policy = make_policy(pipeline, make_config())
-    ours = policy.generate(PROMPTS, generators(4))
+    ours = policy.generate(CONTEXT)
     theirs = pipeline(
-        PROMPTS, generator=generators(4), num_inference_steps=4, guidance_scale=3.0, output_type="pt"
+        PROMPTS, generator=generators(), num_inference_steps=4, guidance_scale=3.0, output_type="pt"
     ).images
     assert torch.equal(ours, theirs)
 
@@ -166,11 +304,49 @@ def test_generate_runs_the_pipelines_own_scheduler(make_config, scheduler):
 def test_pipeline_kwargs_reach_the_pipeline_in_sampling_and_replay(make_config):
     config = make_config(pipeline_kwargs={"negative_prompt": "dull", "height": 24, "width": 16})
     policy = make_policy(tiny_pipeline(), config)
-    batch = policy.sample(PROMPTS, generators(4), record=[1])
+    batch = policy.sample(CONTEXT, record=[1])
     assert batch.images.shape == (4, 3, 24, 16)
     step = batch.steps[1]
-    replayed, _ = policy(step=1, latents=step.latents, next_latents=step.next_latents, prompts=PROMPTS)
+    replayed, _ = policy(step=1, latents=step.latents, next_latents=step.next_latents, context=CONTEXT)
     assert torch.equal(replayed, step.log_probs)
+
+
+def test_the_pipelines_own_negative_prompts_may_be_a_list(make_config):
+    pipeline = tiny_pipeline()
+    negatives = ["dull", "red", "dull", ""]
+    policy = make_policy(pipeline, make_config(pipeline_kwargs={"negative_prompt": negatives}))
+    theirs = pipeline(
+        PROMPTS,
+        negative_prompt=negatives,
+        generator=generators(),
+        num_inference_steps=4,
+        guidance_scale=3.0,
+        eta=1.0,
+        output_type="pt",
+    ).images
+    assert torch.allclose(policy.sample(CONTEXT).images, theirs, atol=1e-6)
+
+
+def test_offloaded_text_encoders_make_the_same_images(make_config):
+    expected = make_policy(tiny_pipeline(), make_config()).sample(CONTEXT).images
+    offloading = make_policy(tiny_pipeline(), make_config(offload_text_encoders=True))
+    assert torch.equal(offloading.sample(CONTEXT).images, expected)
+
+
+def test_it_says_in_a_line_what_is_trained(make_config):
+    policy = make_policy(tiny_pipeline(), make_config())
+    layers = 4 * 2 * 4  # one down, one in the middle, two up; self- and cross-attention each; four projections each
+    ranks = 4 * 2 * 16  # r = 4, of 16 channels each
+    description = "LoRA on pipeline.unet (UNet2DConditionModel): {:,} weights on {} layers: to_k, to_out.0, to_q, to_v"
+    assert policy.describe() == description.format(layers * ranks, layers)
+    pipeline = tiny_pipeline()
+    pipeline.unet.requires_grad_(False)
+    pipeline.unet.conv_in.requires_grad_(True)  # 4 to 8 channels, 3x3, and a bias
+    own = Policy(pipeline, make_config(use_lora=False), adapter=None)
+    assert own.describe() == "pipeline.unet (UNet2DConditionModel): 296 of its own weights"
+
+
+# ---- What is refused ----
 
 
 def test_a_pipeline_with_nothing_to_train_is_refused(make_config):
@@ -178,3 +354,52 @@ def test_a_pipeline_with_nothing_to_train_is_refused(make_config):
     pipeline.unet.requires_grad_(False)
     with pytest.raises(ValueError, match=r"no parameter of pipeline\.unet requires a gradient"):
         Policy(pipeline, make_config(use_lora=False), adapter=None)
+
+
+class IgnoresItsScheduler(StableDiffusionPipeline):
+    """A pipeline that makes its images in one go."""
+
+    def __call__(
+        self, prompt, num_inference_steps=50, guidance_scale=7.5, generator=None, output_type="pil", return_dict=True
+    ):
+        return (torch.zeros(len(prompt), 3, 16, 16),)
+
+
+def test_a_pipeline_that_never_asks_its_scheduler_is_refused(make_config):
+    pipeline = IgnoresItsScheduler(**tiny_pipeline().components, requires_safety_checker=False)
+    policy = make_policy(pipeline, make_config())
+    with pytest.raises(RuntimeError, match="IgnoresItsScheduler finished without a step of its scheduler"):
+        policy.survey(CONTEXT)
+
+
+def test_a_pipeline_that_takes_no_prompts_is_refused(make_config):
+    unet = UNet2DModel(
+        sample_size=8,
+        block_out_channels=(4, 8),
+        norm_num_groups=2,
+        attention_head_dim=4,
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    )
+    pipeline = DDIMPipeline(unet, DDIMScheduler(clip_sample=False))
+    with pytest.raises(
+        ValueError, match=r"pipeline is a DDIMPipeline, whose __call__ takes no prompt; .*from prompts"
+    ):
+        make_policy(pipeline, make_config())
+
+
+def test_a_pipeline_that_does_not_prepare_latents_is_refused(make_config):
+    pipeline = IgnoresItsScheduler(**tiny_pipeline().components, requires_safety_checker=False)
+    part = PreparesNothing(pipeline.unet, pipeline.scheduler)
+    with pytest.raises(ValueError, match="PreparesNothing without a method prepare_latents"):
+        make_policy(part, make_config())
+
+
+class PreparesNothing(DiffusionPipeline):
+    def __init__(self, unet, scheduler):
+        super().__init__()
+        self.register_modules(unet=unet, scheduler=scheduler)
+
+    def __call__(self, prompt, num_inference_steps, guidance_scale, generator, output_type):
+        raise NotImplementedError

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from ddpo_trl.seeding import Stream, generator
+from ddpo_trl.seeding import Stream, derived_seed, generator
 
 
 def numbers(*path: int, seed: int = 42, stream: Stream = Stream.SAMPLE, count: int = 8) -> list[float]:
@@ -50,3 +50,11 @@ def test_numbers_of_neighbouring_streams_are_uncorrelated():
     correlations = np.corrcoef(rows)[np.triu_indices(40, k=1)]  # 780 pairs, each of std 1 / sqrt(400)
     assert abs(correlations.mean()) < 4 * 0.05 / 780**0.5
     assert correlations.std() == pytest.approx(0.05, rel=0.1)
+
+
+def test_a_stream_can_be_made_again_from_its_seed():
+    seeds = [derived_seed(42, stream, *path) for stream in Stream for path in ((), (0,), (3, 14))]
+    assert len(set(seeds)) == len(seeds) == 3 * len(Stream)
+    assert all(0 <= seed < 2**63 for seed in seeds)  # what torch takes, and what fits a tensor
+    again = torch.Generator().manual_seed(derived_seed(42, Stream.SAMPLE, 3, 14))
+    assert torch.rand(8, generator=again).tolist() == numbers(3, 14)

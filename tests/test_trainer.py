@@ -8,12 +8,15 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusionPipeline
+from diffusers import CMStochasticIterativeScheduler, EDMEulerScheduler, StableDiffusionPipeline
 from peft import LoraConfig
 from transformers import TrainerCallback
 
+from conformance.image_pipelines import images as different_images
+from conformance.image_pipelines import inpainting_inputs, stable_diffusion_img2img, stable_diffusion_inpainting
 from conftest import brightness, tiny_pipeline
 from ddpo_trl import DDPOTrainer
+from ddpo_trl.types import Rollout
 
 
 PROMPTS = ["cat", "dog", "owl"]
@@ -79,7 +82,7 @@ def test_the_gradient_is_that_of_the_formula(make_config):
     losses = []
     for step in range(4):
         batch = trainer.rollout.transition(range(8), step, on_policy=True)
-        log_probs, _ = trainer.model(step, batch.latents, batch.next_latents, batch.prompts)
+        log_probs, _ = trainer.model(step, batch.latents, batch.next_latents, batch.context)
         losses.append(-(advantages * log_probs).mean())
     parameters = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
     expected = torch.autograd.grad(torch.stack(losses).mean(), list(parameters.values()))
@@ -116,6 +119,39 @@ def test_timestep_fraction_draws_other_transitions_in_each_round(make_config):
     assert len(set(drawn)) > 1
 
 
+@pytest.mark.parametrize(
+    ("settings", "window_of_round"),
+    [
+        ({}, [0, 0, 0]),
+        ({"train_timestep_range": [0.25, 1.0]}, [1, 1, 1]),
+        ({"sde_window_strategy": "progressive", "sde_window_interval": 1}, [0, 1, 2]),
+        ({"sde_window_strategy": "random", "seed": 1}, None),
+    ],
+    ids=["fixed", "fixed in a range", "progressive", "random"],
+)
+def test_only_the_steps_of_the_window_get_noise_are_recorded_and_are_trained_on(
+    make_config, settings, window_of_round
+):
+    config = make_config(sde_window_size=1, num_train_epochs=3, learning_rate=0.0, **settings)
+    trainer = RecordingTrainer(config, brightness, PROMPTS, tiny_pipeline())
+    trainer.train()
+    per_round = len(trainer.seen) // 3
+    assert per_round == 2  # two micro-batches of samples, one step each
+    windows = [
+        {batch["step"] for batch in trainer.seen[i : i + per_round]} for i in range(0, 3 * per_round, per_round)
+    ]
+    if window_of_round is None:
+        assert all(len(window) == 1 for window in windows) and len(set(map(tuple, windows))) > 1
+    else:
+        assert windows == [{step} for step in window_of_round]
+    for rollout, window in zip(trainer.rollouts, windows, strict=True):
+        for batch in rollout.batches:
+            assert set(batch.steps) == window
+            again = trainer._policy.sample(batch.context, stochastic=window)  # the rate is 0: it is the same policy
+            assert torch.equal(batch.images, again.images)
+            assert not torch.equal(batch.images, trainer._policy.sample(batch.context).images)
+
+
 def test_every_pass_visits_every_transition_once_in_optimizer_steps_of_equal_size(make_config):
     config = make_config(num_ppo_epochs=2, num_mini_batches=2, per_device_train_batch_size=2)
     trainer = RecordingTrainer(config, brightness, PROMPTS, tiny_pipeline())
@@ -130,11 +166,16 @@ def test_every_pass_visits_every_transition_once_in_optimizer_steps_of_equal_siz
 
 
 class RecordingTrainer(DDPOTrainer):
-    """Keeps the micro-batches in the order in which they are trained on."""
+    """Keeps the rollouts, and the micro-batches in the order in which they are trained on."""
 
     def __init__(self, *args, **kwargs):
         self.seen: list[dict[str, Any]] = []
+        self.rollouts: list[Rollout] = []
         super().__init__(*args, **kwargs)
+
+    def _start_optimising(self, rollout):
+        self.rollouts.append(rollout)
+        super()._start_optimising(rollout)
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         self.seen.append(inputs)
@@ -142,6 +183,15 @@ class RecordingTrainer(DDPOTrainer):
 
 
 # ---- The run ----
+
+
+def test_images_differ_between_samples_and_between_rounds(make_config):
+    config = make_config(num_train_epochs=3, learning_rate=0.0)
+    trainer = RecordingTrainer(config, brightness, ["cat"], tiny_pipeline())  # nothing but the seeds differs
+    trainer.train()
+    images = torch.cat([rollout.images for rollout in trainer.rollouts]).flatten(1)
+    assert len(images) == 3 * 8
+    assert torch.pdist(images).min() > 1e-2
 
 
 def test_a_run_without_updates_has_ratio_one_in_every_round(make_config):
@@ -447,6 +497,80 @@ def test_prompts_and_metadata_reach_the_reward_function(make_config, kind):
     assert len(seen) == 2 + 8  # the trial at construction, and the round
 
 
+def img2img_pipeline() -> Any:
+    return stable_diffusion_img2img(0)
+
+
+IMAGE_PAIRS = list(zip(PROMPTS, ({"image": image} for image in different_images(3)), strict=True))
+
+
+def test_metadata_named_in_pipeline_inputs_is_handed_to_the_pipeline_for_each_sample(make_config):
+    pipeline = img2img_pipeline()
+    handed: list[list[Any]] = []
+    preprocess = pipeline.image_processor.preprocess
+
+    def noted(image, *args, **kwargs):
+        handed.append(image)
+        return preprocess(image, *args, **kwargs)
+
+    pipeline.image_processor.preprocess = noted
+    config = make_config(pipeline_inputs=["image"], pipeline_kwargs={"strength": 0.75})
+    trainer = RecordingTrainer(config, brightness, IMAGE_PAIRS, pipeline, eval_prompts=IMAGE_PAIRS)
+    handed.clear()
+    trainer.train()
+    image_of = {prompt: metadata["image"] for prompt, metadata in IMAGE_PAIRS}
+    # two batches are sampled, then the micro-batches of shuffled samples are replayed: 2 at 3 steps, all that are run
+    assert len(handed) == 2 + len(trainer.seen) == 2 + 2 * 3
+    prompts = trainer.rollout.prompts
+    samples = [range(4), range(4, 8), *(micro_batch["samples"] for micro_batch in trainer.seen)]
+    for images, rows in zip(handed, samples, strict=True):
+        assert len(images) == 4
+        assert all(image is image_of[prompts[row]] for image, row in zip(images, rows, strict=True))
+    assert reward_logs(trainer)[0]["val/ratio_deviation"] == 0.0
+    # and to the pipeline with its own scheduler
+    handed.clear()
+    samples_of_eval = trainer.generate_samples()
+    assert handed == [[metadata["image"] for _, metadata in IMAGE_PAIRS]]
+    assert samples_of_eval.prompts == PROMPTS
+
+
+def test_what_a_pipeline_draws_beside_its_latents_belongs_to_the_sample(make_config):
+    """Inpainting draws the masked image's latents too; the micro-batches mix samples of both batches."""
+    inputs = inpainting_inputs(3)
+    images, masks = inputs["image"], inputs["mask_image"]
+    pairs = [(prompt, {"image": images[i], "mask_image": masks[i]}) for i, prompt in enumerate(PROMPTS)]
+    config = make_config(pipeline_inputs=["image", "mask_image"])
+    trainer = RecordingTrainer(config, brightness, pairs, stable_diffusion_inpainting(0))
+    trainer.train()
+    assert any({sample // 4 for sample in micro_batch["samples"]} == {0, 1} for micro_batch in trainer.seen)
+    assert reward_logs(trainer)[0]["val/ratio_deviation"] == 0.0
+
+
+def test_a_dataset_has_a_column_for_each_pipeline_input(make_config):
+    dataset = Dataset.from_list([{"prompt": prompt, **metadata} for prompt, metadata in IMAGE_PAIRS])
+    trainer = DDPOTrainer(make_config(pipeline_inputs=["image"]), brightness, dataset, img2img_pipeline())
+    trainer.train()
+    pixels = {prompt: np.asarray(metadata["image"]) for prompt, metadata in IMAGE_PAIRS}
+    for batch in trainer.rollout.batches:
+        for prompt, image in zip(batch.context.prompts, batch.context.inputs["image"], strict=True):
+            assert np.array_equal(np.asarray(image), pixels[prompt])
+
+
+@pytest.mark.parametrize("metadata", [{}, {"mask_image": 1}, None, "image", 3], ids=repr)
+def test_a_missing_pipeline_input_is_named_at_construction(make_config, metadata):
+    config = make_config(pipeline_inputs=["image"])
+    with pytest.raises(ValueError, match=r"pipeline_inputs names 'image', but the metadata of a prompt is"):
+        DDPOTrainer(config, brightness, lambda: ("cat", metadata), img2img_pipeline())
+
+
+def test_a_pipeline_input_that_is_missing_later_is_named_too(make_config):
+    trainer = DDPOTrainer(
+        make_config(pipeline_inputs=["image"]), brightness, IMAGE_PAIRS, img2img_pipeline(), eval_prompts=PROMPTS
+    )
+    with pytest.raises(ValueError, match=r"pipeline_inputs names 'image', but the metadata of a prompt is \{\}"):
+        trainer.generate_samples()
+
+
 def test_images_of_a_prompt_come_together(make_config):
     config = make_config(num_images_per_prompt=4, advantage_normalization="group")
     trainer = DDPOTrainer(config, brightness, PROMPTS, tiny_pipeline())
@@ -553,10 +677,27 @@ def only_images(images: torch.Tensor) -> Any:
     return [0.0] * len(images)
 
 
-def flow_pipeline() -> StableDiffusionPipeline:
+def edm_pipeline() -> StableDiffusionPipeline:
     pipeline = tiny_pipeline()
-    pipeline.scheduler = FlowMatchEulerDiscreteScheduler()
+    pipeline.scheduler = EDMEulerScheduler()
     return pipeline
+
+
+def consistency_pipeline() -> StableDiffusionPipeline:
+    pipeline = tiny_pipeline()
+    pipeline.scheduler = CMStochasticIterativeScheduler()
+    return pipeline
+
+
+class WithoutGuidance(StableDiffusionPipeline):
+    """A pipeline like those of guidance-distilled models."""
+
+    def __call__(self, prompt, num_inference_steps=50, generator=None, output_type="pil", return_dict=True):
+        raise NotImplementedError
+
+
+def pipeline_without_guidance() -> StableDiffusionPipeline:
+    return WithoutGuidance(**tiny_pipeline().components, requires_safety_checker=False)
 
 
 def pipeline_with_adapter() -> StableDiffusionPipeline:
@@ -592,7 +733,22 @@ def clipping_pipeline() -> StableDiffusionPipeline:
         ({"config": {"per_device_train_batch_size": 3}}, "don't divide into num_mini_batches"),
         ({"config": {"num_images_per_prompt": 3}}, "num_images_per_prompt = 3"),
         ({"config": {"train_timestep_range": [0.0, 0.1]}}, "holds no stochastic step"),
-        ({"pipeline": flow_pipeline}, "FlowMatchEulerDiscreteScheduler, whose steps can't be turned"),
+        ({"config": {"sde_window_size": 5}}, "sde_window_size is 5, more than the 4 stochastic steps"),
+        (
+            {"config": {"pipeline_kwargs": {"hight": 64}}},
+            "pipeline_kwargs holds hight, which .* It takes prompt, height",
+        ),
+        ({"config": {"pipeline_inputs": ["image"]}}, "pipeline_inputs holds image, which the __call__ of StableDiff"),
+        (
+            {"pipeline": pipeline_without_guidance},
+            r"guidance_scale is 3\.0, but the __call__ of WithoutGuidance takes",
+        ),
+        (
+            {"pipeline": img2img_pipeline, "config": {"pipeline_inputs": ["image"]}},
+            "pipeline_inputs names 'image', but the metadata of a prompt is {}. Return it beside each prompt",
+        ),
+        ({"pipeline": edm_pipeline}, "EDMEulerScheduler, whose steps can't be turned"),
+        ({"pipeline": consistency_pipeline}, "CMStochasticIterativeScheduler, whose steps can't be turned"),
         ({"pipeline": clipping_pipeline}, "clip_sample is True"),
         ({"pipeline": pipeline_with_adapter, "peft": LoraConfig()}, "carries the adapter default already"),
         ({"pipeline": pipeline_with_two_adapters}, "several active adapters"),

@@ -6,10 +6,13 @@ from typing import Literal
 from transformers import TrainingArguments
 
 
+WindowStrategy = Literal["fixed", "progressive", "random"]
+
+
 # What the trainer hands to the pipeline's `__call__` itself, in sampling or in replay.
 OWN_PIPELINE_ARGUMENTS = {
     "prompt", "num_inference_steps", "guidance_scale", "eta", "generator", "latents", "num_images_per_prompt",
-    "output_type", "return_dict", "timesteps", "sigmas",
+    "output_type", "return_dict",
 }  # fmt: skip
 
 
@@ -39,12 +42,34 @@ class DDPOConfig(TrainingArguments):
         num_inference_steps (`int`, *optional*, defaults to `50`):
             Denoising steps of a sample.
         guidance_scale (`float`, *optional*, defaults to `5.0`):
-            Classifier-free guidance, the same in sampling and in training.
+            Classifier-free guidance, the same in sampling and in training. `None` for pipelines that take no such
+            argument, and for the pipeline's own default.
         eta (`float`, *optional*, defaults to `1.0`):
-            η of the DDIM family, > 0: how much noise a step adds, in units of DDPM's.
+            η of the DDIM family, > 0: how much noise a step adds, in units of DDPM's. Not used by flow matching.
+        noise_level (`float`, *optional*, defaults to `0.7`):
+            a of flow matching, > 0: how much noise a step adds, η's counterpart. At most 1 for `sde_type="cps"`. Not
+            used by the DDIM family.
+        sde_type (`"sde"` or `"cps"`, *optional*, defaults to `"sde"`):
+            How flow matching becomes stochastic: marginal-preserving as in
+            [Flow-GRPO](https://huggingface.co/papers/2505.05470), or coefficient-preserving as in
+            [Flow-CPS](https://huggingface.co/papers/2509.05952).
+        sde_window_size (`int`, *optional*):
+            Noise in, and training on, this many steps in a row only, as in
+            [MixGRPO](https://huggingface.co/papers/2507.21802); the others are deterministic. The cost of training
+            falls with it. `None` gives noise to all steps.
+        sde_window_strategy (`"fixed"`, `"progressive"` or `"random"`, *optional*, defaults to `"fixed"`):
+            Where in `train_timestep_range` the window is: at its start; moving on by a step every
+            `sde_window_interval` rounds, from the end back to the start; or drawn anew in each round.
+        sde_window_interval (`int`, *optional*, defaults to `25`):
+            Rounds between two moves of a progressive window.
         pipeline_kwargs (`dict` or `str`, *optional*):
-            Further arguments of the pipeline's `__call__` (`height`, `width`, `negative_prompt`, ...), handed over
-            unchanged in sampling, in training and in evaluation. A JSON string on the command line.
+            Further arguments of the pipeline's `__call__` (`height`, `width`, `negative_prompt`, `num_frames`, ...),
+            handed over unchanged in sampling, in training and in evaluation. A JSON string on the command line.
+        pipeline_inputs (`list[str]`, *optional*):
+            Arguments of the pipeline's `__call__` that differ between samples, such as `image` for image-to-image:
+            metadata entries of these names are handed over as lists.
+        offload_text_encoders (`bool`, *optional*, defaults to `False`):
+            Whether the text encoders stay in CPU memory and go to the GPU only while there are prompts to encode.
         per_device_sample_batch_size (`int`, *optional*, defaults to `4`):
             Images sampled at once on one process.
         num_sample_batches (`int`, *optional*, defaults to `8`):
@@ -137,14 +162,35 @@ class DDPOConfig(TrainingArguments):
 
     # Parameters that control the sampler
     num_inference_steps: int = field(default=50, metadata={"help": "Denoising steps of a sample."})
-    guidance_scale: float = field(
+    guidance_scale: float | None = field(
         default=5.0, metadata={"help": "Classifier-free guidance, the same in sampling and in training."}
     )
     eta: float = field(
         default=1.0, metadata={"help": "Noise of a DDIM step in units of DDPM's, > 0: the policy's exploration."}
     )
+    noise_level: float = field(
+        default=0.7, metadata={"help": "Noise of a flow matching step, > 0: what eta is to the DDIM family."}
+    )
+    sde_type: Literal["sde", "cps"] = field(
+        default="sde", metadata={"help": "Flow matching's noise: marginal- or coefficient-preserving."}
+    )
+    sde_window_size: int | None = field(
+        default=None, metadata={"help": "Noise in, and training on, this many steps in a row only."}
+    )
+    sde_window_strategy: Literal["fixed", "progressive", "random"] = field(
+        default="fixed", metadata={"help": "Where the window is: at the start, moving on, or drawn in each round."}
+    )
+    sde_window_interval: int = field(
+        default=25, metadata={"help": "Rounds between two moves of a progressive window."}
+    )
     pipeline_kwargs: dict | str | None = field(
         default=None, metadata={"help": "Further arguments of the pipeline's `__call__`, as JSON."}
+    )
+    pipeline_inputs: list[str] | None = field(
+        default=None, metadata={"help": "Metadata entries that are handed to the pipeline per sample."}
+    )
+    offload_text_encoders: bool = field(
+        default=False, metadata={"help": "Keep the text encoders off the GPU while nothing is encoded."}
     )
     per_device_sample_batch_size: int = field(default=4, metadata={"help": "Images sampled at once on one process."})
     num_sample_batches: int = field(default=8, metadata={"help": "Batches sampled in a round on each process."})
@@ -199,6 +245,7 @@ class DDPOConfig(TrainingArguments):
     def __post_init__(self):
         super().__post_init__()
         self._check_positive()
+        self._check_noise()
         self._check_ranges()
         self._check_objective()
         self._check_pipeline_kwargs()
@@ -213,21 +260,33 @@ class DDPOConfig(TrainingArguments):
         for name in (
             "num_inference_steps", "per_device_sample_batch_size", "num_sample_batches", "num_images_per_prompt",
             "per_device_train_batch_size", "num_ppo_epochs", "num_mini_batches", "max_workers",
-            "per_prompt_stat_tracking_buffer_size", "per_prompt_stat_tracking_min_count",
+            "per_prompt_stat_tracking_buffer_size", "per_prompt_stat_tracking_min_count", "sde_window_interval",
         ):  # fmt: skip
             if (value := vars(self)[name]) < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1.")
         for name in ("advantage_clip", "cliprange"):
             if not (value := vars(self)[name]) > 0:
                 raise ValueError(f"{name} is {value}; it must be above 0.")
-        if self.total_episodes is not None and self.total_episodes < 1:
-            raise ValueError(f"total_episodes is {self.total_episodes}; it must be at least 1, or None.")
+        if not self.kl_coef >= 0:
+            raise ValueError(f"kl_coef is {self.kl_coef}; it must be 0 (no KL) or above.")
+        for name in ("total_episodes", "sde_window_size"):
+            if (value := vars(self)[name]) is not None and value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1, or None.")
+
+    def _check_noise(self) -> None:
         if not self.eta > 0:
             raise ValueError(
                 f"eta is {self.eta}: a step without noise is no policy. Set eta above 0 (1.0 is DDPM's noise)."
             )
-        if not self.kl_coef >= 0:
-            raise ValueError(f"kl_coef is {self.kl_coef}; it must be 0 (no KL) or above.")
+        if not self.noise_level > 0:
+            raise ValueError(
+                f"noise_level is {self.noise_level}: a step without noise is no policy. Set noise_level above 0."
+            )
+        if self.sde_type == "cps" and self.noise_level > 1:
+            raise ValueError(
+                f"noise_level is {self.noise_level} with sde_type='cps', where 1.0 already replaces all noise. Set it "
+                "to 1.0 or below."
+            )
 
     def _check_ranges(self) -> None:
         if not 0 < self.timestep_fraction <= 1:
@@ -250,6 +309,8 @@ class DDPOConfig(TrainingArguments):
             "loss_type": ("is", "sf"),
             "advantage_normalization": ("batch", "prompt", "group", "none"),
             "log_prob_reduction": ("mean", "sum"),
+            "sde_type": ("sde", "cps"),
+            "sde_window_strategy": ("fixed", "progressive", "random"),
         }
         for name, allowed in choices.items():
             if (value := vars(self)[name]) not in allowed:
@@ -267,6 +328,11 @@ class DDPOConfig(TrainingArguments):
             )
 
     def _check_pipeline_kwargs(self) -> None:
+        pipeline_inputs = set(self.pipeline_inputs or ())
+        if taken := OWN_PIPELINE_ARGUMENTS & pipeline_inputs:
+            raise ValueError(
+                f"pipeline_inputs holds {', '.join(sorted(taken))}, which the trainer sets itself. Leave it out."
+            )
         if self.pipeline_kwargs is None:
             return
         if not isinstance(self.pipeline_kwargs, dict):
@@ -278,6 +344,11 @@ class DDPOConfig(TrainingArguments):
             raise ValueError(
                 f"pipeline_kwargs holds {', '.join(sorted(taken))}, which the trainer sets itself. Use the config's "
                 "field of that name where there is one."
+            )
+        if both := pipeline_inputs & self.pipeline_kwargs.keys():
+            raise ValueError(
+                f"{', '.join(sorted(both))} is in pipeline_kwargs and in pipeline_inputs; it is either the same for "
+                "all samples or comes from their metadata. Leave it out of one."
             )
 
     def _check_round_boundaries(self) -> None:

@@ -16,7 +16,7 @@ from ddpo_trl.plan import BatchPlan
 from ddpo_trl.policy import Policy
 from ddpo_trl.prompts import PromptPair, PromptSource
 from ddpo_trl.scoring import PendingRewards, RewardScorer
-from ddpo_trl.seeding import Stream, generator
+from ddpo_trl.seeding import Stream, derived_seed, generator
 from ddpo_trl.types import Rollout, SampledBatch
 
 
@@ -128,6 +128,7 @@ class RolloutLoader:
 
     def _sample(self, pairs: list[PromptPair]) -> tuple[list[SampledBatch], list[PendingRewards]]:
         size = self.plan.per_device_sample_batch_size
+        steps = self.plan.trained_steps(self.round, self.seed)
         batches: list[SampledBatch] = []
         pending: list[PendingRewards] = []
         self.progress.sampling_begins(self.round, len(pairs))
@@ -135,13 +136,18 @@ class RolloutLoader:
             prompts, metadata = zip(*pairs[first : first + size], strict=True)
             # The index counts over all processes: the images of a round don't depend on how many there are.
             offset = self.accelerator.process_index * self.plan.samples_per_process + first
-            generators = [generator(self.seed, Stream.SAMPLE, self.round, offset + row) for row in range(size)]
+            seeds = [derived_seed(self.seed, Stream.SAMPLE, self.round, offset + row) for row in range(size)]
+            context = self.policy.context(prompts, metadata, seeds)
             with self.accelerator.autocast():
-                batch = self.policy.sample(prompts, generators, record=self.plan.recorded_steps)
+                batch = self.policy.sample(context, record=steps, stochastic=self._noisy_steps())
             batches.append(batch)
             pending.append(self.scorer.submit(batch.images, prompts, metadata, when=f"round {self.round}"))
             self.progress.sampled(size, [self.scorer.total(scores.result()) for scores in pending if scores.done()])
         return batches, pending
+
+    def _noisy_steps(self) -> tuple[int, ...] | None:
+        """The SDE window of the round; `None` if all steps get noise."""
+        return None if self.plan.window_size is None else self.plan.trained_steps(self.round, self.seed)
 
     def _own_share(self, values: Any) -> Any:
         """The part of a sequence over all processes' samples that belongs to this process."""
@@ -163,15 +169,16 @@ class RolloutLoader:
     def _micro_batches(self) -> Iterator[MicroBatch]:
         """Shuffles the samples in every pass and gives each micro-batch of samples its own random order of steps."""
         plan = self.plan
+        recorded_steps = plan.trained_steps(self.round, self.seed)
         random = generator(self.seed, Stream.MICRO_BATCHES, self.round, self.accelerator.process_index)
         for ppo_epoch in range(plan.num_ppo_epochs):
             order = torch.randperm(plan.samples_per_process, generator=random)
             for index, mini_batch in enumerate(order.split(plan.samples_per_mini_batch)):
                 for samples in mini_batch.split(plan.per_device_train_batch_size):
-                    steps = torch.randperm(len(plan.recorded_steps), generator=random)
+                    steps = torch.randperm(len(recorded_steps), generator=random)
                     for step in steps[: plan.transitions_per_sample].tolist():
                         yield MicroBatch(
                             samples=samples.tolist(),
-                            step=plan.recorded_steps[step],
+                            step=recorded_steps[step],
                             on_policy=ppo_epoch == 0 and index == 0,
                         )

@@ -1,24 +1,81 @@
-"""The LoRA adapter of the denoiser: put it on, save it in diffusers' format, load it back."""
+"""The LoRA adapter of the denoiser: where it goes, put it on, save it for diffusers or peft, load it back."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.loaders.lora_base import LoraBaseMixin
+from diffusers.models.attention import AttentionModuleMixin
+from diffusers.models.attention_processor import Attention
 from diffusers.training_utils import cast_training_params
-from peft import LoraConfig, PeftConfig, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors.torch import load_file
+from diffusers.utils.peft_utils import recurse_remove_peft_layers
+from peft import (
+    LoraConfig,
+    PeftConfig,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+    set_peft_model_state_dict,
+)
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import load_file, save_file
+from torch import nn
 
 
 ADAPTER_NAME = "default"
 LORA_WEIGHTS_NAME = "pytorch_lora_weights.safetensors"  # where `pipeline.load_lora_weights(directory)` looks
+PEFT_WEIGHTS_NAME = "adapter_model.safetensors"  # where `PeftModel.from_pretrained(denoiser, directory)` looks
+PEFT_PREFIX = "base_model.model."  # of the names in that file
 
 
-def default_lora_config() -> LoraConfig:
+def default_lora_config(denoiser: nn.Module) -> LoraConfig:
     """r = 4 on the attention projections, as TRL ≤ 0.23 and ddpo-pytorch had it."""
-    return LoraConfig(
-        r=4, lora_alpha=4, init_lora_weights="gaussian", target_modules=["to_q", "to_k", "to_v", "to_out.0"]
-    )
+    return LoraConfig(r=4, lora_alpha=4, init_lora_weights="gaussian", target_modules=attention_projections(denoiser))
+
+
+def attention_projections(denoiser: nn.Module) -> list[str]:
+    """
+    LoRA targets that select all linear layers of all attentions of a denoiser: queries, keys, values and outputs, of
+    the text stream as well where there are two.
+
+    Returns:
+        Names within an attention (`["to_k", "to_out.0", ...]`) if these select the same layers, else full names.
+
+    Raises:
+        `ValueError`: If there is no attention.
+    """
+    modules = dict(denoiser.named_modules())
+    layers: set[str] = set()
+    targets: set[str] = set()
+    for name, module in modules.items():
+        if isinstance(module, nn.Linear) and (inner := _name_within_attention(modules, name)):
+            layers.add(name)
+            targets.add(inner)
+    if not layers:
+        raise ValueError(
+            f"{type(denoiser).__name__} has no attention layers to put the default adapter on. Give `peft_config` "
+            "with the target_modules of your choice."
+        )
+    selected = {name for name in modules if any(f".{name}".endswith(f".{target}") for target in targets)}
+    return sorted(targets if selected == layers else layers)
+
+
+def _name_within_attention(modules: dict[str, nn.Module], name: str) -> str | None:
+    """`"to_out.0"` for `"blocks.3.attn.to_out.0"`; `None` for a layer that belongs to no attention."""
+    owner = name
+    while owner:
+        owner = owner.rpartition(".")[0]
+        if not isinstance(modules[owner], nn.ModuleList | nn.ModuleDict | nn.Sequential):
+            break
+    return name.removeprefix(f"{owner}.") if _is_attention(modules[owner]) else None
+
+
+def _is_attention(module: nn.Module) -> bool:
+    # Most attentions of diffusers are of these types; the others are named so.
+    return isinstance(module, Attention | AttentionModuleMixin) or type(module).__name__.endswith("Attention")
 
 
 def denoiser_name(pipeline: DiffusionPipeline) -> str:
@@ -35,6 +92,29 @@ def denoiser_name(pipeline: DiffusionPipeline) -> str:
         f"pipeline is a {type(pipeline).__name__} with the components {', '.join(pipeline.components)}; it needs a "
         "denoiser named 'unet' or 'transformer'."
     )
+
+
+def adapter_layers(denoiser: nn.Module) -> list[BaseTunerLayer]:
+    """The layers of a denoiser that carry adapters. Through peft, because not all denoisers know diffusers' mixin."""
+    return [module for module in denoiser.modules() if isinstance(module, BaseTunerLayer)]
+
+
+def active_adapters(denoiser: nn.Module) -> list[str]:
+    """Names of the adapters that are switched on."""
+    return sorted({name for layer in adapter_layers(denoiser) for name in layer.active_adapters})
+
+
+@contextmanager
+def adapters_off(denoiser: nn.Module) -> Iterator[None]:
+    """The denoiser without its adapters, while the context is open."""
+    layers = adapter_layers(denoiser)
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
 
 
 def put_on_adapter(pipeline: DiffusionPipeline, peft_config: PeftConfig | None) -> str:
@@ -55,9 +135,9 @@ def put_on_adapter(pipeline: DiffusionPipeline, peft_config: PeftConfig | None) 
     """
     denoiser = pipeline.components[denoiser_name(pipeline)]
     for component in pipeline.components.values():
-        if isinstance(component, torch.nn.Module):
+        if isinstance(component, nn.Module):
             component.requires_grad_(False).eval()
-    active = denoiser.active_adapters() if denoiser._hf_peft_config_loaded else []
+    active = active_adapters(denoiser)
     if active and peft_config is not None:
         raise ValueError(
             f"peft_config is given, but the pipeline carries the adapter {', '.join(active)} already. Leave "
@@ -69,11 +149,36 @@ def put_on_adapter(pipeline: DiffusionPipeline, peft_config: PeftConfig | None) 
             "`pipeline.set_adapters(name)`."
         )
     if not active:
-        denoiser.add_adapter(peft_config or default_lora_config(), ADAPTER_NAME)
+        _add_adapter(denoiser, peft_config or default_lora_config(denoiser))
         active = [ADAPTER_NAME]
-    denoiser.set_adapter(active[0])  # lets its weights require gradients again
+    for layer in adapter_layers(denoiser):
+        layer.set_adapter(active[0])  # lets its weights require gradients again
     cast_training_params(denoiser, torch.float32)
     return active[0]
+
+
+def _add_adapter(denoiser: nn.Module, peft_config: PeftConfig) -> None:
+    if isinstance(denoiser, PeftAdapterMixin):
+        denoiser.add_adapter(peft_config, ADAPTER_NAME)  # as below, and diffusers' methods know of it
+    else:
+        inject_adapter_in_model(peft_config, denoiser, ADAPTER_NAME)
+
+
+def take_off_adapter(denoiser: nn.Module) -> None:
+    """Removes all adapters, and the layers that held them."""
+    recurse_remove_peft_layers(denoiser)
+    del denoiser.peft_config
+    if isinstance(denoiser, PeftAdapterMixin):
+        denoiser._hf_peft_config_loaded = False
+
+
+def describe_adapter(denoiser: Any, adapter: str) -> str:
+    """One line about an adapter: its layers and the number of its weights."""
+    layers = [name for name, module in denoiser.named_modules() if isinstance(module, BaseTunerLayer)]
+    weights = sum(p.numel() for p in denoiser.parameters() if p.requires_grad)
+    targets = denoiser.peft_config[adapter].target_modules
+    named = targets if isinstance(targets, str) else ", ".join(sorted(targets))
+    return f"{weights:,} weights on {len(layers)} layers: {named if len(named) < 200 else named[:200] + ' ...'}"
 
 
 def freeze_all_but_denoiser(pipeline: DiffusionPipeline, peft_config: PeftConfig | None) -> None:
@@ -91,24 +196,36 @@ def freeze_all_but_denoiser(pipeline: DiffusionPipeline, peft_config: PeftConfig
     """
     name = denoiser_name(pipeline)
     denoiser = pipeline.components[name]
-    if peft_config is not None or denoiser._hf_peft_config_loaded:
+    if peft_config is not None or adapter_layers(denoiser):
         what = "peft_config is given" if peft_config is not None else "the pipeline carries a LoRA adapter"
         raise ValueError(f"use_lora is False, but {what}. Set use_lora=True to train the adapter, or take it away.")
     if denoiser.dtype != torch.float32:
         raise ValueError(
             f"use_lora is False, which trains pipeline.{name} itself, but its weights are {denoiser.dtype}. Load the "
-            "pipeline with torch_dtype=torch.float32, and set bf16=True or fp16=True for mixed precision."
+            "pipeline with dtype=torch.float32, and set bf16=True or fp16=True for mixed precision."
         )
     for component_name, component in pipeline.components.items():
-        if isinstance(component, torch.nn.Module) and component_name != name:
+        if isinstance(component, nn.Module) and component_name != name:
             component.requires_grad_(False).eval()
+
+
+def has_lora_loader(pipeline: DiffusionPipeline) -> bool:
+    """Whether `pipeline.load_lora_weights` exists and loads adapters of the denoiser."""
+    name = denoiser_name(pipeline)
+    return (
+        isinstance(pipeline, LoraBaseMixin)
+        and isinstance(pipeline.components[name], PeftAdapterMixin)
+        and name in pipeline._lora_loadable_modules
+    )
 
 
 def save_adapter(pipeline: DiffusionPipeline, adapter: str, directory: str | os.PathLike[str]) -> None:
     """
     Writes `pytorch_lora_weights.safetensors`, which `pipeline.load_lora_weights(directory)` of diffusers loads.
 
-    The adapter's config goes into the file's metadata: without it a `lora_alpha` other than the rank would be lost.
+    Where the pipeline has no such loader (PixArt, Kandinsky) it writes peft's files instead, for
+    `PeftModel.from_pretrained(denoiser, directory)`. The adapter's config goes with the weights: without it a
+    `lora_alpha` other than the rank would be lost.
 
     Args:
         pipeline ([`~diffusers.DiffusionPipeline`]):
@@ -120,11 +237,16 @@ def save_adapter(pipeline: DiffusionPipeline, adapter: str, directory: str | os.
     """
     name = denoiser_name(pipeline)
     denoiser = pipeline.components[name]
-    layers: dict[str, Any] = {
-        f"{name}_lora_layers": get_peft_model_state_dict(denoiser, adapter_name=adapter),
-        f"{name}_lora_adapter_metadata": denoiser.peft_config[adapter].to_dict(),
-    }
-    pipeline.save_lora_weights(save_directory=directory, **layers)
+    weights = get_peft_model_state_dict(denoiser, adapter_name=adapter)
+    config: PeftConfig = denoiser.peft_config[adapter]
+    if has_lora_loader(pipeline):
+        layers: dict[str, Any] = {f"{name}_lora_layers": weights, f"{name}_lora_adapter_metadata": config.to_dict()}
+        pipeline.save_lora_weights(save_directory=directory, **layers)
+        return
+    os.makedirs(directory, exist_ok=True)
+    config.save_pretrained(str(directory))
+    prefixed = {f"{PEFT_PREFIX}{key}": value.contiguous() for key, value in weights.items()}
+    save_file(prefixed, os.path.join(directory, PEFT_WEIGHTS_NAME), metadata={"format": "pt"})
 
 
 def load_adapter(pipeline: DiffusionPipeline, adapter: str, directory: str | os.PathLike[str]) -> None:
@@ -141,10 +263,12 @@ def load_adapter(pipeline: DiffusionPipeline, adapter: str, directory: str | os.
         `ValueError`: If the file has not exactly the adapter's weights.
     """
     name = denoiser_name(pipeline)
-    path = os.path.join(directory, LORA_WEIGHTS_NAME)
-    prefix = f"{name}."
-    weights = {key.removeprefix(prefix): value for key, value in load_file(path).items() if key.startswith(prefix)}
     denoiser = pipeline.components[name]
+    if has_lora_loader(pipeline):
+        path, prefix = os.path.join(directory, LORA_WEIGHTS_NAME), f"{name}."
+    else:
+        path, prefix = os.path.join(directory, PEFT_WEIGHTS_NAME), PEFT_PREFIX
+    weights = {key.removeprefix(prefix): value for key, value in load_file(path).items() if key.startswith(prefix)}
     expected = get_peft_model_state_dict(denoiser, adapter_name=adapter).keys()
     if weights.keys() != expected:
         raise ValueError(

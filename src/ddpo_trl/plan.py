@@ -3,7 +3,10 @@
 import math
 from dataclasses import dataclass
 
-from ddpo_trl.config import DDPOConfig
+import torch
+
+from ddpo_trl.config import DDPOConfig, WindowStrategy
+from ddpo_trl.seeding import Stream, generator
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,8 +25,16 @@ class BatchPlan:
             Samples of a micro-batch.
         num_mini_batches, num_ppo_epochs (`int`):
             Optimizer steps in a pass over the rollout, and passes.
-        recorded_steps (`tuple[int, ...]`):
+        trainable_steps (`tuple[int, ...]`):
             Indices of the denoising steps that may be trained on.
+        window_size (`int`, *optional*):
+            How many of them, in a row, get noise and are trained on in a round: the SDE window. `None` for all, and
+            noise in every step.
+        window_strategy (`"fixed"`, `"progressive"` or `"random"`):
+            Where the window is: at the first of them; moving on by one every `window_interval` rounds, and from the
+            last position back to the first; or anywhere, drawn anew in each round.
+        window_interval (`int`):
+            Rounds between two moves of a progressive window.
         timestep_fraction (`float`):
             Share of them that each sample is trained on.
 
@@ -38,7 +49,10 @@ class BatchPlan:
     per_device_train_batch_size: int
     num_mini_batches: int
     num_ppo_epochs: int
-    recorded_steps: tuple[int, ...]
+    trainable_steps: tuple[int, ...]
+    window_size: int | None = None
+    window_strategy: WindowStrategy = "fixed"
+    window_interval: int = 25
     timestep_fraction: float
 
     def __post_init__(self):
@@ -73,7 +87,26 @@ class BatchPlan:
     @property
     def transitions_per_sample(self) -> int:
         """Transitions of a sample that are trained on in a pass."""
-        return max(1, round(len(self.recorded_steps) * self.timestep_fraction))
+        steps = self.window_size or len(self.trainable_steps)
+        return max(1, round(steps * self.timestep_fraction))
+
+    def trained_steps(self, round: int, seed: int) -> tuple[int, ...]:
+        """
+        Indices of the denoising steps that round `round` of a run with seed `seed` may train on, on every process.
+
+        A window as in https://huggingface.co/papers/2507.21802: its steps get noise, the others are deterministic.
+        """
+        if self.window_size is None:
+            return self.trainable_steps
+        positions = len(self.trainable_steps) - self.window_size + 1
+        match self.window_strategy:
+            case "fixed":
+                first = 0
+            case "progressive":
+                first = round // self.window_interval % positions
+            case "random":
+                first = int(torch.randint(positions, (), generator=generator(seed, Stream.WINDOW, round)))
+        return self.trainable_steps[first : first + self.window_size]
 
     @property
     def samples_per_mini_batch(self) -> int:
@@ -113,8 +146,12 @@ class BatchPlan:
             ),
             (
                 "transitions trained",
-                f"{self.transitions_per_sample} a sample, of {len(self.recorded_steps)} recorded (steps "
-                f"{self.recorded_steps[0]} to {self.recorded_steps[-1]})",
+                f"{self.transitions_per_sample} a sample, of {len(self.trainable_steps)} that may be (steps "
+                f"{self.trainable_steps[0]} to {self.trainable_steps[-1]})",
+            ),
+            (
+                "steps with noise",
+                "all" if self.window_size is None else f"{self.window_size} in a row, {self.window_strategy}",
             ),
             (
                 "optimizer steps a round",
@@ -150,11 +187,16 @@ def plan_batches(config: DDPOConfig, stds: list[float]) -> BatchPlan:
         `ValueError`: If no step can be trained on, or the sizes do not divide.
     """
     first, last = (round(bound * len(stds)) for bound in config.train_timestep_range)
-    recorded_steps = tuple(index for index in range(first, last) if stds[index] > 0)
-    if not recorded_steps:
+    trainable_steps = tuple(index for index in range(first, last) if stds[index] > 0)
+    if not trainable_steps:
         raise ValueError(
             f"train_timestep_range is {config.train_timestep_range}, which holds no stochastic step of the "
             f"{len(stds)} denoising steps. Widen it or raise num_inference_steps."
+        )
+    if config.sde_window_size is not None and config.sde_window_size > len(trainable_steps):
+        raise ValueError(
+            f"sde_window_size is {config.sde_window_size}, more than the {len(trainable_steps)} stochastic steps in "
+            f"train_timestep_range={config.train_timestep_range}. Lower it, or raise num_inference_steps."
         )
     return BatchPlan(
         num_processes=config.world_size,
@@ -164,6 +206,9 @@ def plan_batches(config: DDPOConfig, stds: list[float]) -> BatchPlan:
         per_device_train_batch_size=config.per_device_train_batch_size,
         num_mini_batches=config.num_mini_batches,
         num_ppo_epochs=config.num_ppo_epochs,
-        recorded_steps=recorded_steps,
+        trainable_steps=trainable_steps,
+        window_size=config.sde_window_size,
+        window_strategy=config.sde_window_strategy,
+        window_interval=config.sde_window_interval,
         timestep_fraction=config.timestep_fraction,
     )

@@ -1,11 +1,9 @@
 """The diffusers pipeline as a policy. This is the only file that runs a pipeline's `__call__`."""
 
 import copy
-import functools
-import inspect
 import os
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -14,13 +12,10 @@ from torch import Tensor, nn
 
 from ddpo_trl.config import DDPOConfig
 from ddpo_trl.gaussian import kl_divergence, log_prob
-from ddpo_trl.lora import denoiser_name, load_adapter, save_adapter
-from ddpo_trl.scheduler import Replay, Sampling, policy_scheduler
-from ddpo_trl.types import SampledBatch
-
-
-# Embeddings of this many prompts are kept. Stable Diffusion's take 0.5 MB each in float32.
-MAX_CACHED_PROMPTS = 1024
+from ddpo_trl.lora import adapters_off, denoiser_name, describe_adapter, load_adapter, save_adapter
+from ddpo_trl.pipelines import call_with_grad, check_call, policy_copy, quiet_copy, with_denoiser
+from ddpo_trl.schedulers import Replay, Sampling, StepReplayed, policy_scheduler
+from ddpo_trl.types import Context, SampledBatch
 
 
 class PolicyOutput(NamedTuple):
@@ -51,14 +46,16 @@ class Policy(nn.Module):
 
     Args:
         pipeline ([`~diffusers.DiffusionPipeline`]):
-            A text-to-image pipeline; what is to be trained in its denoiser requires gradients already.
+            A text-to-image or text-to-video pipeline; what is to be trained in its denoiser requires gradients
+            already.
         config ([`DDPOConfig`]):
             Sampler and log-probability settings.
         adapter (`str`, *optional*):
             Name of the trained LoRA adapter, `None` if the denoiser's own weights are trained.
 
     Raises:
-        `ValueError`: If the scheduler can't be turned into a policy, or nothing requires gradients.
+        `ValueError`: If the scheduler can't be turned into a policy, the pipeline does not take the arguments it is
+            meant to be called with, or nothing requires gradients.
     """
 
     def __init__(self, pipeline: DiffusionPipeline, config: DDPOConfig, adapter: str | None):
@@ -68,7 +65,9 @@ class Policy(nn.Module):
         pipeline_kwargs = config.pipeline_kwargs or {}
         assert isinstance(pipeline_kwargs, dict), "DDPOConfig parses strings"
         self.pipeline_kwargs = pipeline_kwargs
-        self.scheduler = policy_scheduler(pipeline.scheduler, config.eta)
+        self.input_names = tuple(config.pipeline_inputs or ())
+        check_call(pipeline, config)
+        self.scheduler: Any = policy_scheduler(pipeline.scheduler, config.eta, config.noise_level, config.sde_type)
         self.denoiser_name = denoiser_name(pipeline)
         self.denoiser: ModelMixin = pipeline.components[self.denoiser_name]
         if not any(parameter.requires_grad for parameter in self.denoiser.parameters()):
@@ -76,22 +75,62 @@ class Policy(nn.Module):
                 f"Nothing is trainable: no parameter of pipeline.{self.denoiser_name} requires a gradient. Set "
                 "`requires_grad_(True)` on what you want to train, or use_lora=True."
             )
-        self.pipeline = quiet_copy(pipeline)  # runs with its own, deterministic or not, scheduler
-        self.policy_pipeline = quiet_copy(pipeline)
-        self.policy_pipeline.scheduler = self.scheduler
-        self.policy_pipeline.encode_prompt = memoised_by_prompt(self.policy_pipeline.encode_prompt)
-        if "safety_checker" in pipeline.components:
-            self.policy_pipeline.safety_checker = None  # it would blacken images before they are scored
+        self.policy_pipeline = policy_copy(pipeline, self.scheduler, config.offload_text_encoders)
+        self.pipeline: Any = quiet_copy(pipeline)  # runs with its own, deterministic or not, scheduler
+        if "encode_prompt" in vars(self.policy_pipeline):  # the same cache for both
+            self.pipeline.encode_prompt = self.policy_pipeline.encode_prompt
         self._reference_pipeline = self.policy_pipeline
         if adapter is None and config.kl_coef > 0:
-            self._reference_pipeline = copy.copy(self.policy_pipeline)
             frozen = copy.deepcopy(self.denoiser).requires_grad_(False)
-            self._reference_pipeline.register_modules(**{self.denoiser_name: frozen})
+            self._reference_pipeline = with_denoiser(self.policy_pipeline, frozen)
 
-    @property
-    def stds(self) -> list[float]:
-        """σ_t of each step of the sampler, from noise to image; 0 for deterministic steps."""
-        return self.scheduler.stds(self.settings.num_inference_steps)
+    def context(self, prompts: Sequence[str], metadata: Sequence[Any], seeds: Sequence[int]) -> Context:
+        """
+        What a batch is made from.
+
+        Args:
+            prompts (`Sequence[str]` of length `B`):
+                The prompts.
+            metadata (`Sequence` of length `B`):
+                What came with them; entries named in `config.pipeline_inputs` go to the pipeline.
+            seeds (`Sequence[int]` of length `B`):
+                All randomness of each sample.
+
+        Raises:
+            `ValueError`: If an entry is missing.
+        """
+        for entries in metadata:
+            known = entries if isinstance(entries, Mapping) else {}
+            if missing := [name for name in self.input_names if name not in known]:
+                raise ValueError(
+                    f"pipeline_inputs names {missing[0]!r}, but the metadata of a prompt is {entries!r}. Return it "
+                    "beside each prompt, as a dict, or as a column of the dataset."
+                )
+        inputs = {name: [entries[name] for entries in metadata] for name in self.input_names}
+        return Context(prompts=tuple(prompts), seeds=tuple(seeds), inputs=inputs)
+
+    def survey(self, context: Context) -> list[float]:
+        """
+        Runs the pipeline up to its first step, and no further: what its timesteps are, only its `__call__` knows.
+
+        Args:
+            context ([`~ddpo_trl.types.Context`]):
+                One sample is enough.
+
+        Returns:
+            σ_t of each step of the sampler, from noise to image; 0 for deterministic steps.
+        """
+        with torch.no_grad():
+            self._visit(self.policy_pipeline, Replay(0), context)
+        return self.scheduler.stds
+
+    def describe(self) -> str:
+        """One line about what is trained."""
+        what = f"pipeline.{self.denoiser_name} ({type(self.denoiser).__name__})"
+        if self.adapter is None:
+            weights = sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
+            return f"{what}: {weights:,} of its own weights"
+        return f"LoRA on {what}: {describe_adapter(self.denoiser, self.adapter)}"
 
     def train(self, mode: bool = True) -> "Policy":
         """Keeps the denoiser in evaluation mode: with dropout a replayed step is not the policy that was sampled."""
@@ -118,60 +157,46 @@ class Policy(nn.Module):
     @torch.no_grad()
     def sample(
         self,
-        prompts: Sequence[str],
-        generators: Sequence[torch.Generator],
+        context: Context,
         record: Collection[int] = (),
-        num_inference_steps: int | None = None,
+        stochastic: Collection[int] | None = None,
+        max_steps: int | None = None,
     ) -> SampledBatch:
         """
-        Draws one image per prompt from the policy.
+        Draws images from the policy.
 
         Args:
-            prompts (`Sequence[str]` of length `B`):
-                The prompts.
-            generators (`Sequence[torch.Generator]` of length `B`):
-                All randomness of each sample.
+            context ([`~ddpo_trl.types.Context`] of length `B`):
+                What they are made from.
             record (`Collection[int]`):
                 Indices of the denoising steps whose transitions are kept; deterministic ones never are.
-            num_inference_steps (`int`, *optional*):
-                Steps, the config's by default.
+            stochastic (`Collection[int]`, *optional*):
+                Indices of the steps that get noise, all by default.
+            max_steps (`int`, *optional*):
+                Stop denoising after so many steps; all by default.
         """
-        source = Sampling(generators, record, self.settings.log_prob_reduction)
+        generators = seeded(context)
+        source = Sampling(generators, record, self.settings.log_prob_reduction, stochastic, max_steps)
         with self.scheduler.acting(source):
-            images = self._run(
-                self.policy_pipeline,
-                prompts,
-                generator=list(generators),
-                output_type="pt",
-                num_inference_steps=num_inference_steps or self.settings.num_inference_steps,
-            )
-        return SampledBatch(prompts=tuple(prompts), images=images.float(), steps=source.steps)
+            images = self._run_to_images(self.policy_pipeline, context, generators)
+        return SampledBatch(context=context, images=images, steps=source.steps)
 
     @torch.no_grad()
-    def generate(self, prompts: Sequence[str], generators: Sequence[torch.Generator]) -> Tensor:
+    def generate(self, context: Context) -> Tensor:
         """
-        Draws one image per prompt as the pipeline's users will, with its own scheduler.
+        Draws images as the pipeline's users will, with its own scheduler.
 
         Args:
-            prompts (`Sequence[str]` of length `B`):
-                The prompts.
-            generators (`Sequence[torch.Generator]` of length `B`):
-                The randomness of each sample.
+            context ([`~ddpo_trl.types.Context`] of length `B`):
+                What they are made from.
 
         Returns:
-            `torch.Tensor` of shape `(B, 3, H, W)`, float32 in [0, 1].
+            `torch.Tensor` of shape `(B, 3, H, W)`, or `(B, F, 3, H, W)` for video, float32 in [0, 1].
         """
-        images = self._run(
-            self.pipeline,
-            prompts,
-            generator=list(generators),
-            output_type="pt",
-            num_inference_steps=self.settings.num_inference_steps,
-        )
-        return images.float()
+        return self._run_to_images(self.pipeline, context, seeded(context))
 
     def forward(
-        self, step: int, latents: Tensor, next_latents: Tensor, prompts: Sequence[str], with_reference: bool = False
+        self, step: int, latents: Tensor, next_latents: Tensor, context: Context, with_reference: bool = False
     ) -> PolicyOutput:
         """
         Runs one recorded step again.
@@ -181,23 +206,23 @@ class Policy(nn.Module):
                 Its index in the sampler's schedule.
             latents, next_latents (`torch.Tensor` of shape `(B, ...)`):
                 State x_t and action x_{t-1} as recorded.
-            prompts (`Sequence[str]` of length `B`):
-                The prompts they were sampled with.
+            context ([`~ddpo_trl.types.Context`] of length `B`):
+                What they were sampled from.
             with_reference (`bool`, *optional*, defaults to `False`):
                 Whether to take the KL divergence to the reference policy too, at the cost of one more forward pass.
         """
         kl = None
         if with_reference:  # first, so that no graph is held meanwhile
             with torch.no_grad(), self._reference() as pipeline:
-                reference_mean = self._replay(pipeline, step, latents, next_latents, prompts).mean
-        replay = self._replay(self.policy_pipeline, step, latents, next_latents, prompts)
+                reference_mean = self._visit(pipeline, Replay(step, latents), context).mean
+        replay = self._visit(self.policy_pipeline, Replay(step, latents), context)
         reduction = self.settings.log_prob_reduction
         if with_reference:
             kl = kl_divergence(replay.mean, reference_mean, replay.std, reduction)
         return PolicyOutput(log_prob(next_latents, replay.mean, replay.std, reduction), kl)
 
     def save(self, directory: str | os.PathLike[str]) -> None:
-        """Writes the trained weights: the adapter in diffusers' LoRA format, or else the denoiser in a subfolder."""
+        """Writes what is trained: the adapter ([`~ddpo_trl.lora.save_adapter`]), or the denoiser in a subfolder."""
         if self.adapter is None:
             self.denoiser.save_pretrained(os.path.join(directory, self.denoiser_name))
         else:
@@ -211,42 +236,45 @@ class Policy(nn.Module):
         else:
             load_adapter(self.pipeline, self.adapter, directory)
 
-    def _replay(
-        self, pipeline: DiffusionPipeline, step: int, latents: Tensor, action: Tensor, prompts: Sequence[str]
-    ) -> Replay:
-        source = Replay(step, action)
-        with self.scheduler.acting(source):
-            self._run(
-                pipeline,
-                prompts,
-                latents=latents,
-                output_type="latent",
-                num_inference_steps=self.settings.num_inference_steps,
-            )
-        if source.visits != 1:
+    def _visit(self, pipeline: DiffusionPipeline, replay: Replay, context: Context) -> Replay:
+        """Runs a pipeline up to the step that `replay` wants."""
+        with self.scheduler.acting(replay), suppress(StepReplayed):
+            self._run(pipeline, context, generator=seeded(context), output_type="latent")
+        if replay.latents is None:
             raise RuntimeError(
-                f"{type(pipeline).__name__} ran {source.visits} scheduler steps where one was replayed: it does not "
-                "take its timesteps from the scheduler, so it can't be a policy."
+                f"{type(pipeline).__name__} finished without a step of its scheduler, so it can't be a policy: it "
+                "does not take its timesteps from pipeline.scheduler."
             )
-        return source
+        return replay
 
-    def _run(self, pipeline: DiffusionPipeline, prompts: Sequence[str], **kwargs: Any) -> Any:
-        # Diffusers decorates `__call__` with `torch.no_grad()`; our callers decide about gradients.
-        call = inspect.unwrap(type(pipeline).__call__)
-        return call(
+    def _run_to_images(
+        self, pipeline: DiffusionPipeline, context: Context, generators: list[torch.Generator]
+    ) -> Tensor:
+        if {"image_processor", "video_processor"} & vars(pipeline).keys():
+            return self._run(pipeline, context, generator=generators, output_type="pt").float()
+        # Without a processor "pt" is what the decoder gives, in [-1, 1] as a rule. (B, [F,] H, W, 3)
+        images = self._run(pipeline, context, generator=generators, output_type="np")
+        return torch.from_numpy(images).movedim(-1, -3).to(pipeline.device).float()
+
+    def _run(self, pipeline: DiffusionPipeline, context: Context, **kwargs: Any) -> Any:
+        if self.settings.guidance_scale is not None:
+            kwargs["guidance_scale"] = self.settings.guidance_scale
+        return call_with_grad(type(pipeline))(
             pipeline,
-            prompt=list(prompts),
-            guidance_scale=self.settings.guidance_scale,
+            prompt=list(context.prompts),
+            num_inference_steps=self.settings.num_inference_steps,
             return_dict=False,
-            **self._pipeline_kwargs(len(prompts)),
+            **self._pipeline_kwargs(len(context)),
+            **{name: list(values) for name, values in context.inputs.items()},
             **kwargs,
         )[0]
 
     def _pipeline_kwargs(self, batch_size: int) -> dict[str, Any]:
-        negative_prompt = self.pipeline_kwargs.get("negative_prompt")
-        if isinstance(negative_prompt, str):  # Stable Diffusion wants as many as there are prompts
-            return {**self.pipeline_kwargs, "negative_prompt": [negative_prompt] * batch_size}
-        return self.pipeline_kwargs
+        # Stable Diffusion wants as many negative prompts as there are prompts.
+        return {
+            name: [value] * batch_size if name.startswith("negative_prompt") and isinstance(value, str) else value
+            for name, value in self.pipeline_kwargs.items()
+        }
 
     @contextmanager
     def _reference(self) -> Iterator[DiffusionPipeline]:
@@ -254,45 +282,10 @@ class Policy(nn.Module):
         if self.adapter is None:
             yield self._reference_pipeline
             return
-        self.denoiser.disable_adapters()
-        try:
+        with adapters_off(self.denoiser):
             yield self.policy_pipeline
-        finally:
-            self.denoiser.enable_adapters()
 
 
-def quiet_copy(pipeline: DiffusionPipeline) -> DiffusionPipeline:
-    """A shallow copy that shares all components and draws no progress bar."""
-    twin = copy.copy(pipeline)
-    twin.set_progress_bar_config(disable=True)
-    return twin
-
-
-def memoised_by_prompt(encode_prompt: Any) -> Any:
-    """
-    A pipeline's `encode_prompt` that encodes every prompt once and by itself.
-
-    So replay runs no text encoder, and a sample's embedding does not depend on the batch it is in.
-    """
-
-    @functools.lru_cache(MAX_CACHED_PROMPTS)
-    def encode_one(prompt: str, *args: Any, **kwargs: Any) -> tuple[Tensor | None, ...]:
-        with torch.no_grad():
-            return encode_prompt(prompt, *args, **kwargs)
-
-    @functools.wraps(encode_prompt)
-    def encode(prompt: Sequence[str], *args: Any, **kwargs: Any) -> tuple[Tensor | None, ...]:
-        def of_sample(index: int, value: Any) -> Any:  # a negative prompt per sample
-            return value[index] if isinstance(value, list) else value
-
-        embeddings = [
-            encode_one(
-                text,
-                *(of_sample(index, value) for value in args),
-                **{name: of_sample(index, value) for name, value in kwargs.items()},
-            )
-            for index, text in enumerate(prompt)
-        ]
-        return tuple(None if column[0] is None else torch.cat(column) for column in zip(*embeddings, strict=True))
-
-    return encode
+def seeded(context: Context) -> list[torch.Generator]:
+    """The generators of a batch, at their beginning."""
+    return [torch.Generator().manual_seed(seed) for seed in context.seeds]

@@ -14,14 +14,14 @@ class Stream(IntEnum):
     PROMPTS = 2
     EVALUATION = 3
     CONTROL = 4
+    WINDOW = 5
 
 
-def generator(seed: int, stream: Stream, *path: int) -> torch.Generator:
+def derived_seed(seed: int, stream: Stream, *path: int) -> int:
     """
-    A CPU generator for one purpose, for instance `generator(seed, Stream.SAMPLE, round, sample_index)`.
+    A seed for one purpose, for instance `derived_seed(seed, Stream.SAMPLE, round, sample_index)`.
 
-    The same arguments give the same numbers on every device and for every number of processes. The streams are
-    independent: numpy's `SeedSequence` mixes the path into a seed.
+    Seeds of different purposes or paths are independent: numpy's `SeedSequence` mixes the path into them.
 
     Args:
         seed (`int`):
@@ -29,7 +29,15 @@ def generator(seed: int, stream: Stream, *path: int) -> torch.Generator:
         stream ([`Stream`]):
             The purpose.
         path (`int`):
-            What distinguishes the streams of one purpose, ≥ 0 each.
+            What distinguishes the seeds of one purpose, ≥ 0 each.
+
+    Returns:
+        `int`: In [0, 2⁶³), what `torch.Generator.manual_seed` takes.
     """
     state = np.random.SeedSequence(seed, spawn_key=(stream, *path)).generate_state(1, np.uint64)
-    return torch.Generator().manual_seed(int(state[0]) >> 1)  # manual_seed takes 63 bits
+    return int(state[0]) >> 1
+
+
+def generator(seed: int, stream: Stream, *path: int) -> torch.Generator:
+    """A CPU generator with the [`derived_seed`] of its arguments: the same numbers on every device."""
+    return torch.Generator().manual_seed(derived_seed(seed, stream, *path))

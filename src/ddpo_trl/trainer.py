@@ -22,6 +22,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from ddpo_trl import advantages
 from ddpo_trl.callbacks import RoundProgress
 from ddpo_trl.config import DDPOConfig
+from ddpo_trl.doctor import log_prob_difference, replay_problem
 from ddpo_trl.loader import RolloutLoader
 from ddpo_trl.lora import freeze_all_but_denoiser, put_on_adapter
 from ddpo_trl.model_card import write_model_card
@@ -30,17 +31,12 @@ from ddpo_trl.plan import plan_batches
 from ddpo_trl.policy import Policy
 from ddpo_trl.prompts import PromptFunction, prompt_pairs, prompt_source
 from ddpo_trl.scoring import RewardScorer
-from ddpo_trl.seeding import Stream, generator
-from ddpo_trl.types import Objective, RewardFunction, Rollout, Transition
+from ddpo_trl.seeding import Stream, derived_seed
+from ddpo_trl.types import Context, Objective, RewardFunction, Rollout, Transition
 
 
 PROMPT_STATISTICS_NAME = "prompt_statistics.json"
 CONFIG_NAME = "ddpo_config.json"
-
-# How far a log-probability, averaged over dimensions, may move between sampling and training before any update. Other
-# kernels at another micro-batch size move it by about 1e-6 in float32; a fault (other guidance, dropout) by far more.
-FLOAT32_TOLERANCE = 1e-3
-HALF_PRECISION_TOLERANCE = 0.1
 
 
 class Samples(NamedTuple):
@@ -93,10 +89,11 @@ class DDPOTrainer(Trainer):
             A function that returns `(prompt, metadata)`; a dataset with a `prompt` column, whose other columns are the
             metadata; or a list of strings.
         pipeline ([`~diffusers.DiffusionPipeline`]):
-            A text-to-image pipeline. If it carries a LoRA adapter, that is trained; else one is added. It is moved to
-            the training device; its scheduler is left alone.
+            A text-to-image or text-to-video pipeline. If it carries a LoRA adapter, that is trained; else one is
+            added. It is moved to the training device; its scheduler is left alone. `ddpo-trl doctor` and
+            [`~ddpo_trl.check_pipeline`] tell whether it can be trained.
         peft_config ([`~peft.PeftConfig`], *optional*):
-            The adapter to add, r = 4 on the attention projections by default.
+            The adapter to add, r = 4 on all attention projections by default.
         eval_prompts (`datasets.Dataset` or `list[str]`, *optional*):
             Prompts of [`~DDPOTrainer.evaluate`] and [`~DDPOTrainer.generate_samples`].
         callbacks (`list[~transformers.TrainerCallback]`, *optional*):
@@ -154,8 +151,12 @@ class DDPOTrainer(Trainer):
         else:
             adapter = None
             freeze_all_but_denoiser(pipeline, peft_config)
+        pipeline = pipeline.to(args.device)
         policy = Policy(pipeline, args, adapter)
-        self.plan = plan_batches(args, policy.stds)
+        prompt, metadata = self.prompts.preview(1)[0]
+        trial_seeds = [derived_seed(args.seed, Stream.EVALUATION, index) for index in range(2)]
+        trial = policy.context([prompt] * 2, [metadata] * 2, trial_seeds)
+        self.plan = plan_batches(args, policy.survey(trial))
         args.gradient_accumulation_steps = self.plan.micro_batches_per_update
         if args.total_episodes is not None:
             args.num_train_epochs = self.plan.rounds_for(args.total_episodes)
@@ -167,7 +168,7 @@ class DDPOTrainer(Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        self.pipeline = pipeline.to(args.device)
+        self.pipeline = pipeline
         self.progress = RoundProgress(disable=args.disable_tqdm or not self.is_world_process_zero())
         self.remove_callback(ProgressCallback)
         self.add_callback(self.progress)
@@ -175,7 +176,7 @@ class DDPOTrainer(Trainer):
         self.rollout: Rollout  # of the current round
         self._metrics: defaultdict[str, list[Tensor | float]] = defaultdict(list)
         self._training_since = 0.0
-        self._try_reward_function()
+        self._try_reward_function(trial, metadata)
 
     # ---- The round ----
 
@@ -195,9 +196,9 @@ class DDPOTrainer(Trainer):
         )
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Prints the batch plan and trains. See [`~transformers.Trainer.train`]."""
+        """Prints the batch plan and what is trained, and trains. See [`~transformers.Trainer.train`]."""
         if self.is_world_process_zero() and not self.args.disable_tqdm:
-            print(f"Batch plan\n{self.plan}")
+            print(f"Batch plan\n{self.plan}\nTrained\n  {self._policy.describe()}")
         return super().train(*args, **kwargs)
 
     def compute_loss(
@@ -213,7 +214,7 @@ class DDPOTrainer(Trainer):
             step=batch.step,
             latents=batch.latents,
             next_latents=batch.next_latents,
-            prompts=batch.prompts,
+            context=batch.context,
             with_reference=self.args.kl_coef > 0,
         )
         objective = self._objective(log_probs, batch)
@@ -260,29 +261,17 @@ class DDPOTrainer(Trainer):
 
     def _ratio_deviation(self, log_probs: Tensor, batch: Transition) -> Tensor:
         """Largest |ratio − 1| of replay to rollout before any update; in the first round a large one is an error."""
-        log_ratio = log_probs - batch.log_probs
         if self.state.global_step == self._initial_global_step:
-            scale = batch.latents[0].numel() if self.args.log_prob_reduction == "sum" else 1
-            half = batch.latents.dtype != torch.float32 or self.args.mixed_precision != "no"
-            tolerance = HALF_PRECISION_TOLERANCE if half else FLOAT32_TOLERANCE
-            worst = log_ratio.abs().max().item() / scale
-            if not worst <= tolerance:
-                raise RuntimeError(
-                    f"Before any update, step {batch.step} has another log-probability in training than in sampling: "
-                    f"they differ by {worst:.2g} per latent dimension, more than {tolerance}. The pipeline does not "
-                    "repeat itself: look for dropout or another source of randomness, arguments in pipeline_kwargs "
-                    "that change between calls, or hooks on the denoiser."
-                )
-        return (torch.exp(log_ratio) - 1).abs().max()
+            difference = log_prob_difference(self.args, log_probs, batch.log_probs, batch.latents)
+            if problem := replay_problem(self.args, batch.step, difference, batch.latents.dtype):
+                raise RuntimeError(problem)
+        return (torch.exp(log_probs - batch.log_probs) - 1).abs().max()
 
-    def _try_reward_function(self) -> None:
+    def _try_reward_function(self, trial: Context, metadata: Any) -> None:
         """Scores two images made in one denoising step: a faulty reward function is refused at construction."""
-        pairs = self.prompts.preview(min(2, self.plan.prompts_per_round))
-        prompts, metadata = zip(*(pairs[0], pairs[-1]), strict=True)
-        generators = [generator(self.args.seed, Stream.EVALUATION, index) for index in range(2)]
         with self.accelerator.autocast():
-            images = self._policy.sample(prompts, generators, num_inference_steps=1).images
-        self.scorer.submit(images, prompts, metadata, when="trial at construction").result()
+            images = self._policy.sample(trial, max_steps=1).images
+        self.scorer.submit(images, trial.prompts, [metadata] * 2, when="trial at construction").result()
 
     # ---- Logging ----
 
@@ -337,10 +326,10 @@ class DDPOTrainer(Trainer):
 
     def _generate_batch(self, share: Sequence[tuple[int, tuple[str, Any]]]) -> list[tuple[str, Tensor, Tensor]]:
         prompts = [prompt for _, (prompt, _) in share]
-        generators = [generator(self.args.seed, Stream.EVALUATION, index) for index, _ in share]
-        with self.accelerator.autocast():
-            images = self._policy.generate(prompts, generators)
         metadata = [metadata for _, (_, metadata) in share]
+        seeds = [derived_seed(self.args.seed, Stream.EVALUATION, index) for index, _ in share]
+        with self.accelerator.autocast():
+            images = self._policy.generate(self._policy.context(prompts, metadata, seeds))
         rewards = self.scorer.submit(images, prompts, metadata, when="evaluation").result()
         return list(zip(prompts, images.cpu(), rewards, strict=True))
 

@@ -13,6 +13,28 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
+class Context:
+    """
+    What a batch of samples is made from: c of the Markov decision process, and the seeds.
+
+    Args:
+        prompts (`Sequence[str]` of length `B`):
+            The prompt of each sample.
+        seeds (`Sequence[int]` of length `B`):
+            All randomness of each sample.
+        inputs (`Mapping[str, Sequence]`, *optional*):
+            Further per-sample arguments of the pipeline, by name: `{"image": [...]}` for image-to-image.
+    """
+
+    prompts: Sequence[str]
+    seeds: Sequence[int]
+    inputs: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Step:
     """
     One recorded denoising step of a batch: a transition of the Markov decision process.
@@ -37,15 +59,15 @@ class SampledBatch:
     The trajectories of the samples that were drawn at once.
 
     Args:
-        prompts (`Sequence[str]` of length `B`):
-            The prompt of each sample.
+        context ([`Context`] of length `B`):
+            What they were made from.
         images (`torch.Tensor` of shape `(B, 3, H, W)`, or `(B, F, 3, H, W)` for video):
             What the pipeline made, float32 in [0, 1].
         steps (`Mapping[int, Step]`):
             The recorded transitions, by the index of their step in the sampler's schedule (0 is the noisiest).
     """
 
-    prompts: Sequence[str]
+    context: Context
     images: Tensor
     steps: Mapping[int, Step]
 
@@ -69,8 +91,8 @@ class Transition:
             log π_old of the action.
         advantages (`torch.Tensor` of shape `(B,)`):
             Advantage of the sample that the transition belongs to, in units of reward standard deviations.
-        prompts (`list[str]` of length `B`):
-            The prompt of each sample.
+        context ([`Context`] of length `B`):
+            What the samples were made from.
         on_policy (`bool`):
             Whether no update has happened since the rollout was sampled.
     """
@@ -80,7 +102,7 @@ class Transition:
     next_latents: Tensor
     log_probs: Tensor
     advantages: Tensor
-    prompts: list[str]
+    context: Context
     on_policy: bool
 
 
@@ -110,7 +132,7 @@ class Rollout:
 
     @property
     def prompts(self) -> list[str]:
-        return [prompt for batch in self.batches for prompt in batch.prompts]
+        return [prompt for batch in self.batches for prompt in batch.context.prompts]
 
     @property
     def images(self) -> Tensor:
@@ -118,16 +140,23 @@ class Rollout:
 
     def transition(self, samples: Sequence[int], step: int, on_policy: bool) -> Transition:
         """Collects step `step` of the samples with the given indices into one micro-batch."""
-        size = len(self.batches[0].prompts)
-        rows = [(self.batches[sample // size].steps[step], sample % size) for sample in samples]
-        prompts = self.prompts
+        places = [divmod(sample, len(self.batches[0].context)) for sample in samples]
+        recorded = [(self.batches[batch].steps[step], row) for batch, row in places]
+        contexts = [(self.batches[batch].context, row) for batch, row in places]
         return Transition(
             step=step,
-            latents=torch.stack([recorded.latents[row] for recorded, row in rows]),
-            next_latents=torch.stack([recorded.next_latents[row] for recorded, row in rows]),
-            log_probs=torch.stack([recorded.log_probs[row] for recorded, row in rows]),
+            latents=torch.stack([step.latents[row] for step, row in recorded]),
+            next_latents=torch.stack([step.next_latents[row] for step, row in recorded]),
+            log_probs=torch.stack([step.log_probs[row] for step, row in recorded]),
             advantages=self.advantages[list(samples)],
-            prompts=[prompts[sample] for sample in samples],
+            context=Context(
+                prompts=[context.prompts[row] for context, row in contexts],
+                seeds=[context.seeds[row] for context, row in contexts],
+                inputs={
+                    name: [context.inputs[name][row] for context, row in contexts]
+                    for name in self.batches[0].context.inputs
+                },
+            ),
             on_policy=on_policy,
         )
 

@@ -1,0 +1,249 @@
+"""Prompt embeddings, computed once per prompt: replay runs no text encoder, and the encoders may leave the GPU."""
+
+import copy
+import functools
+import inspect
+from collections import OrderedDict
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+
+
+# Embeddings of this many prompts are kept. Stable Diffusion's take 0.5 MB each in float32, a T5-XXL's 8 MB.
+MAX_CACHED_PROMPTS = 1024
+
+# Inputs of a text encoder whose outputs are kept: the negative prompt, which comes with every other prompt again.
+MAX_CACHED_INPUTS = 4
+
+# Arguments of `encode_prompt` that hold one value per sample where they are lists; other lists are settings.
+PER_SAMPLE_PREFIXES = ("prompt", "negative_prompt")
+
+SETTING_TYPES = (str, int, float, bool, type(None), torch.device, torch.dtype)
+
+
+def text_encoders(pipeline: DiffusionPipeline) -> dict[str, nn.Module]:
+    """The pipeline's text encoders by component name."""
+    return {
+        name: component
+        for name, component in pipeline.components.items()
+        if isinstance(component, nn.Module) and "text_encoder" in name
+    }
+
+
+class PromptEncoder:
+    """
+    A pipeline's `encode_prompt` that encodes every prompt once and by itself.
+
+    So replay runs no text encoder, and a sample's embedding does not depend on the batch it is in. Embeddings of
+    different lengths are padded at the end with zeros, in the mask too, as pipelines do within a batch. Which values
+    then are a mask that was left out for a single prompt (Qwen-Image) is learned from one batch of two prompts.
+
+    Args:
+        pipeline ([`~diffusers.DiffusionPipeline`]):
+            The pipeline; it is given text encoders that remember their last inputs, and must be a copy for that.
+        offload (`bool`):
+            Whether the text encoders stay on the CPU while they have nothing to encode.
+    """
+
+    def __init__(self, pipeline: DiffusionPipeline, offload: bool):
+        self.pipeline = pipeline
+        self.encoders = text_encoders(pipeline)
+        self.offload = offload
+        self._cache: OrderedDict[Hashable, Any] = OrderedDict()
+        self._ragged_example: Any = None  # what encode_prompt returns for prompts of different lengths
+        pipeline.register_modules(**{name: remembering(encoder) for name, encoder in self.encoders.items()})
+        self._encode_prompt = pipeline.encode_prompt
+        self._signature = inspect.signature(pipeline.encode_prompt)
+        if offload:
+            self._move("cpu")
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the pipeline calls in place of its `encode_prompt`."""
+        calls = split_by_sample(self._signature.bind(*args, **kwargs))
+        if calls is None:
+            return self._encode([(args, kwargs)])[0]
+        keys = [call_key(call) for call in calls]
+        missing = {key: call for key, call in zip(keys, calls, strict=True) if key not in self._cache}
+        encoded = self._encode([(call.args, call.kwargs) for call in missing.values()])
+        self._cache.update(zip(missing, encoded, strict=True))
+        embeddings = [self._cache[key] for key in keys]
+        for key in keys:
+            self._cache.move_to_end(key)
+        while len(self._cache) > MAX_CACHED_PROMPTS:
+            self._cache.popitem(last=False)
+        if self._ragged_example is None and (lengths := [text_length(one) for one in embeddings]):
+            shortest, longest = lengths.index(min(lengths)), lengths.index(max(lengths))
+            if lengths[shortest] < lengths[longest]:
+                self._ragged_example = self._encode_together(calls[shortest], calls[longest])
+        return join(embeddings, self._ragged_example)
+
+    def _encode_together(self, *calls: inspect.BoundArguments) -> Any:
+        together = copy.copy(calls[0])
+        together.arguments = {
+            name: [call.arguments[name][0] for call in calls] if is_per_sample(name, value) else value
+            for name, value in together.arguments.items()
+        }
+        return self._encode([(together.args, together.kwargs)])[0]
+
+    def _encode(self, calls: Sequence[tuple[Sequence[Any], dict[str, Any]]]) -> list[Any]:
+        if not calls:
+            return []
+        with torch.no_grad(), self._at_hand():
+            return [self._encode_prompt(*args, **kwargs) for args, kwargs in calls]
+
+    @contextmanager
+    def _at_hand(self) -> Iterator[None]:
+        """The text encoders are where the pipeline runs."""
+        if not self.offload:
+            yield
+            return
+        self._move(self.pipeline.device)
+        try:
+            yield
+        finally:
+            self._move("cpu")
+
+    def _move(self, device: torch.device | str) -> None:
+        for encoder in self.encoders.values():
+            encoder.to(device)
+
+
+def split_by_sample(call: inspect.BoundArguments) -> list[inspect.BoundArguments] | None:
+    """One call per prompt; `None` if the call isn't about a list of prompts, or about more than texts and settings."""
+    prompts = call.arguments.get("prompt")
+    if not isinstance(prompts, list) or not all(is_setting(value) for value in call.arguments.values()):
+        return None
+    calls = [copy.copy(call) for _ in prompts]
+    for index, one in enumerate(calls):
+        one.arguments = {
+            name: [value[index]] if is_per_sample(name, value) else value for name, value in call.arguments.items()
+        }
+    return calls
+
+
+def is_per_sample(name: str, value: Any) -> bool:
+    """Whether an argument of `encode_prompt` holds one value per sample."""
+    return isinstance(value, list) and name.startswith(PER_SAMPLE_PREFIXES)
+
+
+def is_setting(value: Any) -> bool:
+    """Whether a value is a text or number, or made of such: it can be told from another by comparison."""
+    match value:
+        case list() | tuple():
+            return all(is_setting(part) for part in value)
+        case dict():
+            return all(is_setting(part) for part in value.values())
+        case _:
+            return isinstance(value, SETTING_TYPES)
+
+
+def call_key(call: inspect.BoundArguments) -> Hashable:
+    """What distinguishes one call from another."""
+    return repr(call.arguments)
+
+
+def text_length(embeddings: Any) -> int:
+    """Tokens of a single prompt's embedding."""
+    first = embeddings[0] if isinstance(embeddings, tuple) else embeddings
+    return first.shape[1] if isinstance(first, Tensor) and first.ndim > 1 else 0
+
+
+def join(values: Sequence[Any], ragged_example: Any = None) -> Any:
+    """
+    The embeddings of single prompts as those of a batch.
+
+    Tensors of one row are stacked up, padded with zeros at the end of their second dimension; lists are joined. What
+    is equal for all prompts belongs to none of them (FLUX's text ids).
+
+    Args:
+        values (`Sequence`):
+            What `encode_prompt` returned for each prompt.
+        ragged_example (*optional*):
+            What it returned for two prompts of different length at once. Where that has a mask and the single prompts
+            have none, theirs are all ones.
+
+    Raises:
+        `ValueError`: If a value differs between prompts and has not one row per prompt.
+    """
+    first = values[0]
+    match first:
+        case tuple():
+            columns = list(zip(*with_masks(values, ragged_example), strict=True))
+            return tuple(join(column) for column in columns)
+        case list():
+            return [part for value in values for part in value]
+        case dict():
+            return {name: join([value[name] for value in values]) for name in first}
+        case Tensor() if first.ndim and all(len(value) == 1 for value in values):
+            return torch.cat(padded(values))
+        case Tensor() if all(torch.equal(value, first) for value in values):
+            return first
+        case _ if not isinstance(first, Tensor) and all(value == first for value in values):
+            return first
+    raise ValueError(
+        f"encode_prompt returned {type(first).__name__} for single prompts that can't be joined to a batch: they "
+        "differ and have not one row each."
+    )
+
+
+def with_masks(embeddings: Sequence[tuple[Any, ...]], ragged_example: Any) -> Sequence[tuple[Any, ...]]:
+    """The embeddings of single prompts with masks of ones where the example of different lengths has masks."""
+    lengths = [text_length(embedding) for embedding in embeddings]
+    if ragged_example is None or len(set(lengths)) == 1:
+        return embeddings
+    return [
+        tuple(
+            torch.ones(1, length, dtype=example.dtype, device=example.device)
+            if value is None and isinstance(example, Tensor)
+            else value
+            for value, example in zip(embedding, ragged_example, strict=True)
+        )
+        for embedding, length in zip(embeddings, lengths, strict=True)
+    ]
+
+
+def padded(rows: Sequence[Tensor]) -> list[Tensor]:
+    """Rows of shape `(1, L, ...)` with zeros at the end of L up to the longest."""
+    longest = max(row.shape[1] for row in rows) if rows[0].ndim > 1 else 0
+    if all(row.ndim < 2 or row.shape[1] == longest for row in rows):
+        return list(rows)
+    return [torch.cat([row, row.new_zeros(1, longest - row.shape[1], *row.shape[2:])], dim=1) for row in rows]
+
+
+def remembering(encoder: nn.Module) -> nn.Module:
+    """
+    A shallow copy of a text encoder, sharing its weights, that runs the same input only once.
+
+    Prompts are encoded one by one, and each comes with the same negative prompt.
+    """
+    forward = encoder.forward
+    cache: OrderedDict[Hashable, Any] = OrderedDict()
+
+    @functools.wraps(forward)
+    def remember(*args: Any, **kwargs: Any) -> Any:
+        key = tuple(input_key(value) for value in (*args, *sorted(kwargs.items())))
+        if key not in cache:
+            cache[key] = forward(*args, **kwargs)
+        cache.move_to_end(key)
+        if len(cache) > MAX_CACHED_INPUTS:
+            cache.popitem(last=False)
+        return cache[key]
+
+    twin = copy.copy(encoder)
+    twin.__dict__["forward"] = remember
+    return twin
+
+
+def input_key(value: Any) -> Hashable:
+    """A text encoder's argument by value."""
+    match value:
+        case Tensor():
+            return (value.dtype, value.shape, value.cpu().flatten().view(torch.uint8).numpy().tobytes())
+        case tuple():
+            return tuple(input_key(part) for part in value)
+        case _:
+            return repr(value)

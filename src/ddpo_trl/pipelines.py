@@ -1,0 +1,155 @@
+"""What a diffusers pipeline needs to run as a policy: the right arguments, and a copy that steps as it is told."""
+
+import copy
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, ModelMixin
+
+from ddpo_trl.config import OWN_PIPELINE_ARGUMENTS, DDPOConfig
+from ddpo_trl.encoding import PromptEncoder
+from ddpo_trl.lora import denoiser_name
+from ddpo_trl.schedulers import PolicyScheduler, Replay
+
+
+# Without these arguments of `__call__` there is nothing to ask for an image.
+REQUIRED_PIPELINE_ARGUMENTS = ("prompt", "num_inference_steps", "generator", "output_type")
+
+
+def check_call(pipeline: DiffusionPipeline, config: DDPOConfig) -> None:
+    """Raises a `ValueError` if a pipeline can't be called as the config says, or can't be replayed."""
+    name = type(pipeline).__name__
+    parameters = dict(inspect.signature(type(pipeline).__call__).parameters)
+    del parameters["self"]
+    if missing := [argument for argument in REQUIRED_PIPELINE_ARGUMENTS if argument not in parameters]:
+        raise ValueError(
+            f"pipeline is a {name}, whose __call__ takes no {', '.join(missing)}; the trainer needs a pipeline that "
+            "makes images or videos from prompts."
+        )
+    _check_parts(pipeline, config)
+    if config.guidance_scale is not None and "guidance_scale" not in parameters:
+        raise ValueError(
+            f"guidance_scale is {config.guidance_scale}, but the __call__ of {name} takes none. Set "
+            "guidance_scale=None."
+        )
+    for field, names in (("pipeline_kwargs", config.pipeline_kwargs), ("pipeline_inputs", config.pipeline_inputs)):
+        if unknown := [argument for argument in names or () if argument not in parameters]:
+            raise ValueError(
+                f"{field} holds {', '.join(unknown)}, which the __call__ of {name} does not take. It takes "
+                f"{', '.join(parameters)}."
+            )
+    given = {*OWN_PIPELINE_ARGUMENTS, *(config.pipeline_kwargs or ()), *(config.pipeline_inputs or ())}
+    if lacking := [argument for argument in parameters if is_required(parameters[argument]) and argument not in given]:
+        raise ValueError(
+            f"The __call__ of {name} needs {', '.join(lacking)}: name it in pipeline_inputs and return it with the "
+            "metadata of each prompt, or give it in pipeline_kwargs if it is the same for all."
+        )
+
+
+def is_required(parameter: inspect.Parameter) -> bool:
+    """Whether a call fails without the parameter."""
+    variadic = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    return parameter.default is parameter.empty and not variadic
+
+
+def _check_parts(pipeline: DiffusionPipeline, config: DDPOConfig) -> None:
+    name = type(pipeline).__name__
+    if "scheduler" not in pipeline.components:
+        raise ValueError(f"pipeline is a {name} without a component named scheduler, whose steps could be a policy.")
+    if not any("prepare_latents" in dir(part) for part in (pipeline, *parts(pipeline).values())):
+        raise ValueError(
+            f"pipeline is a {name} without a method prepare_latents: there is no place to hand it the state of a step "
+            "that is trained on."
+        )
+    if config.offload_text_encoders and "encode_prompt" not in dir(pipeline):
+        raise ValueError(
+            f"offload_text_encoders is True, but {name} has no method encode_prompt whose results could be kept. Set "
+            "it to False."
+        )
+
+
+def call_with_grad(pipeline_class: type[DiffusionPipeline]) -> Callable[..., Any]:
+    """A pipeline's `__call__` without the `torch.no_grad()` that diffusers decorates it with."""
+    return inspect.unwrap(pipeline_class.__call__)
+
+
+def quiet_copy(pipeline: DiffusionPipeline) -> DiffusionPipeline:
+    """A shallow copy that shares all components and draws no progress bar, nor do the pipelines it is made of."""
+    twin = copy.copy(pipeline)
+    vars(twin).update({name: quiet_copy(part) for name, part in parts(pipeline).items()})
+    twin.set_progress_bar_config(disable=True)
+    return twin
+
+
+def parts(pipeline: DiffusionPipeline) -> dict[str, DiffusionPipeline]:
+    """The pipelines that a combined pipeline is made of: Kandinsky's prior and decoder."""
+    return {name: part for name, part in vars(pipeline).items() if isinstance(part, DiffusionPipeline)}
+
+
+def policy_copy(pipeline: DiffusionPipeline, scheduler: PolicyScheduler, offload: bool) -> DiffusionPipeline:
+    """
+    A shallow copy of a pipeline that steps as a policy.
+
+    Args:
+        pipeline ([`~diffusers.DiffusionPipeline`]):
+            The pipeline, which is left as it is.
+        scheduler ([`~ddpo_trl.schedulers.PolicyScheduler`]):
+            The copy's scheduler, and that of the part that has the denoiser.
+        offload (`bool`):
+            Whether text encoders stay off the GPU while they have nothing to encode.
+    """
+    twin: Any = quiet_copy(pipeline)
+    twin.scheduler = scheduler
+    denoiser = denoiser_name(pipeline)
+    for name, part in parts(pipeline).items():
+        if part.components.get(denoiser) is pipeline.components[denoiser]:
+            stepping = policy_copy(part, scheduler, offload)
+            stepping.__class__ = class_with_grad(type(part))  # the whole calls it as it is
+            vars(twin)[name] = stepping
+    if "encode_prompt" in dir(twin):
+        twin.encode_prompt = PromptEncoder(twin, offload)
+    if "prepare_latents" in dir(twin):
+        twin.prepare_latents = starting_from_state(twin.prepare_latents, scheduler)
+    if "safety_checker" in twin.components:
+        twin.safety_checker = None  # it would blacken images before they are scored
+    return twin
+
+
+def with_denoiser(pipeline: DiffusionPipeline, denoiser: ModelMixin) -> DiffusionPipeline:
+    """A shallow copy with another denoiser, in its parts too."""
+    name = denoiser_name(pipeline)
+    twin = copy.copy(pipeline)
+    for part_name, part in parts(pipeline).items():
+        if part.components.get(name) is pipeline.components[name]:
+            vars(twin)[part_name] = with_denoiser(part, denoiser)
+    twin.register_modules(**{name: denoiser})
+    return twin
+
+
+def class_with_grad(pipeline_class: type[DiffusionPipeline]) -> type[DiffusionPipeline]:
+    """The same class, but for the `torch.no_grad()` of its `__call__`."""
+    return type(pipeline_class.__name__, (pipeline_class,), {"__call__": call_with_grad(pipeline_class)})
+
+
+def starting_from_state(prepare_latents: Callable[..., Any], scheduler: PolicyScheduler) -> Callable[..., Any]:
+    """
+    A pipeline's `prepare_latents` that gives the state to replay in place of the first latents.
+
+    (The argument `latents` of `__call__` is no such place: FLUX.2 packs it once more, image-to-image has none.)
+    """
+
+    @functools.wraps(prepare_latents)
+    def prepare(*args: Any, **kwargs: Any) -> Any:
+        with torch.no_grad():
+            prepared = prepare_latents(*args, **kwargs)
+        latents, *others = prepared if isinstance(prepared, tuple) else (prepared,)
+        if isinstance(scheduler.source, Replay) and scheduler.source.state is not None:
+            latents = scheduler.source.state
+        # Recorded states are contiguous, an encoded image is not, and with other strides kernels round differently.
+        latents = latents.contiguous()
+        return (latents, *others) if isinstance(prepared, tuple) else latents
+
+    return prepare

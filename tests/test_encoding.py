@@ -1,0 +1,439 @@
+"""Prompt embeddings: encoded once and one by one, joined to what the pipeline's own batch call gives."""
+
+import copy
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+
+from conformance.image_pipelines import flux, stable_diffusion_3
+from conformance.newer_pipelines import qwen_image, z_image
+from conftest import tiny_pipeline
+from ddpo_trl import encoding
+from ddpo_trl.encoding import PromptEncoder, join
+
+
+PROMPTS = ["cat", "dog", "cat", "owl"]
+ON_CPU: dict[str, Any] = {"device": torch.device("cpu"), "num_images_per_prompt": 1}
+
+
+def calls_of(module: nn.Module) -> list[int]:
+    """A list that grows by one with every call of a module."""
+    calls: list[int] = []
+    module.register_forward_hook(lambda *_: calls.append(1))
+    return calls
+
+
+def encoder_of(pipeline: DiffusionPipeline, offload: bool = False) -> PromptEncoder:
+    return PromptEncoder(copy.copy(pipeline), offload)
+
+
+# ---- Once ----
+
+
+def test_every_prompt_is_encoded_once_and_the_empty_negative_prompt_once_in_all():
+    pipeline = tiny_pipeline()
+    calls = calls_of(pipeline.text_encoder.final_layer_norm)  # inside: hooks outside are called on hits too
+    encode = encoder_of(pipeline)
+    encode(prompt=PROMPTS, do_classifier_free_guidance=True, **ON_CPU)
+    assert len(calls) == 3 + 1
+    encode(prompt=["owl", "fox"], do_classifier_free_guidance=True, **ON_CPU)
+    assert len(calls) == 4 + 1
+    for _ in range(3):
+        encode(prompt=PROMPTS, do_classifier_free_guidance=True, **ON_CPU)
+    assert len(calls) == 4 + 1
+
+
+def test_every_text_encoder_of_several_encodes_every_prompt_once():
+    pipeline = stable_diffusion_3(0)
+    encoders = (pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3)
+    last_layers = [
+        module for encoder in encoders for name, module in encoder.named_modules() if name.endswith("final_layer_norm")
+    ]
+    counts = [calls_of(layer) for layer in last_layers]
+    encode = encoder_of(pipeline)
+    arguments = {"prompt_2": None, "prompt_3": None, "do_classifier_free_guidance": True, **ON_CPU}
+    for _ in range(2):
+        encode(prompt=PROMPTS, max_sequence_length=16, **arguments)
+    assert [len(count) for count in counts] == [3 + 1] * 3
+
+
+def test_another_setting_is_another_embedding():
+    encode = encoder_of(tiny_pipeline())
+    first = encode(prompt=["cat"], do_classifier_free_guidance=True, clip_skip=None, **ON_CPU)
+    with_guidance = encode(prompt=["cat"], do_classifier_free_guidance=True, negative_prompt=["dull"], **ON_CPU)
+    without = encode(prompt=["cat"], do_classifier_free_guidance=False, **ON_CPU)
+    assert torch.equal(first[0], with_guidance[0])
+    assert not torch.equal(first[1], with_guidance[1])
+    assert without[1] is None
+
+
+def test_embeddings_are_those_of_the_pipelines_own_batch_call():
+    pipeline = tiny_pipeline()
+    arguments = {"do_classifier_free_guidance": True, "negative_prompt": ["dull", "red", "dull", ""], **ON_CPU}
+    ours = encoder_of(pipeline)(prompt=PROMPTS, **arguments)
+    with torch.no_grad():
+        theirs = pipeline.encode_prompt(prompt=PROMPTS, **arguments)
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_embeddings_carry_no_gradient_although_a_replayed_step_does():
+    pipeline = tiny_pipeline()
+    assert pipeline.text_encoder.embeddings.token_embedding.weight.requires_grad
+    embeddings = encoder_of(pipeline)(prompt=["cat"], do_classifier_free_guidance=True, **ON_CPU)
+    straight_through = encoder_of(pipeline)(prompt="cat", do_classifier_free_guidance=True, **ON_CPU)
+    assert not any(value.requires_grad for value in (*embeddings, *straight_through))
+
+
+def test_the_users_text_encoder_is_left_as_it_is():
+    pipeline = tiny_pipeline()
+    text_encoder = pipeline.text_encoder
+    calls = calls_of(text_encoder.final_layer_norm)
+    encoder_of(pipeline)(prompt=["cat"], do_classifier_free_guidance=False, **ON_CPU)
+    assert pipeline.text_encoder is text_encoder
+    calls.clear()
+    for _ in range(2):
+        pipeline.encode_prompt(prompt=["cat"], do_classifier_free_guidance=False, **ON_CPU)
+    assert len(calls) == 2
+
+
+def test_weights_that_change_in_the_users_encoder_change_in_the_remembering_one():
+    """They share them: moving one to another device or dtype moves both."""
+    pipeline = tiny_pipeline()
+    twin = copy.copy(pipeline)
+    PromptEncoder(twin, offload=False)
+    pipeline.text_encoder.to(torch.float64)
+    assert twin.text_encoder is not pipeline.text_encoder
+    assert all(parameter.dtype == torch.float64 for parameter in twin.text_encoder.parameters())
+
+
+# ---- Which calls are about single prompts ----
+
+
+class Lengths(nn.Module):
+    """A text encoder whose embedding of a text is its length."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+
+    def forward(self, lengths: Tensor) -> Tensor:
+        return self.weight * lengths
+
+
+class RecordingPipeline(DiffusionPipeline):
+    """Notes how its `encode_prompt` is called."""
+
+    def __init__(self, text_encoder: nn.Module):
+        super().__init__()
+        self.register_modules(text_encoder=text_encoder)
+        self.calls: list[dict[str, Any]] = []
+
+    def encode_prompt(
+        self,
+        prompt: Any,
+        negative_prompt: Any = None,
+        prompt_2: Any = None,
+        layers: Any = (1, 2),
+        prompt_embeds: Tensor | None = None,
+    ) -> Any:
+        arguments = {"prompt": prompt, "negative_prompt": negative_prompt, "prompt_2": prompt_2, "layers": layers}
+        self.calls.append({name: value for name, value in arguments.items() if value is not None})
+        if prompt_embeds is not None:
+            return prompt_embeds
+        texts = [prompt] if isinstance(prompt, str) else prompt
+        return self.text_encoder(torch.tensor([[float(len(text))] for text in texts]))
+
+
+def recording() -> tuple[PromptEncoder, list[dict[str, Any]]]:
+    pipeline = RecordingPipeline(Lengths())
+    return PromptEncoder(pipeline, offload=False), pipeline.calls
+
+
+def test_lists_of_negative_prompts_are_split_by_sample_and_other_lists_are_settings():
+    encode, calls = recording()
+    embeddings = encode(["cat", "mouse"], negative_prompt=["dull", "red"], prompt_2=["a", "b"], layers=[9, 18])
+    assert calls == [
+        {"prompt": ["cat"], "negative_prompt": ["dull"], "prompt_2": ["a"], "layers": [9, 18]},
+        {"prompt": ["mouse"], "negative_prompt": ["red"], "prompt_2": ["b"], "layers": [9, 18]},
+    ]
+    assert embeddings.tolist() == [[3.0], [5.0]]
+
+
+def test_the_same_prompt_with_another_negative_prompt_is_encoded_again():
+    encode, calls = recording()
+    encode(["cat", "cat", "cat"], ["dull", "red", "dull"])
+    assert calls == [
+        {"prompt": ["cat"], "negative_prompt": ["dull"], "layers": (1, 2)},
+        {"prompt": ["cat"], "negative_prompt": ["red"], "layers": (1, 2)},
+    ]
+
+
+def test_one_negative_prompt_for_all_is_given_to_each():
+    encode, calls = recording()
+    encode(["cat", "mouse"], "dull")
+    assert [call["negative_prompt"] for call in calls] == ["dull", "dull"]
+
+
+def test_a_call_with_more_than_texts_and_settings_goes_straight_through():
+    encode, calls = recording()
+    given = torch.tensor([[1.0], [2.0]])
+    for _ in range(2):
+        assert encode(["cat", "mouse"], prompt_embeds=given) is given
+    assert calls == [{"prompt": ["cat", "mouse"], "layers": (1, 2)}] * 2  # not split, not remembered
+
+
+def test_a_call_about_a_single_text_goes_straight_through():
+    encode, calls = recording()
+    assert encode("mouse").tolist() == [[5.0]]
+    assert calls == [{"prompt": "mouse", "layers": (1, 2)}]
+
+
+# ---- What is kept ----
+
+
+def test_the_prompts_used_longest_ago_are_forgotten_first(monkeypatch):
+    monkeypatch.setattr(encoding, "MAX_CACHED_PROMPTS", 2)
+    encode, calls = recording()
+    encode(["cat", "mouse"])
+    encode(["cat"])  # the mouse now is the one used longest ago
+    encode(["owlet"])
+    calls.clear()
+    encode(["cat"])
+    assert calls == []
+    encode(["mouse"])
+    assert [call["prompt"] for call in calls] == [["mouse"]]
+
+
+def test_a_batch_of_more_prompts_than_are_kept_is_whole(monkeypatch):
+    monkeypatch.setattr(encoding, "MAX_CACHED_PROMPTS", 2)
+    encode, calls = recording()
+    assert encode(["a", "ab", "abc", "abcd", "a"]).tolist() == [[1.0], [2.0], [3.0], [4.0], [1.0]]
+    assert len(calls) == 4
+
+
+def test_an_encoder_remembers_its_last_inputs_only(monkeypatch):
+    monkeypatch.setattr(encoding, "MAX_CACHED_INPUTS", 2)
+    runs: list[float] = []
+
+    class Noted(Lengths):
+        def forward(self, lengths: Tensor) -> Tensor:
+            runs.append(lengths.item())
+            return super().forward(lengths)
+
+    twin = encoding.remembering(Noted())
+    for length in (1.0, 2.0, 1.0, 3.0, 1.0, 2.0):
+        assert twin(torch.tensor(length)).item() == length
+    assert runs == [1.0, 2.0, 3.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        torch.tensor([1, 0]),
+        torch.tensor([[0, 1]]),
+        torch.tensor([0, 1], dtype=torch.int32),
+        torch.tensor([0.0, 1.0]),
+        torch.tensor([0, 1]).view(torch.float64),  # the same bytes
+    ],
+)
+def test_an_encoder_tells_inputs_of_other_values_shapes_and_types_apart(other):
+    twin = encoding.remembering(Lengths())
+    first = torch.tensor([0, 1])
+    assert torch.equal(twin(first), first.float())
+    assert torch.equal(twin(other), torch.ones(()) * other)
+    assert twin(other).shape == other.shape
+
+
+# ---- Joining ----
+
+
+def test_embeddings_of_different_lengths_are_padded_with_zeros_at_the_end_and_so_are_their_masks():
+    short, long = torch.full((1, 2, 3), 5.0), torch.full((1, 4, 3), 7.0)
+    pooled = [torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0]])]
+    masks = [torch.ones(1, 2, dtype=torch.bool), torch.ones(1, 4, dtype=torch.bool)]
+    embeddings, joined_pooled, mask = join([(short, pooled[0], masks[0]), (long, pooled[1], masks[1])])
+    assert embeddings.shape == (2, 4, 3)
+    assert embeddings[:, :, 0].tolist() == [[5.0, 5.0, 0.0, 0.0], [7.0, 7.0, 7.0, 7.0]]
+    assert joined_pooled.tolist() == [[1.0, 2.0], [3.0, 4.0]]
+    assert mask.dtype == torch.bool
+    assert mask.tolist() == [[True, True, False, False], [True, True, True, True]]
+
+
+def test_what_is_equal_for_all_prompts_is_kept_as_it_is():
+    ids = torch.zeros(4, 3)
+    embeddings, joined_ids, nothing, dtype = join(
+        [(torch.zeros(1, 4, 2), ids, None, torch.float32), (torch.ones(1, 4, 2), ids.clone(), None, torch.float32)]
+    )
+    assert embeddings.shape == (2, 4, 2)
+    assert torch.equal(joined_ids, ids)
+    assert nothing is None
+    assert dtype is torch.float32
+
+
+def test_a_single_number_as_a_tensor_is_kept_as_it_is():
+    assert torch.equal(join([torch.tensor(3.0), torch.tensor(3.0)]), torch.tensor(3.0))
+
+
+def test_lists_are_joined_and_dicts_are_joined_by_key():
+    first, second = torch.ones(2, 3), torch.ones(5, 3)
+    lists, dicts = join(
+        [([first], {"text": torch.zeros(1, 2), "size": 8}), ([second], {"text": torch.ones(1, 2), "size": 8})]
+    )
+    assert lists[0] is first and lists[1] is second and len(lists) == 2
+    assert dicts["text"].tolist() == [[0.0, 0.0], [1.0, 1.0]]
+    assert dicts["size"] == 8
+
+
+def test_empty_lists_stay_empty():
+    """Z-Image's negative embeddings without guidance."""
+    assert join([([torch.ones(2, 3)], []), ([torch.ones(4, 3)], [])])[1] == []
+
+
+def test_a_mask_that_single_prompts_lack_is_ones_up_to_their_length():
+    """Qwen-Image leaves out a mask of ones: every single prompt's is."""
+    example = (torch.zeros(2, 6, 3), torch.ones(2, 6, dtype=torch.long))
+    values = [(torch.ones(1, length, 3), None) for length in (2, 4)]
+    embeddings, mask = join(values, example)
+    assert embeddings.shape == (2, 4, 3)
+    assert mask.dtype == torch.long
+    assert mask.tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]]
+
+
+def test_a_mask_is_left_out_where_all_prompts_are_equally_long():
+    example = (torch.zeros(2, 6, 3), torch.ones(2, 6, dtype=torch.long))
+    assert join([(torch.ones(1, 4, 3), None), (torch.zeros(1, 4, 3), None)], example)[1] is None
+
+
+def test_what_is_none_in_the_example_too_stays_none():
+    assert join([(torch.ones(1, length, 3), None) for length in (2, 4)], (torch.zeros(2, 6, 3), None))[1] is None
+
+
+@pytest.mark.parametrize(
+    ("values", "kind"),
+    [
+        ([torch.zeros(2, 3), torch.ones(2, 3)], "Tensor"),
+        ([(torch.zeros(1, 2), torch.zeros(3, 2)), (torch.zeros(1, 2), torch.ones(3, 2))], "Tensor"),
+        ([torch.tensor(1.0), torch.tensor(2.0)], "Tensor"),
+        (["a", "b"], "str"),
+        ([(torch.zeros(1, 2), 1), (torch.zeros(1, 2), 2)], "int"),
+    ],
+)
+def test_what_differs_and_has_not_one_row_each_is_refused(values, kind):
+    with pytest.raises(ValueError, match=rf"encode_prompt returned {kind} for single prompts that can't be joined"):
+        join(values)
+
+
+# ---- Real pipelines ----
+
+OF_DIFFERENT_LENGTH = ["cat", "a sleeping dog", "cat", "an owl"]
+
+
+def own_and_joined(pipeline: DiffusionPipeline, prompts: list[str], **arguments: Any) -> tuple[Any, Any]:
+    """The embeddings of the pipeline's own batch call, and ours."""
+    with torch.no_grad():
+        own = pipeline.encode_prompt(prompt=list(prompts), **arguments)  # Z-Image writes its template into the list
+    return own, encoder_of(pipeline)(prompt=list(prompts), **arguments)
+
+
+def test_qwen_images_embeddings_and_mask_are_those_of_its_own_batch_call():
+    (own, own_mask), (ours, mask) = own_and_joined(qwen_image(0), OF_DIFFERENT_LENGTH, **ON_CPU)
+    assert Counter(own_mask.sum(1).tolist()).most_common(1)[0][1] == 2  # of three different lengths
+    torch.testing.assert_close(ours, own)
+    assert torch.equal(mask, own_mask) and mask.dtype == own_mask.dtype
+
+
+def test_qwen_images_mask_is_left_out_where_its_own_batch_call_leaves_it_out():
+    pipeline = qwen_image(0)
+    encode = encoder_of(pipeline)
+    encode(prompt=OF_DIFFERENT_LENGTH, **ON_CPU)  # from here on it knows of the mask
+    with torch.no_grad():
+        own, own_mask = pipeline.encode_prompt(prompt=["cat", "dog"], **ON_CPU)
+    ours, mask = encode(prompt=["cat", "dog"], **ON_CPU)
+    assert own_mask is None and mask is None
+    torch.testing.assert_close(ours, own)
+
+
+def test_qwen_images_mask_is_known_when_prompts_of_different_length_come_from_memory():
+    pipeline = qwen_image(0)
+    encode = encoder_of(pipeline)
+    for prompt in OF_DIFFERENT_LENGTH:
+        encode(prompt=[prompt], **ON_CPU)
+    with torch.no_grad():
+        _, own_mask = pipeline.encode_prompt(prompt=OF_DIFFERENT_LENGTH, **ON_CPU)
+    assert torch.equal(encode(prompt=OF_DIFFERENT_LENGTH, **ON_CPU)[1], own_mask)
+
+
+def test_fluxs_text_ids_are_shared_and_its_embeddings_joined():
+    arguments = {"prompt_2": None, "max_sequence_length": 16, **ON_CPU}
+    own, ours = own_and_joined(flux(0), OF_DIFFERENT_LENGTH, **arguments)
+    torch.testing.assert_close(ours, own)
+    embeddings, pooled, ids = ours
+    assert len(embeddings) == len(pooled) == 4
+    assert ids.shape == (16, 3)  # tokens, and no samples
+
+
+def test_z_images_lists_of_embeddings_are_joined():
+    arguments = {"max_sequence_length": 48, "do_classifier_free_guidance": True, "device": torch.device("cpu")}
+    (own, own_negative), (ours, negative) = own_and_joined(z_image(0), OF_DIFFERENT_LENGTH, **arguments)
+    assert isinstance(ours, list) and len({len(one) for one in ours}) == 3  # not padded
+    torch.testing.assert_close(ours, own)
+    torch.testing.assert_close(negative, own_negative)
+
+
+# ---- Offloading ----
+
+
+class Travelling(Lengths):
+    """Notes where it is sent and when it works, and stays."""
+
+    def __init__(self, log: list[str]):
+        super().__init__()
+        self.log = log
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        self.log.append(f"to {args[0]}")
+        return self
+
+    def forward(self, lengths: Tensor) -> Tensor:
+        self.log.append("encode")
+        if lengths.item() > 99:
+            raise RuntimeError("out of memory")
+        return super().forward(lengths)
+
+
+class Elsewhere(RecordingPipeline):
+    """A pipeline on another device than the CPU."""
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("meta")
+
+
+def test_text_encoders_are_at_hand_only_while_there_is_something_to_encode():
+    log: list[str] = []
+    encode = PromptEncoder(Elsewhere(Travelling(log)), offload=True)
+    assert log == ["to cpu"]
+    log.clear()
+    encode(["cat", "mouse", "cat"])
+    assert log == ["to meta", "encode", "encode", "to cpu"]
+    log.clear()
+    encode(["mouse", "cat"])
+    assert log == []
+
+
+def test_text_encoders_leave_the_device_after_a_failure_too():
+    log: list[str] = []
+    encode = PromptEncoder(Elsewhere(Travelling(log)), offload=True)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        encode(["x" * 100])
+    assert log[-1] == "to cpu"
+
+
+def test_text_encoders_are_not_moved_without_offloading():
+    log: list[str] = []
+    PromptEncoder(Elsewhere(Travelling(log)), offload=False)(["cat"])
+    assert log == ["encode"]
