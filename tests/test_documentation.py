@@ -63,5 +63,6 @@ def test_the_documents_name_files_and_commands_that_exist(document):
     commands = (ROOT / "Makefile").read_text()
     for command in re.findall(r"make ([a-z-]+)", text):
         assert f"\n{command}:" in commands, command
-    for name in re.findall(r"`(\w+\.py)`", text):
-        assert list(ROOT.glob(f"src/ddpo_trl/{name}")) or list(ROOT.glob(f"tests/{name}")) or name == "utils.py", name
+    for name in re.findall(r"`([\w/]+\.py)`", text):
+        places = [ROOT / "src" / "ddpo_trl" / name, ROOT / "tests" / name, ROOT / name]
+        assert any(place.is_file() for place in places) or name == "utils.py", name

@@ -2,9 +2,74 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+from trl import TrlParser
 
 from ddpo_trl import demo
+from ddpo_trl.config import DDPOConfig
+from ddpo_trl.doctor import check_pipeline
+
+
+@dataclass
+class DoctorArguments:
+    """
+    What `ddpo-trl doctor` takes beside the pipeline and the fields of [`DDPOConfig`].
+
+    Args:
+        dtype (`str`, *optional*, defaults to `"float32"`):
+            In which the pipeline is loaded, such as `"bfloat16"`.
+        image (`str`, *optional*):
+            An image file to hand over for each of `--pipeline_inputs`.
+    """
+
+    dtype: str = field(default="float32", metadata={"help": "In which the pipeline is loaded: bfloat16, ..."})
+    image: str | None = field(
+        default=None, metadata={"help": "An image file to hand over for each of --pipeline_inputs."}
+    )
+
+
+def doctor(argv: Sequence[str]) -> int:
+    """`ddpo-trl doctor PATH_OR_ID`: whether a pipeline can be a policy. The exit status is 0 if it can, else 1."""
+    parser = TrlParser([DoctorArguments, DDPOConfig], prog="ddpo-trl doctor")
+    parser.add_argument("pipeline", metavar="PATH_OR_ID", help="A folder or a Hub repository with a pipeline.")
+    parser.set_defaults(num_inference_steps=4, report_to="none")
+    try:
+        arguments, config, rest = parser.parse_args_and_config(argv)
+        dtype = vars(torch).get(arguments.dtype)
+        if not isinstance(dtype, torch.dtype):
+            raise ValueError(f"dtype is {arguments.dtype!r}; give float32, bfloat16 or float16.")
+    except ValueError as error:
+        parser.error(str(error))
+    pipeline = DiffusionPipeline.from_pretrained(rest.pipeline, dtype=dtype).to(config.device)
+    metadata: dict[str, Any] = {}
+    if arguments.image is not None:
+        metadata = {name: Image.open(arguments.image).convert("RGB") for name in config.pipeline_inputs or ()}
+    report = check_pipeline(pipeline, config, metadata=[metadata, metadata])
+    table = Table(title=rest.pipeline, show_header=False)
+    for row in report.rows():
+        table.add_row(*row)
+    Console().print(table)
+    return 0 if report.problem is None else 1
+
+
+def run_demo(argv: Sequence[str]) -> int:
+    """`ddpo-trl demo`."""
+    demo.main(argv)
+    return 0
+
+
+COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
+    "demo": (run_demo, "train the embedded pipeline in a few minutes, on CPU"),
+    "doctor": (doctor, "tell whether a pipeline can be a policy"),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -20,10 +85,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(prog="ddpo-trl", description="Fine-tune diffusion models with DDPO.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    commands.add_parser("demo", add_help=False, help="train the embedded pipeline in a few minutes, on CPU")
-    _, rest = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
-    demo.main(rest)
-    return 0
+    for name, (_, description) in COMMANDS.items():
+        commands.add_parser(name, add_help=False, help=description)
+    namespace, rest = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
+    run, _ = COMMANDS[namespace.command]
+    return run(rest)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,306 @@
+"""Whether a pipeline can be a policy: tried out on a few steps, and told in one sentence where it can't."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+
+from ddpo_trl.config import DDPOConfig
+from ddpo_trl.lora import (
+    adapter_layers,
+    denoiser_name,
+    describe_adapter,
+    has_lora_loader,
+    put_on_adapter,
+    take_off_adapter,
+)
+from ddpo_trl.policy import Policy
+from ddpo_trl.types import SampledBatch
+
+
+# How far a log-probability, averaged over dimensions, may move between sampling and training before any update. Other
+# kernels at another micro-batch size move it by about 1e-6 in float32; a fault (other guidance, dropout) by far more.
+FLOAT32_TOLERANCE = 1e-3
+HALF_PRECISION_TOLERANCE = 0.1
+
+# Images may leave [0, 1] by rounding.
+RANGE_TOLERANCE = 0.01
+
+
+@dataclass(kw_only=True)
+class PipelineReport:
+    """
+    What [`check_pipeline`] found out, as far as it got.
+
+    Args:
+        pipeline (`str`):
+            The pipeline's class.
+        denoiser (`str`):
+            The network that is trained.
+        scheduler (`str`):
+            The pipeline's scheduler and the policy scheduler it becomes.
+        adapter (`str`):
+            LoRA weights and layers, and who loads them.
+        stds (`list[float]`):
+            σ_t of each step; 0 for deterministic ones, which are not trained on.
+        image_shape (`tuple[int, ...]`):
+            Shape of a sample, `(3, H, W)` or `(F, 3, H, W)`.
+        replay_differences (`dict[int, float]`):
+            For each step that can be trained on, the largest difference of log-probabilities between sampling and
+            replay, nats per latent dimension. 0 is as it should be.
+        trajectory_bytes (`int`):
+            Memory of one sample's recorded steps.
+        training_bytes (`int`):
+            Memory that one sample's training step keeps for the backward pass.
+        notes (`list[str]`):
+            What is worth knowing and no obstacle.
+        problem (`str`, *optional*):
+            Why the pipeline can't be a policy, and what can be done. `None` if it can.
+    """
+
+    pipeline: str
+    denoiser: str = ""
+    scheduler: str = ""
+    adapter: str = ""
+    stds: list[float] = field(default_factory=list)
+    image_shape: tuple[int, ...] = ()
+    replay_differences: dict[int, float] = field(default_factory=dict)
+    trajectory_bytes: int = 0
+    training_bytes: int = 0
+    notes: list[str] = field(default_factory=list)
+    problem: str | None = None
+
+    def rows(self) -> list[tuple[str, str]]:
+        """The report as `(what, finding)` lines, without what was not reached."""
+        differences = ", ".join(f"{step}: {value:.2g}" for step, value in self.replay_differences.items())
+        rows = [
+            ("pipeline", self.pipeline),
+            ("denoiser", self.denoiser),
+            ("scheduler", self.scheduler),
+            ("LoRA", self.adapter),
+            ("noise of each step", ", ".join(f"{std:.3g}" for std in self.stds)),
+            ("a sample", " x ".join(map(str, self.image_shape))),
+            ("replay difference by step", differences),
+            ("memory of a trajectory", f"{self.trajectory_bytes / 2**20:.2f} MiB a sample" * bool(self.image_shape)),
+            (
+                "memory of a training step",
+                f"{self.training_bytes / 2**20:.1f} MiB a sample" * bool(self.training_bytes),
+            ),
+            *(("note", note) for note in self.notes),
+            ("verdict", self.problem or "can be trained"),
+        ]
+        return [(what, finding) for what, finding in rows if finding]
+
+
+def check_pipeline(
+    pipeline: DiffusionPipeline,
+    config: DDPOConfig | None = None,
+    prompts: Sequence[str] = ("a photo of a cat", "two dogs"),
+    metadata: Sequence[Any] = ({}, {}),
+) -> PipelineReport:
+    """
+    Tries a pipeline out as a policy: samples, replays every step, takes one gradient.
+
+    The pipeline is left as it was. An adapter that it carries is used, else the default one is put on meanwhile.
+
+    Example:
+
+    ```python
+    from ddpo_trl import check_pipeline, load_emoji_pipeline
+
+    report = check_pipeline(load_emoji_pipeline())
+    assert report.problem is None
+    assert set(report.replay_differences.values()) == {0.0}
+    ```
+
+    Args:
+        pipeline ([`~diffusers.DiffusionPipeline`]):
+            The pipeline, on the device it is to be tried on.
+        config ([`DDPOConfig`], *optional*):
+            How it is to be sampled; 4 steps by default.
+        prompts (`Sequence[str]`, *optional*):
+            Two prompts, of different length best.
+        metadata (`Sequence`, *optional*):
+            What comes with them, if `config.pipeline_inputs` names something.
+
+    Returns:
+        [`PipelineReport`], whose `problem` is `None` if the pipeline can be trained.
+    """
+    config = config or DDPOConfig(num_inference_steps=4)
+    report = PipelineReport(pipeline=type(pipeline).__name__)
+    try:
+        with untouched(pipeline):
+            _examine(report, pipeline, config, prompts, metadata)
+    except ValueError as error:
+        report.problem = str(error)
+    except Exception as error:  # any pipeline may come, and whatever it raises is the finding
+        report.problem = (
+            f"{type(error).__name__} in {report.pipeline}: {error}. Call the pipeline yourself with the same "
+            "arguments to see where, and give what is missing in pipeline_kwargs or pipeline_inputs."
+        )
+    return report
+
+
+def _examine(
+    report: PipelineReport,
+    pipeline: DiffusionPipeline,
+    config: DDPOConfig,
+    prompts: Sequence[str],
+    metadata: Sequence[Any],
+) -> None:
+    name = denoiser_name(pipeline)
+    denoiser = pipeline.components[name]
+    weights = sum(parameter.numel() for parameter in denoiser.parameters())
+    report.denoiser = f"{name}: {type(denoiser).__name__}, {weights:,} weights, {denoiser.dtype}"
+    if isinstance(pipeline.components.get(f"{name}_2"), nn.Module):  # Wan 2.2
+        report.notes.append(f"{name}_2 is used as it is; only {name} is trained")
+    adapter = put_on_adapter(pipeline, None)
+    loader = "pipeline.load_lora_weights" if has_lora_loader(pipeline) else "peft.PeftModel.from_pretrained"
+    report.adapter = f"{describe_adapter(denoiser, adapter)}; loaded by {loader}"
+    policy = Policy(pipeline, config, adapter)
+    report.scheduler = f"{type(pipeline.scheduler).__name__} as {type(policy.scheduler).__name__}"
+    context = policy.context(prompts, metadata, seeds=range(len(prompts)))
+    report.stds = policy.survey(context)
+    batch = policy.sample(context, record=range(len(report.stds)))
+    _examine_samples(report, batch)
+    if report.problem is None:
+        _examine_replay(report, policy, batch)
+    if report.problem is None:
+        _examine_gradients(report, policy, batch)
+
+
+def _examine_samples(report: PipelineReport, batch: SampledBatch) -> None:
+    images = batch.images
+    report.image_shape = tuple(images.shape[1:])
+    kept = [tensor for step in batch.steps.values() for tensor in (step.latents, step.next_latents, step.log_probs)]
+    report.trajectory_bytes = storage_bytes(kept) // len(batch.context)
+    if not batch.steps:
+        report.problem = (
+            f"None of the {len(report.stds)} steps is stochastic, so there is nothing to train on. Raise "
+            "num_inference_steps."
+        )
+    elif images.ndim not in (4, 5) or images.shape[-3] != 3 or len(images) != len(batch.context):
+        report.problem = (
+            f"It returned a tensor of shape {tuple(images.shape)} for {len(batch.context)} prompts; rewards need "
+            "(B, 3, H, W) or (B, F, 3, H, W)."
+        )
+    elif not (images.min() >= -RANGE_TOLERANCE and images.max() <= 1 + RANGE_TOLERANCE):  # NaN too
+        report.problem = (
+            f"Its images are between {images.min():.3g} and {images.max():.3g}; rewards need them finite and in "
+            "[0, 1]. Look for half precision overflow in the decoder."
+        )
+
+
+def _examine_replay(report: PipelineReport, policy: Policy, batch: SampledBatch) -> None:
+    for index, step in batch.steps.items():
+        with torch.no_grad():
+            replayed, _ = policy(index, step.latents, step.next_latents, batch.context)
+        difference = log_prob_difference(policy.settings, replayed, step.log_probs, step.latents)
+        report.replay_differences[index] = difference
+        report.problem = report.problem or replay_problem(policy.settings, index, difference, step.latents.dtype)
+
+
+def _examine_gradients(report: PipelineReport, policy: Policy, batch: SampledBatch) -> None:
+    index = min(batch.steps)
+    step = batch.steps[index]
+    with torch.enable_grad(), counted_activations(policy) as kept:
+        log_probs, _ = policy(index, step.latents, step.next_latents, batch.context)
+    if not log_probs.requires_grad:
+        report.problem = "No gradient reaches the adapter: the pipeline runs its denoiser without."
+        return
+    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    gradients = torch.autograd.grad(log_probs.sum(), trained, allow_unused=True)
+    report.training_bytes = storage_bytes(kept) // len(batch.context)
+    with_gradient = {
+        id(parameter)
+        for parameter, gradient in zip(trained, gradients, strict=True)
+        if gradient is not None and gradient.any()
+    }
+    layers = adapter_layers(policy.denoiser)
+    dead = [layer for layer in layers if not any(id(parameter) in with_gradient for parameter in layer.parameters())]
+    if len(dead) == len(layers):
+        report.problem = "The gradient of every LoRA layer is zero: the denoiser's output does not depend on them."
+    elif dead:
+        report.notes.append(
+            f"{len(dead)} of the {len(layers)} LoRA layers get no gradient: what they compute is dropped"
+        )
+
+
+def log_prob_difference(config: DDPOConfig, replayed: Tensor, recorded: Tensor, latents: Tensor) -> float:
+    """Largest difference between `(B,)` log-probabilities, in nats per latent dimension."""
+    dimensions = latents[0].numel() if config.log_prob_reduction == "sum" else 1
+    return (replayed - recorded).abs().max().item() / dimensions
+
+
+def replay_problem(config: DDPOConfig, step: int, difference: float, dtype: torch.dtype) -> str | None:
+    """
+    The sentence for a replay that is not the sampling it repeats; `None` if it is.
+
+    Args:
+        config ([`DDPOConfig`]):
+            Of the run.
+        step (`int`):
+            Index of the step.
+        difference (`float`):
+            [`log_prob_difference`] before any update.
+        dtype (`torch.dtype`):
+            In which the pipeline runs.
+    """
+    half = dtype != torch.float32 or config.mixed_precision != "no"
+    tolerance = HALF_PRECISION_TOLERANCE if half else FLOAT32_TOLERANCE
+    if difference <= tolerance:  # and not a NaN
+        return None
+    return (
+        f"Before any update, step {step} has another log-probability in training than in sampling: they differ by "
+        f"{difference:.2g} per latent dimension, more than {tolerance}. The pipeline does not repeat itself: look for "
+        "dropout or another source of randomness, arguments in pipeline_kwargs that act by the position in the loop "
+        "(control_guidance_end, ...), or hooks on the denoiser."
+    )
+
+
+def mebibytes(count: int) -> str:
+    return f"{count / 2**20:.3g} MiB"
+
+
+def storage_bytes(tensors: Sequence[Tensor]) -> int:
+    """Memory of tensors, those that share it counted once."""
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values())
+
+
+@contextmanager
+def counted_activations(module: nn.Module) -> Iterator[list[Tensor]]:
+    """Collects what autograd keeps for the backward pass, but for the module's own weights."""
+    weights = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
+    kept: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in weights:
+            kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        yield kept
+
+
+@contextmanager
+def untouched(pipeline: DiffusionPipeline) -> Iterator[None]:
+    """Takes back what the trial does to the pipeline's networks: an adapter, frozen weights, evaluation mode."""
+    networks = [component for component in pipeline.components.values() if isinstance(component, nn.Module)]
+    trainable = [(parameter, parameter.requires_grad) for network in networks for parameter in network.parameters()]
+    training = [(module, module.training) for network in networks for module in network.modules()]
+    had_adapter = any(adapter_layers(network) for network in networks)
+    try:
+        yield
+    finally:
+        for network in networks:
+            if not had_adapter and adapter_layers(network):
+                take_off_adapter(network)
+        for parameter, requires_grad in trainable:
+            parameter.requires_grad_(requires_grad)
+        for module, was_training in training:
+            module.training = was_training

@@ -1,0 +1,207 @@
+"""The doctor: it tells what stands in the way, in one sentence with a remedy, and leaves the pipeline as it was."""
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from diffusers import (
+    CMStochasticIterativeScheduler,
+    DDIMScheduler,
+    DDPMPipeline,
+    EDMEulerScheduler,
+    StableDiffusionImg2ImgPipeline,
+    UNet2DModel,
+)
+from peft import LoraConfig
+
+from conformance.image_pipelines import IMAGE_CASES
+from conftest import tiny_pipeline
+from ddpo_trl import check_pipeline, cli
+from ddpo_trl.emoji import EMOJI_PATH
+
+
+CASES = {case.name: case for case in IMAGE_CASES}
+PROMPTS = ("a cat", "two dogs")
+
+
+def state(pipeline) -> dict[str, Any]:
+    """What a trial could change about the networks."""
+    networks = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
+    return {
+        f"{name}.{key}": value
+        for name, network in networks.items()
+        for key, value in (
+            *(
+                (key, (parameter.requires_grad, parameter.sum().item()))
+                for key, parameter in network.named_parameters()
+            ),
+            *((f"{key} training", module.training) for key, module in network.named_modules()),
+        )
+    }
+
+
+def test_the_embedded_pipeline_can_be_trained():
+    report = check_pipeline(tiny_pipeline(), prompts=PROMPTS)
+    assert report.problem is None
+    assert report.notes == []
+    assert report.replay_differences == {0: 0.0, 1: 0.0, 2: 0.0, 3: 0.0}
+    assert report.image_shape == (3, 16, 16)
+    assert report.denoiser.startswith("unet: UNet2DConditionModel")
+    assert report.scheduler == "DDIMScheduler as DDIMPolicyScheduler"
+    assert "to_k, to_out.0, to_q, to_v" in report.adapter
+
+
+def test_a_trajectory_takes_the_memory_of_its_states_and_log_probs():
+    report = check_pipeline(tiny_pipeline(), prompts=PROMPTS)
+    assert report.trajectory_bytes == (5 * 4 * 8 * 8 + 4) * 4  # float32: five states for four steps, four log-probs
+
+
+def test_training_memory_is_that_of_the_activations(make_config):
+    """It grows with the image's area, and gradient checkpointing lowers it."""
+    small, large = (
+        check_pipeline(tiny_pipeline(), make_config(pipeline_kwargs={"height": size, "width": size}), PROMPTS)
+        for size in (32, 64)
+    )
+    assert 3 < large.training_bytes / small.training_bytes < 16  # between linear and quadratic in the area
+    pipeline = tiny_pipeline()
+    pipeline.unet.enable_gradient_checkpointing()
+    checkpointed = check_pipeline(pipeline, make_config(pipeline_kwargs={"height": 64, "width": 64}), PROMPTS)
+    assert checkpointed.problem is None
+    assert checkpointed.training_bytes < large.training_bytes / 2
+
+
+@pytest.mark.parametrize("fault", [None, "sampling"])
+def test_the_pipeline_is_left_as_it_was(fault):
+    pipeline = tiny_pipeline()
+    pipeline.unet.train()
+    pipeline.text_encoder.requires_grad_(False)
+    if fault == "sampling":
+        pipeline.vae.decode = None
+    before = state(pipeline)
+    report = check_pipeline(pipeline, prompts=PROMPTS)
+    assert (report.problem is None) == (fault is None)
+    assert state(pipeline) == before
+    assert isinstance(pipeline.scheduler, DDIMScheduler)
+    pipeline.unet.add_adapter(LoraConfig(target_modules=["to_q"]))  # no trace of another one
+
+
+def test_an_adapter_that_is_there_is_the_one_that_is_tried():
+    pipeline = tiny_pipeline()
+    pipeline.unet.add_adapter(LoraConfig(r=3, target_modules=["conv1"], init_lora_weights=False), "mine")
+    before = state(pipeline)
+    report = check_pipeline(pipeline, prompts=PROMPTS)
+    assert report.problem is None
+    assert ": conv1;" in report.adapter
+    assert state(pipeline) == before
+    assert pipeline.unet.active_adapters() == ["mine"]
+
+
+def tiny_with(**changes: Any):
+    pipeline: Any = tiny_pipeline()
+    for name, value in changes.items():
+        pipeline.register_modules(**{name: value})
+    return pipeline
+
+
+def noisy_denoiser():
+    pipeline = tiny_pipeline()
+    pipeline.unet.register_forward_hook(lambda *args: (args[2][0] + torch.randn_like(args[2][0]),))
+    return pipeline
+
+
+def overflowing_decoder():
+    pipeline = tiny_pipeline()
+    with torch.no_grad():
+        pipeline.vae.decoder.conv_out.bias.fill_(float("nan"))
+    return pipeline
+
+
+def blind_denoiser():
+    """Its output does not depend on what is in it."""
+    pipeline = tiny_pipeline()
+    pipeline.unet.register_forward_hook(lambda *args: (torch.zeros_like(args[2][0]).requires_grad_(),))
+    return pipeline
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda: tiny_with(scheduler=EDMEulerScheduler()), r"scheduler is EDMEulerScheduler, .*Set pipeline"),
+        (
+            lambda: tiny_with(scheduler=CMStochasticIterativeScheduler()),
+            r"pipeline\.scheduler is CMStochasticIterativeScheduler, .*Set pipeline",
+        ),
+        (lambda: tiny_with(scheduler=DDIMScheduler()), r"clip_sample is True: .*Switch it off with"),
+        (noisy_denoiser, r"another log-probability in training than in sampling: .*look for dropout"),
+        (overflowing_decoder, r"images are between nan and nan; .*Look for half precision"),
+        (blind_denoiser, r"The gradient of every LoRA layer is zero"),
+        (
+            lambda: DDPMPipeline(UNet2DModel(block_out_channels=(32,), down_block_types=("DownBlock2D",),
+                                 up_block_types=("UpBlock2D",)), DDIMScheduler(clip_sample=False)),
+            r"DDPMPipeline, whose __call__ takes no prompt",
+        ),
+    ],
+)  # fmt: skip
+def test_what_stands_in_the_way_is_named_with_the_remedy(make, sentence):
+    report = check_pipeline(make(), prompts=PROMPTS)
+    assert report.problem is not None
+    assert re.search(sentence, report.problem), report.problem
+    assert report.rows()[-1] == ("verdict", report.problem)
+
+
+def test_a_missing_image_is_named_with_the_remedy(make_config):
+    case = CASES["Stable Diffusion ControlNet"]
+    report = check_pipeline(case.build(0), make_config(), PROMPTS)
+    assert report.problem is not None
+    assert "image" in report.problem and "pipeline_inputs" in report.problem
+
+
+def test_an_option_that_acts_by_the_position_in_the_loop_is_found_out(make_config):
+    """A replayed step is the first of its loop, so a ControlNet that stops half-way through can't be replayed."""
+    case = CASES["Stable Diffusion ControlNet"]
+    inputs = case.make_inputs(2) if case.make_inputs else {}
+    metadata = [{name: values[row] for name, values in inputs.items()} for row in range(2)]
+    config = make_config(pipeline_inputs=["image"], pipeline_kwargs={"control_guidance_end": 0.5})
+    report = check_pipeline(case.build(0), config, PROMPTS, metadata)
+    assert report.problem is not None and "control_guidance_end" in report.problem
+    assert report.replay_differences[0] == 0.0
+
+
+def test_steps_without_noise_leave_nothing_to_train_on(make_config):
+    pipeline = tiny_pipeline(set_alpha_to_one=True)
+    report = check_pipeline(pipeline, make_config(num_inference_steps=1), PROMPTS)
+    assert report.problem is not None and "None of the 1 steps is stochastic" in report.problem
+
+
+def test_an_error_inside_the_pipeline_is_a_finding():
+    pipeline = tiny_pipeline()
+    pipeline.vae.decode = None
+    report = check_pipeline(pipeline, prompts=PROMPTS)
+    assert report.problem is not None and report.problem.startswith("TypeError in StableDiffusionPipeline: ")
+
+
+# ---- The command ----
+
+
+def test_the_command_says_what_it_found_and_exits_accordingly(capsys):
+    assert cli.main(["doctor", str(EMOJI_PATH), "--use_cpu", "true", "--num_inference_steps", "2"]) == 0
+    assert "can be trained" in capsys.readouterr().out
+    assert cli.main(["doctor", str(EMOJI_PATH), "--use_cpu", "true", "--pipeline_kwargs", '{"heigth": 8}']) == 1
+    assert "heigth" in capsys.readouterr().out
+
+
+def test_the_command_hands_over_an_image(tmp_path, capsys):
+    pytest.importorskip("PIL").Image.new("RGB", (16, 16), "red").save(tmp_path / "red.png")
+    CASES["Stable Diffusion image-to-image"].build(0).save_pretrained(tmp_path / "pipeline")
+    command = ["doctor", str(tmp_path / "pipeline"), "--use_cpu", "true"]
+    image = ["--pipeline_inputs", "image", "--image", str(tmp_path / "red.png")]
+    assert cli.main([*command, *image]) == 0
+    assert StableDiffusionImg2ImgPipeline.__name__ in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [[], [str(EMOJI_PATH), "--dtype", "float7"], [str(EMOJI_PATH), "--eta", "0"]])
+def test_wrong_usage_is_refused(arguments):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["doctor", *arguments])
+    assert stop.value.code == 2
