@@ -82,6 +82,7 @@ class Case:
     pipeline_kwargs: dict[str, Any] = field(default_factory=dict)
     inputs: tuple[str, ...] = ()
     make_inputs: Callable[[int], dict[str, list[Any]]] | None = None
+    guidance_scale: float | None = 3.0
 
 
 def ready(pipeline: DiffusionPipeline) -> DiffusionPipeline:

@@ -432,10 +432,9 @@ def kandinsky(seed: int) -> DiffusionPipeline:
             beta_end=0.012,
             beta_schedule="linear",
             variance_type="learned_range",
-            clip_sample=True,
-            clip_sample_range=2.0,
-            thresholding=True,
-            sample_max_value=2.0,
+            # Released with clipping and thresholding, which a policy refuses; so this is the remedy that it names.
+            clip_sample=False,
+            thresholding=False,
         ),
     )
     return ready(pipeline)
@@ -575,7 +574,7 @@ def flux2_klein(seed: int) -> DiffusionPipeline:
 
 IMAGE = {"height": 32, "width": 64}
 NEWER_CASES = (
-    Case("Qwen-Image", qwen_image, {**IMAGE, "true_cfg_scale": 4.0, "negative_prompt": " "}),
+    Case("Qwen-Image", qwen_image, {**IMAGE, "true_cfg_scale": 4.0, "negative_prompt": " "}, guidance_scale=None),
     Case("Lumina 2", lumina2, {**IMAGE, "max_sequence_length": 96}),
     Case("AuraFlow", auraflow, {**IMAGE, "max_sequence_length": 32}),
     Case("Wan 2.1", wan, {**IMAGE, "num_frames": 5, "max_sequence_length": 32}),

@@ -1,0 +1,278 @@
+"""
+What every pipeline has to pass to count as a policy.
+
+Each check raises an `AssertionError` if it does not hold, and may return a remark for the table.
+"""
+
+import contextlib
+import copy
+import io
+import tempfile
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from peft import PeftModel
+from torch import Tensor
+
+from conformance.image_pipelines import IMAGE_CASES, Case
+from conformance.newer_pipelines import NEWER_CASES
+from ddpo_trl import DDPOConfig, DDPOTrainer, check_pipeline
+from ddpo_trl.encoding import text_encoders
+from ddpo_trl.lora import ADAPTER_NAME, has_lora_loader, put_on_adapter, save_adapter
+from ddpo_trl.policy import Policy
+from ddpo_trl.schedulers import Sampling
+from ddpo_trl.types import Context
+
+
+CASES = (*IMAGE_CASES, *NEWER_CASES)
+PROMPTS = ["a cat", "two dogs"]  # of different length
+STEPS = 4
+NOT_APPLICABLE = "does not apply"
+ROUNDING = 1e-5  # of pixel values, in float32
+
+# The layers of the default adapter that no gradient can reach, with the reason.
+LAST_TEXT = "the last block drops its text stream, so no gradient reaches"
+WITHOUT_GRADIENT = {
+    "Stable Diffusion 3": (LAST_TEXT, ["transformer_blocks.1.attn.add_q_proj"]),
+    "Stable Diffusion 3 without T5": (LAST_TEXT, ["transformer_blocks.1.attn.add_q_proj"]),
+    "Qwen-Image": (
+        LAST_TEXT,
+        ["transformer_blocks.1.attn.add_q_proj", "transformer_blocks.1.attn.to_add_out"],
+    ),
+}
+
+
+def metadata(case: Case) -> list[dict[str, Any]]:
+    inputs = case.make_inputs(len(PROMPTS)) if case.make_inputs else {}
+    return [{name: values[row] for name, values in inputs.items()} for row in range(len(PROMPTS))]
+
+
+def config(case: Case, **overrides: Any) -> DDPOConfig:
+    settings: dict[str, Any] = {
+        "output_dir": tempfile.gettempdir(),
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "report_to": "none",
+        "save_strategy": "no",
+        "num_train_epochs": 1,
+        "num_inference_steps": STEPS,
+        "guidance_scale": case.guidance_scale,
+        "pipeline_kwargs": case.pipeline_kwargs,
+        "pipeline_inputs": list(case.inputs),
+        "per_device_sample_batch_size": 2,
+        "num_sample_batches": 1,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 1e-2,
+    }
+    return DDPOConfig(**{**settings, **overrides})
+
+
+def make_policy(case: Case) -> Policy:
+    """A policy whose adapter is not the identity, as after some training."""
+    pipeline = case.build(0)
+    policy = Policy(pipeline, config(case), put_on_adapter(pipeline, None))
+    randomise_adapter(policy.denoiser)
+    return policy
+
+
+def randomise_adapter(denoiser: torch.nn.Module) -> None:
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in denoiser.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+
+
+def context(policy: Policy, case: Case) -> Context:
+    return policy.context(PROMPTS, metadata(case), seeds=[1, 2])
+
+
+def replay_equals_sampling(case: Case) -> None:
+    """Every step that can be trained on, replayed, has the log-probability of sampling to the bit."""
+    policy = make_policy(case)
+    batch = policy.sample(context(policy, case), record=range(STEPS))
+    trainable = [index for index, std in enumerate(policy.scheduler.stds) if std > 0]
+    assert sorted(batch.steps) == trainable and trainable
+    for index, step in batch.steps.items():
+        replayed, _ = policy(index, step.latents, step.next_latents, batch.context)
+        assert torch.equal(replayed, step.log_probs), f"step {index}: {(replayed - step.log_probs).abs().max():.2g}"
+
+
+def replay_needs_the_prompt(case: Case) -> None:
+    """Under the other prompt a step has another log-probability: replay is not blind."""
+    policy = make_policy(case)
+    batch = policy.sample(context(policy, case), record=[0])
+    step = batch.steps[0]
+    swapped = policy.context(PROMPTS[::-1], metadata(case), seeds=[1, 2])
+    replayed, _ = policy(0, step.latents, step.next_latents, swapped)
+    assert (replayed - step.log_probs).abs().min() > 0
+
+
+def gradients_reach_the_adapter(case: Case) -> str | None:
+    """Every parameter of the adapter gets a gradient, and nothing else."""
+    policy = make_policy(case)
+    batch = policy.sample(context(policy, case), record=range(STEPS))
+    index, step = min(batch.steps.items())
+    log_probs, _ = policy(index, step.latents, step.next_latents, batch.context)
+    log_probs.sum().backward()
+    for name, parameter in policy.denoiser.named_parameters():
+        reached = parameter.grad is not None and bool(parameter.grad.any())
+        assert reached == (is_adapter(name) and not is_without_gradient(case, name)), name
+        assert torch.isfinite(parameter.grad if reached else parameter).all(), name
+    if case.name not in WITHOUT_GRADIENT:
+        return None
+    reason, layers = WITHOUT_GRADIENT[case.name]
+    return f"{reason} {', '.join(layers)}"
+
+
+def is_adapter(name: str) -> bool:
+    return "lora_" in name
+
+
+def is_without_gradient(case: Case, name: str) -> bool:
+    _, layers = WITHOUT_GRADIENT.get(case.name, ("", []))
+    return any(name.startswith(f"{layer}.") for layer in layers)
+
+
+def a_round_changes_the_adapter(case: Case) -> None:
+    """One round of the trainer moves every parameter of the adapter."""
+    pipeline = case.build(0)
+    pairs = list(zip(PROMPTS, metadata(case), strict=True))
+    trainer = DDPOTrainer(config(case, num_ppo_epochs=2), brightness, pairs, pipeline)
+    before = {name: p.detach().clone() for name, p in trainer.model.denoiser.named_parameters() if is_adapter(name)}
+    with contextlib.redirect_stdout(io.StringIO()):  # Trainer prints its logs
+        trainer.train()
+    (log,) = [log for log in trainer.state.log_history if "reward" in log]
+    assert log["val/ratio_deviation"] == 0.0
+    for name, parameter in trainer.model.denoiser.named_parameters():
+        if is_adapter(name) and not is_without_gradient(case, name):
+            assert not torch.equal(parameter, before[name]), name
+            assert torch.isfinite(parameter).all(), name
+
+
+def brightness(images: Tensor, prompts: tuple[str, ...], metadata: tuple[Any, ...]) -> Tensor:
+    """Mean pixel value of each image or video, in [0, 1]; and that it is in the format of rewards."""
+    assert images.ndim in (4, 5) and images.shape[-3] == 3 and len(images) == len(prompts)
+    assert images.dtype == torch.float32 and images.min() >= 0 and images.max() <= 1
+    return images.flatten(1).mean(1)
+
+
+def saved_adapter_is_reloaded(case: Case) -> None:
+    """The saved adapter, loaded by the pipeline's own loader (or peft's), gives the same images."""
+    trained, fresh = case.build(0), case.build(0)
+    adapter = put_on_adapter(trained, None)
+    randomise_adapter(Policy(trained, config(case), adapter).denoiser)
+    plain = images(fresh, case)
+    with tempfile.TemporaryDirectory() as directory:
+        save_adapter(trained, adapter, directory)
+        if has_lora_loader(fresh):
+            fresh.load_lora_weights(directory)
+        else:
+            load_with_peft(fresh, directory)
+    expected = images(trained, case)
+    scale = expected.abs().max().clamp(min=1)
+    # Not to the bit: weights in a mapped file are aligned differently, and the matrix products round differently.
+    assert (images(fresh, case) - expected).abs().max() < ROUNDING * scale
+    assert (plain - expected).abs().max() > 100 * ROUNDING * scale
+
+
+def load_with_peft(pipeline: DiffusionPipeline, directory: str) -> None:
+    name = "transformer" if "transformer" in pipeline.components else "unet"
+    PeftModel.from_pretrained(pipeline.components[name], directory, adapter_name=ADAPTER_NAME)  # in place
+
+
+def images(pipeline: DiffusionPipeline, case: Case) -> Tensor:
+    generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+    guidance = {} if case.guidance_scale is None else {"guidance_scale": case.guidance_scale}
+    inputs = case.make_inputs(len(PROMPTS)) if case.make_inputs else {}
+    kwargs = {**guidance, **inputs, **case.pipeline_kwargs}
+    if isinstance(kwargs.get("negative_prompt"), str):
+        kwargs["negative_prompt"] = [kwargs["negative_prompt"]] * len(PROMPTS)
+    output = pipeline(
+        prompt=list(PROMPTS),
+        num_inference_steps=STEPS,
+        generator=generators,
+        output_type="pt",
+        return_dict=False,
+        **kwargs,
+    )
+    return output[0]
+
+
+def cached_prompts_are_the_pipelines_own(case: Case) -> str | None:
+    """Without noise, images are those the pipeline makes without a cache from all prompts at once."""
+    policy = make_policy(case)
+    if "encode_prompt" not in dir(policy.policy_pipeline):
+        return f"{NOT_APPLICABLE}: nothing is cached"
+    ours = policy.sample(context(policy, case), stochastic=()).images
+    plain = copy.copy(policy.pipeline)
+    plain.scheduler = policy.scheduler
+    with policy.scheduler.acting(Sampling([], record=(), reduction="mean", stochastic=())):
+        theirs = images(plain, case)
+    assert (ours - theirs).abs().max() < ROUNDING  # not 0: a batch of prompts through the encoders rounds differently
+    return None
+
+
+def prompts_are_encoded_once(case: Case) -> str | None:
+    """Sampling the same prompts again, and replay, run no text encoder."""
+    policy = make_policy(case)
+    if "encode_prompt" not in dir(policy.policy_pipeline):
+        return f"{NOT_APPLICABLE}: the prior runs in every replay, for it draws its embeddings with the sample's seed"
+    with counted_encodings(policy.pipeline) as calls:
+        batch = policy.sample(context(policy, case), record=range(STEPS))
+    assert calls
+    with counted_encodings(policy.pipeline) as calls:
+        policy.sample(policy.context(PROMPTS[::-1], metadata(case), seeds=[3, 4]))
+        for index, step in batch.steps.items():
+            policy(index, step.latents, step.next_latents, batch.context)
+    assert not calls
+    return None
+
+
+@contextlib.contextmanager
+def counted_encodings(pipeline: DiffusionPipeline) -> Iterator[list[str]]:
+    """Names of the modules inside of text encoders that ran."""
+    calls: list[str] = []
+    hooks = [
+        module.register_forward_hook(lambda module, *_: calls.append(type(module).__name__))
+        for encoder in text_encoders(pipeline).values()
+        for module in encoder.modules()
+        if not list(module.children())
+    ]
+    try:
+        yield calls
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def the_doctor_agrees(case: Case) -> None:
+    """`check_pipeline` finds no problem, a replay difference of 0, and leaves the pipeline as it was."""
+    pipeline = case.build(0)
+    before = images(pipeline, case)
+    report = check_pipeline(pipeline, config(case), PROMPTS, metadata(case))
+    assert report.problem is None, report.problem
+    assert set(report.replay_differences.values()) == {0.0}
+    assert report.trajectory_bytes > 0 and report.training_bytes > 0
+    assert torch.equal(images(pipeline, case), before)
+    assert not [name for component in pipeline.components.values() for name in adapter_names(component)]
+
+
+def adapter_names(component: Any) -> list[str]:
+    return (
+        [n for n, _ in component.named_parameters() if is_adapter(n)] if isinstance(component, torch.nn.Module) else []
+    )
+
+
+CHECKS: dict[str, Callable[[Case], str | None]] = {
+    "replay = sampling": replay_equals_sampling,
+    "prompt matters": replay_needs_the_prompt,
+    "gradients": gradients_reach_the_adapter,
+    "one round": a_round_changes_the_adapter,
+    "save, reload": saved_adapter_is_reloaded,
+    "encoded once": prompts_are_encoded_once,
+    "cache": cached_prompts_are_the_pipelines_own,
+    "doctor": the_doctor_agrees,
+}
