@@ -47,7 +47,7 @@ SHOWN = 10
 # two of five steps have a tiny σ, and their gradient would outweigh the others'.
 DEFAULTS: dict[str, Any] = {
     "output_dir": "outputs/demo",
-    "num_train_epochs": 13,
+    "num_train_epochs": 14,
     "num_inference_steps": 5,
     "guidance_scale": 2.5,
     "train_timestep_range": [0.0, 0.6],
@@ -57,7 +57,7 @@ DEFAULTS: dict[str, Any] = {
     "per_device_train_batch_size": 16,
     "num_mini_batches": 4,
     "advantage_normalization": "group",
-    "learning_rate": 2.5e-3,
+    "learning_rate": 1e-3,
     "cliprange": 5e-3,
     "save_strategy": "no",
     "report_to": "none",
@@ -66,7 +66,7 @@ DEFAULTS: dict[str, Any] = {
 }
 
 # One optimizer step a round in place of four: it has to be larger.
-SCORE_FUNCTION_DEFAULTS: dict[str, Any] = {"num_mini_batches": 1, "learning_rate": 5e-3}
+SCORE_FUNCTION_DEFAULTS: dict[str, Any] = {"num_mini_batches": 1, "learning_rate": 2e-3}
 
 
 @dataclass
@@ -77,11 +77,12 @@ class DemoArguments:
     Args:
         reward (`str`, *optional*, defaults to `"jpeg_compressibility"`):
             What the images are trained for: that, or `"jpeg_incompressibility"`.
-        lora_rank (`int`, *optional*, defaults to `4`):
-            Rank of the adapter.
+        lora_rank (`int`, *optional*, defaults to `16`):
+            Rank of the adapter. The higher it is, the smaller the steps may be, and the less the weights wander at
+            random: with rank 4 and larger steps shuffled rewards moved the evaluation by up to 7 %.
         shuffle_rewards (`bool`, *optional*, defaults to `False`):
             Whether to shuffle the rewards of each round among its images: the control, which must not learn.
-        stop_at_gain (`float`, *optional*, defaults to `0.2`):
+        stop_at_gain (`float`, *optional*, defaults to `0.18`):
             Training stops when the reward of a round is better than the first round's by this share of its magnitude.
             Left to run, compressibility ends in blank images.
     """
@@ -89,12 +90,12 @@ class DemoArguments:
     reward: Literal["jpeg_compressibility", "jpeg_incompressibility"] = field(
         default="jpeg_compressibility", metadata={"help": "What the images are trained for."}
     )
-    lora_rank: int = field(default=4, metadata={"help": "Rank of the adapter."})
+    lora_rank: int = field(default=16, metadata={"help": "Rank of the adapter."})
     shuffle_rewards: bool = field(
         default=False, metadata={"help": "Shuffle the rewards among the images: the control, which must not learn."}
     )
     stop_at_gain: float = field(
-        default=0.2, metadata={"help": "Stop when the reward has improved by this share of the first round's."}
+        default=0.18, metadata={"help": "Stop when the reward has improved by this share of the first round's."}
     )
 
 
@@ -104,7 +105,7 @@ class StopAtGain(TrainerCallback):
 
     Args:
         share (`float`):
-            0.2 for 20 %.
+            0.18 for 18 %.
     """
 
     def __init__(self, share: float):
