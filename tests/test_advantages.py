@@ -11,12 +11,16 @@ import torch
 from ddpo_trl.advantages import (
     Normalizer,
     PromptStatistics,
+    fraction_without_spread,
+    groups,
     indices_by_key,
     keep_raw,
     normalize_by_batch,
     normalize_by_group,
+    normalize_valid,
     shuffled,
     standardize,
+    whole_round,
 )
 
 
@@ -138,6 +142,89 @@ def test_a_buffer_forgets_the_oldest_rewards():
     statistics(tensor(1, 2), ["a", "a"])
     statistics(tensor(3, 4), ["a", "a"])
     assert statistics.state_dict() == {"a": [2.0, 3.0, 4.0]}
+
+
+# ---- Rewards that are not valid ----
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize("normalizer", [*NORMALIZERS, "none"])
+def test_a_dropped_reward_has_advantage_zero_and_the_others_are_as_if_it_had_not_been(normalizer):
+    make = {**NORMALIZERS, "none": lambda: keep_raw}[normalizer]
+    actual = normalize_valid(make(), tensor(1, NAN, 10, 3, NAN, 40, NAN), ["a", "a", "b", "a", "b", "b", "c"])
+    expected = make()(tensor(1, 10, 3, 40), ["a", "b", "a", "b"])
+    assert torch.equal(actual[[0, 2, 3, 5]], expected)
+    assert torch.equal(actual[[1, 4, 6]], tensor(0, 0, 0))
+
+
+def test_a_dropped_reward_moves_neither_mean_nor_standard_deviation():
+    # of 2, 4, 6, 8: mean 5, variance 5
+    advantages = normalize_valid(normalize_by_batch, tensor(2, NAN, 4, 6, NAN, 8), ["a"] * 6)
+    torch.testing.assert_close(advantages, tensor(-3, 0, -1, 1, 0, 3) / 5**0.5, rtol=1e-6, atol=0)
+
+
+def test_a_group_with_one_valid_reward_has_no_advantage():
+    # a: 5, and one dropped; b: 1, 3 (mean 2, std 1); c: none valid
+    advantages = normalize_valid(normalize_by_group, tensor(5, NAN, 1, 3, NAN, NAN), ["a", "a", "b", "b", "c", "c"])
+    torch.testing.assert_close(advantages, tensor(0, 0, -1, 1, 0, 0), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("normalizer", [*NORMALIZERS, "none"])
+def test_no_valid_reward_at_all_gives_zero_advantages(normalizer):
+    make = {**NORMALIZERS, "none": lambda: keep_raw}[normalizer]
+    assert normalize_valid(make(), tensor(NAN, NAN), ["a", "b"]).tolist() == [0.0, 0.0]
+
+
+def test_prompt_statistics_do_not_remember_dropped_rewards():
+    statistics = PromptStatistics(buffer_size=3, min_count=1)
+    normalize_valid(statistics, tensor(1, NAN, 2, NAN), ["a", "a", "a", "b"])
+    normalize_valid(statistics, tensor(NAN, NAN, 3), ["a", "a", "a"])
+    assert statistics.state_dict() == {"a": [1.0, 2.0, 3.0]}
+
+
+# ---- Rewards without spread ----
+
+
+@pytest.mark.parametrize(
+    ("rewards", "prompts", "expected"),
+    [
+        ([1, 1, 2, 3], "aabb", 0.5),
+        ([1, 1, 2, 3], "abab", 0.0),
+        ([1, 2, 3, 4], "abcd", 1.0),  # a prompt seen once
+        ([0.1 + 0.2, 0.3, 1, 2], "aabb", 0.5),  # equal but for rounding
+        ([1e12 + 1e-3, 1e12, 1, 2], "aabb", 0.5),
+        ([1.0, 1.0 + 2**-23, 5, 5], "aabb", 0.5),  # neighbours in float32 are different rewards
+        ([0, 0, -1e-30, 1e-30], "aabb", 0.5),
+    ],
+)
+def test_groups_without_spread_are_counted(rewards, prompts, expected):
+    assert fraction_without_spread(groups(tensor(*rewards), list(prompts))) == expected
+
+
+@pytest.mark.parametrize(("rewards", "expected"), [([2, 2, 2], 1.0), ([2, 2, 3], 0.0), ([7], 1.0), ([], 0.0)])
+def test_a_round_has_spread_or_not(rewards, expected):
+    populations = whole_round(tensor(*rewards), ["a", "b", "c"]) if rewards else []
+    assert fraction_without_spread(populations) == expected
+
+
+def test_prompts_are_counted_by_the_rewards_that_they_are_standardised_with():
+    statistics = PromptStatistics(buffer_size=8, min_count=2)
+    statistics(tensor(5, 6), ["a", "b"])
+    rewards, prompts = tensor(5, 7, 9), ["a", "b", "c"]
+    statistics(rewards, prompts)
+    # a: 5, 5; b: 6, 7; c, seen once: the round, 5, 7, 9
+    assert [population.tolist() for population in statistics.populations(rewards, prompts)] == [
+        [5, 5],
+        [6, 7],
+        [5, 7, 9],
+    ]
+    assert fraction_without_spread(statistics.populations(rewards, prompts)) == pytest.approx(1 / 3)
+    assert statistics.state_dict() == {"a": [5.0, 5.0], "b": [6.0, 7.0], "c": [9.0]}  # looking changes nothing
+
+
+def test_differences_of_rounding_are_no_advantages():
+    assert standardize(tensor(1e12, 1e12 + 1e-3, 1e12 - 1e-3)).tolist() == [0.0, 0.0, 0.0]
 
 
 def test_positions_are_listed_by_key():

@@ -2,14 +2,16 @@
 
 import asyncio
 import functools
+import math
 import threading
+import time
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from ddpo_trl.scoring import RewardScorer, as_rewards, reward_name, unique_names
+from ddpo_trl.scoring import RewardScorer, as_rewards, first_problem, reward_name, unique_names
 
 
 IMAGES = torch.zeros(3, 3, 4, 4)
@@ -17,8 +19,8 @@ PROMPTS = ("cat", "dog", "owl")
 METADATA = ({"legs": 4}, {"legs": 4}, {"legs": 2})
 
 
-def rewards_of(*functions: Any, max_workers: int = 2) -> torch.Tensor:
-    scorer = RewardScorer(list(functions), max_workers=max_workers)
+def rewards_of(*functions: Any, timeout: float | None = None) -> torch.Tensor:
+    scorer = RewardScorer(list(functions), timeout=timeout)
     return scorer.submit(IMAGES, PROMPTS, METADATA, when="round 7").result()
 
 
@@ -86,7 +88,7 @@ def test_every_form_of_answer_gives_the_same_rewards(function):
 
 @pytest.mark.parametrize("rewards", [[0.1, 0.7], np.array([0.1, 0.7]), torch.tensor([0.1, 0.7], dtype=torch.float64)])
 def test_float64_rewards_keep_all_their_digits(rewards):
-    assert as_rewards(rewards, 2, "name").tolist() == [0.1, 0.7]
+    assert as_rewards(rewards, PROMPTS[:2], "name")[0].tolist() == [0.1, 0.7]
 
 
 @pytest.mark.parametrize(
@@ -104,7 +106,9 @@ def test_float64_rewards_keep_all_their_digits(rewards):
     ],
 )
 def test_answers_for_one_or_two_images_are_not_mistaken(answer, expected):
-    assert as_rewards(answer, len(expected), "name").tolist() == expected
+    rewards, problem = as_rewards(answer, PROMPTS[: len(expected)], "name")
+    assert rewards.tolist() == expected
+    assert problem is None
 
 
 def test_a_reward_function_gets_images_and_tuples_of_prompts_and_metadata():
@@ -265,6 +269,208 @@ def test_an_exception_is_named_with_the_function_the_round_and_the_prompts(funct
     for part in (f"`{function.__name__}`", "KeyError", "legs", "round 7", "['cat', 'dog', 'owl']"):
         assert part in message
     assert isinstance(caught.value.__cause__, KeyError)
+
+
+async def is_cancelled(images: Any, prompts: Any, metadata: Any) -> list[int]:
+    raise asyncio.CancelledError("legs")
+
+
+def wants_to_exit(images: Any, prompts: Any, metadata: Any) -> list[int]:
+    raise SystemExit("legs")
+
+
+@pytest.mark.parametrize("function", [is_cancelled, wants_to_exit])
+def test_what_is_no_ordinary_exception_is_one_as_a_reward(function):
+    with pytest.raises(RuntimeError, match=f"`{function.__name__}` raised (CancelledError|SystemExit): legs"):
+        rewards_of(function)
+
+
+@pytest.mark.parametrize(
+    ("answer", "about"),
+    [
+        ([1.0, float("nan"), None], "Its prompt is 'dog'. Checkpoints of finished rounds are intact."),
+        ([1, 2], "The prompts are ['cat', 'dog', 'owl']. Checkpoints of finished rounds are intact."),
+        (None, "The prompts are ['cat', 'dog', 'owl']. Checkpoints of finished rounds are intact."),
+        ([1, "good", 3], "Its prompt is 'dog'. Checkpoints of finished rounds are intact."),
+    ],
+)
+def test_a_refusal_names_the_prompt_and_says_that_checkpoints_are_intact(answer, about):
+    with pytest.raises((TypeError, ValueError)) as caught:
+        rewards_of(answering(answer))
+    assert str(caught.value).endswith(about)
+
+
+# ---- Invalid rewards are marked ----
+
+NAN = math.nan
+
+
+def marked(function: Any) -> tuple[list[float], str]:
+    pending = RewardScorer(function).submit(IMAGES, PROMPTS, METADATA, when="round 7")
+    return pending.marked()[:, 0].tolist(), str(pending.problem())
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ([1.0, float("nan"), 3.0], [1.0, NAN, 3.0]),
+        ([1.0, float("inf"), float("-inf")], [1.0, NAN, NAN]),
+        ([1.0, 2.0, None], [1.0, 2.0, NAN]),
+        ((None, 2.0, None), [NAN, 2.0, NAN]),
+        (np.array([None, 2.0, 3.0], dtype=object), [NAN, 2.0, 3.0]),
+        (torch.tensor([1e39, 0.0, -1.0]), [NAN, 0.0, -1.0]),
+        ([10**400, 2, 3], [NAN, 2.0, 3.0]),
+        (([1.0, None, 3.0], {"info": 1}), [1.0, NAN, 3.0]),
+        ([None, None, None], [NAN, NAN, NAN]),
+    ],
+)
+def test_an_invalid_value_marks_its_sample_and_no_other(answer, expected):
+    rewards, problem = marked(answering(answer))
+    assert rewards == pytest.approx(expected, nan_ok=True)
+    first = next(index for index, value in enumerate(expected) if math.isnan(value))
+    assert f"for image {first}; " in problem and f"Its prompt is {PROMPTS[first]!r}" in problem
+
+
+@pytest.mark.parametrize(
+    ("function", "problem"),
+    [
+        (fails, "raised KeyError"),
+        (fails_late, "raised KeyError"),
+        (wants_to_exit, "raised SystemExit"),
+        (answering(None), "returned None; it must return one number per image"),
+        (answering([1, 2]), "returned 2 values for 3 images"),
+        (answering([1, 2, 3, 4]), "returned 4 values for 3 images"),
+        (answering("123"), "returned '123'; it must return one number per image"),
+        (answering([1, "good", 3]), "returned 'good' for image 1; it must be a number"),
+        (answering([None, [2], 3]), "returned [2] for image 1; it must be a number"),
+        (answering(torch.ones(3).to_sparse()), "raised RuntimeError"),
+    ],
+)
+def test_a_call_without_a_usable_answer_marks_the_whole_batch(function, problem):
+    rewards, message = marked(function)
+    assert rewards == pytest.approx([NAN] * 3, nan_ok=True)
+    assert problem in message
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ((None, 5.0), [NAN, 5.0]),
+        ((5.0, None), [5.0, NAN]),  # a number comes first: two rewards
+        ((None, None), [NAN, NAN]),
+        (([5.0, None], None), [5.0, NAN]),  # (rewards, info)
+    ],
+)
+def test_a_missing_reward_of_two_is_not_mistaken_for_all_of_them(answer, expected):
+    rewards, _ = as_rewards(answer, PROMPTS[:2], "name")
+    assert rewards.tolist() == pytest.approx(expected, nan_ok=True)
+
+
+def test_one_invalid_function_makes_the_total_invalid_whatever_its_weight():
+    scorer = RewardScorer([answering([1, None, 3]), answering([10, 20, 30])], weights=[0.0, 1.0])
+    rewards = scorer.submit(IMAGES, PROMPTS, METADATA, when="round 0").marked()
+    assert rewards[:, 1].tolist() == [10.0, 20.0, 30.0]  # the others are told all the same
+    assert scorer.total(rewards).tolist() == pytest.approx([10.0, NAN, 30.0], nan_ok=True)
+
+
+def test_valid_rewards_have_no_problem():
+    pending = RewardScorer(answering([1, 2, 3])).submit(IMAGES, PROMPTS, METADATA, when="round 0")
+    assert pending.problem() is None
+    assert first_problem([pending], raises=True) is None
+
+
+def test_the_first_problem_of_several_batches_is_raised_or_told():
+    scorer = RewardScorer([answering([1, 2, 3]), answering([None, 2, 3]), fails])
+    pending = [scorer.submit(IMAGES, PROMPTS, METADATA, when=f"round {index}") for index in range(2)]
+    told = first_problem(pending, raises=False)
+    assert told is not None and "(round 0) returned None for image 0" in told
+    with pytest.raises(TypeError, match=r"\(round 0\) returned None for image 0"):
+        first_problem(pending, raises=True)
+
+
+# ---- Time limits ----
+
+
+class Slow:
+    """Hangs whenever the prompt is "dog", until the test is over."""
+
+    def __init__(self) -> None:
+        self.over = threading.Event()
+        self.started: list[float] = []
+
+    def __call__(self, images: Any, prompts: Any, metadata: Any) -> list[int]:
+        self.started.append(time.perf_counter())
+        if prompts[0] == "dog":
+            self.over.wait(60)
+        return [1]
+
+
+@pytest.fixture
+def slow():
+    function = Slow()
+    yield function
+    function.over.set()
+
+
+def test_a_call_that_takes_too_long_is_named_with_the_limit_and_the_remedy(slow):
+    scorer = RewardScorer(slow, timeout=0.2)
+    start = time.perf_counter()
+    with pytest.raises(TimeoutError) as caught:
+        scorer.submit(IMAGES[:1], ("dog",), ({},), when="round 7").result()
+    assert 0.2 <= time.perf_counter() - start < 10
+    for part in ("`Slow` gave no answer within 0.2 s", "round 7", "['dog']", "raise reward_timeout", "intact"):
+        assert part in str(caught.value)
+
+
+def test_a_call_that_takes_too_long_does_not_block_the_ones_behind_it(slow):
+    scorer = RewardScorer(slow, max_workers=1, timeout=0.2)
+    pending = [scorer.submit(IMAGES[:1], (prompt,), ({},), when="round 0") for prompt in ("dog", "cat", "dog", "owl")]
+    start = time.perf_counter()
+    assert [scores.marked().item() for scores in pending] == pytest.approx([NAN, 1, NAN, 1], nan_ok=True)
+    assert time.perf_counter() - start < 20
+    assert not slow.over.is_set()  # the two calls still hang
+
+
+def test_the_time_of_a_call_counts_from_when_it_starts_to_run(slow):
+    """Of two calls of 0.3 s each on one worker the second waits 0.3 s, and is not too slow for a limit of 0.5 s."""
+
+    def takes_its_time(images: Any, prompts: Any, metadata: Any) -> list[int]:
+        time.sleep(0.3)
+        return [1, 2, 3]
+
+    scorer = RewardScorer(takes_its_time, max_workers=1, timeout=0.5)
+    pending = [scorer.submit(IMAGES, PROMPTS, METADATA, when="round 0") for _ in range(2)]
+    assert [scores.problem() for scores in pending] == [None, None]
+
+
+def test_an_asynchronous_call_that_takes_too_long_is_cancelled():
+    cancelled = threading.Event()
+
+    async def hangs(images: Any, prompts: Any, metadata: Any) -> list[int]:
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            cancelled.set()
+            raise
+        return [1, 2, 3]
+
+    with pytest.raises(TimeoutError, match=r"`hangs` gave no answer within 0\.2 s \(round 7, prompts"):
+        rewards_of(hangs, timeout=0.2)
+    assert cancelled.wait(10)
+
+
+async def times_out_itself(images: Any, prompts: Any, metadata: Any) -> list[int]:
+    raise TimeoutError("the server's")
+
+
+def test_a_functions_own_timeout_is_an_exception_like_others():
+    with pytest.raises(RuntimeError, match="`times_out_itself` raised TimeoutError: the server's"):
+        rewards_of(times_out_itself, timeout=10.0)
+
+
+@pytest.mark.parametrize("function", [slow_answer, Counted()])
+def test_a_call_within_the_limit_is_as_without_one(function):
+    assert torch.equal(rewards_of(function, timeout=60.0), rewards_of(function))
 
 
 def test_an_exception_of_one_batch_leaves_the_others_intact():

@@ -3,6 +3,7 @@
 The arithmetic is float64 and runs on every process over the gathered rewards of all of them.
 """
 
+import itertools
 from collections import defaultdict, deque
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
@@ -14,15 +15,29 @@ from torch import Tensor
 # Keeps the quotient finite when all rewards but a few are equal; far below any reward difference that matters.
 DELTA = 1e-6
 
+# Rewards whose range is below this share of their magnitude are equal: far above the rounding of float64 sums (1e-16),
+# and below that of float32 (6e-8), so that rewards which a float32 model tells apart stay different.
+EQUAL = 1e-8
+
 # (N,) rewards and N prompts to (N,) advantages
 Normalizer = Callable[[Tensor, Sequence[str]], Tensor]
+
+# (N,) rewards and N prompts to the sets of rewards that define a mean and a standard deviation each
+Populations = Callable[[Tensor, Sequence[str]], list[Tensor]]
+
+
+def all_equal(rewards: Tensor) -> bool:
+    """Whether `(M,)` rewards carry no information, because there is no difference, or none but rounding."""
+    if len(rewards) < 2:
+        return True
+    return bool(rewards.max() - rewards.min() <= EQUAL * rewards.abs().max())
 
 
 def standardize(rewards: Tensor, population: Tensor | None = None) -> Tensor:
     """
     (r − mean) / (std + δ) with mean and (biased) standard deviation of `population`, by default of `rewards`.
 
-    A population of equal values carries no information: its advantages are exactly zero, whatever the rounding.
+    Where the population carries no information ([`all_equal`]), advantages are exactly zero.
 
     Args:
         rewards (`torch.Tensor` of shape `(N,)`):
@@ -35,7 +50,7 @@ def standardize(rewards: Tensor, population: Tensor | None = None) -> Tensor:
     """
     rewards = rewards.double()
     population = rewards if population is None else population.double()
-    if torch.equal(population.min(), population.max()):
+    if all_equal(population):
         return torch.zeros_like(rewards)
     return (rewards - population.mean()) / (population.std(correction=0) + DELTA)
 
@@ -51,6 +66,44 @@ def normalize_by_group(rewards: Tensor, prompts: Sequence[str]) -> Tensor:
     for indices in indices_by_key(prompts).values():
         advantages[indices] = standardize(rewards[indices])
     return advantages
+
+
+def whole_round(rewards: Tensor, prompts: Sequence[str]) -> list[Tensor]:
+    """The one population of [`normalize_by_batch`]."""
+    return [rewards]
+
+
+def groups(rewards: Tensor, prompts: Sequence[str]) -> list[Tensor]:
+    """The populations of [`normalize_by_group`]."""
+    return [rewards[indices] for indices in indices_by_key(prompts).values()]
+
+
+def fraction_without_spread(populations: Sequence[Tensor]) -> float:
+    """Share of the populations that give only zero advantages."""
+    return sum(map(all_equal, populations)) / max(len(populations), 1)
+
+
+def normalize_valid(normalizer: Normalizer, rewards: Tensor, prompts: Sequence[str]) -> Tensor:
+    """
+    The advantages of those rewards that are valid, as if there were no others; zero for the others.
+
+    Args:
+        normalizer (`Callable`):
+            Gets to see the valid rewards only.
+        rewards (`torch.Tensor` of shape `(N,)`):
+            NaN where not valid.
+        prompts (`Sequence[str]` of length `N`):
+            The prompts.
+    """
+    valid = ~rewards.isnan()
+    advantages = torch.zeros_like(rewards, dtype=torch.float64)
+    advantages[valid] = normalizer(rewards[valid], select(prompts, valid))
+    return advantages
+
+
+def select(values: Sequence[Any], mask: Tensor) -> list[Any]:
+    """Those of N values for which a boolean mask of shape `(N,)` is true."""
+    return list(itertools.compress(values, mask.tolist()))
 
 
 def keep_raw(rewards: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -97,10 +150,16 @@ class PromptStatistics:
         advantages = torch.zeros_like(rewards, dtype=torch.float64)
         for prompt, indices in indices_by_key(prompts).items():
             self.rewards[prompt].extend(rewards[indices].tolist())
-            history = torch.tensor(self.rewards[prompt], dtype=torch.float64)
-            population = history if len(history) >= self.min_count else rewards
-            advantages[indices] = standardize(rewards[indices], population)
+            advantages[indices] = standardize(rewards[indices], self._population(prompt, rewards))
         return advantages
+
+    def populations(self, rewards: Tensor, prompts: Sequence[str]) -> list[Tensor]:
+        """What the rewards of each prompt of the round, once remembered, are standardised with."""
+        return [self._population(prompt, rewards) for prompt in indices_by_key(prompts)]
+
+    def _population(self, prompt: str, rewards: Tensor) -> Tensor:
+        remembered = self.rewards.get(prompt, ())
+        return torch.tensor(remembered, dtype=torch.float64) if len(remembered) >= self.min_count else rewards
 
     def state_dict(self) -> dict[str, list[float]]:
         """The remembered rewards by prompt, JSON-serialisable, for a checkpoint."""

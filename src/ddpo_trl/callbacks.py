@@ -38,7 +38,7 @@ class RoundProgress(TrainerCallback):
         if self._sampling is None:
             return
         if rewards:
-            self._sampling.set_postfix(reward=f"{torch.cat(list(rewards)).mean():.4g}", refresh=False)
+            self._sampling.set_postfix(reward=f"{torch.cat(list(rewards)).nanmean():.4g}", refresh=False)
         self._sampling.update(samples)
 
     def on_train_begin(

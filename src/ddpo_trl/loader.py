@@ -1,7 +1,8 @@
 """The rollout loader: what `transformers.Trainer` takes for a data loader makes one rollout per epoch."""
 
+import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,14 +11,17 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
-from ddpo_trl.advantages import Normalizer
+from ddpo_trl.advantages import Normalizer, Populations, fraction_without_spread, normalize_valid, select
 from ddpo_trl.callbacks import RoundProgress
 from ddpo_trl.plan import BatchPlan
 from ddpo_trl.policy import Policy
 from ddpo_trl.prompts import PromptPair, PromptSource
-from ddpo_trl.scoring import PendingRewards, RewardScorer
+from ddpo_trl.scoring import PendingRewards, RewardScorer, first_problem
 from ddpo_trl.seeding import Stream, derived_seed, generator
 from ddpo_trl.types import Rollout, SampledBatch
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +60,10 @@ class RolloutLoader:
             The rewards.
         normalize (`Callable`):
             Rewards and prompts of all processes to advantages.
+        populations (`Callable`):
+            The sets of rewards that `normalize` compares, to tell how many have no spread.
+        drop_invalid (`bool`):
+            Whether samples without a valid reward are dropped, or else are an error.
         advantage_clip (`float`):
             Largest magnitude of an advantage; `inf` for none.
         plan ([`~ddpo_trl.plan.BatchPlan`]):
@@ -74,6 +82,8 @@ class RolloutLoader:
     prompts: PromptSource
     scorer: RewardScorer
     normalize: Normalizer
+    populations: Populations
+    drop_invalid: bool
     advantage_clip: float
     plan: BatchPlan
     seed: int
@@ -99,11 +109,14 @@ class RolloutLoader:
         start = time.perf_counter()
         batches, pending = self._sample(self._own_share(pairs))
         sampled = time.perf_counter()
-        rewards = torch.cat([scores.result() for scores in pending])
+        rewards = torch.cat([scores.marked() for scores in pending])
         waited = time.perf_counter()
-        gathered = self._gather(rewards)  # (samples of all processes, functions)
+        problem = first_problem(pending, raises=not self.drop_invalid)
+        gathered = self._gather(rewards)  # (samples of all processes, functions), NaN where not valid
         totals = self.scorer.total(gathered)
-        advantages = self.normalize(totals, [prompt for prompt, _ in pairs])
+        self._check_invalid(totals, problem)
+        prompts = [prompt for prompt, _ in pairs]
+        advantages = normalize_valid(self.normalize, totals, prompts)
         advantages = advantages.clamp(-self.advantage_clip, self.advantage_clip)
         return Rollout(
             round=self.round,
@@ -111,7 +124,7 @@ class RolloutLoader:
             rewards=self._own_share(totals),
             advantages=self._own_share(advantages).float().to(self.accelerator.device),
             metrics={
-                **self._reward_metrics(gathered, totals),
+                **self._reward_metrics(gathered, totals, prompts),
                 "episode": (self.round + 1) * self.plan.samples_per_round,
                 "time/sampling": sampled - start,
                 "time/scoring": sum(scores.seconds() for scores in pending),
@@ -142,7 +155,7 @@ class RolloutLoader:
                 batch = self.policy.sample(context, record=steps, stochastic=self._noisy_steps())
             batches.append(batch)
             pending.append(self.scorer.submit(batch.images, prompts, metadata, when=f"round {self.round}"))
-            self.progress.sampled(size, [self.scorer.total(scores.result()) for scores in pending if scores.done()])
+            self.progress.sampled(size, [self.scorer.total(scores.marked()) for scores in pending if scores.done()])
         return batches, pending
 
     def _noisy_steps(self) -> tuple[int, ...] | None:
@@ -159,8 +172,24 @@ class RolloutLoader:
             return rewards
         return self.accelerator.gather(rewards.to(self.accelerator.device)).cpu()
 
-    def _reward_metrics(self, rewards: Tensor, totals: Tensor) -> dict[str, float]:
-        metrics = {"reward": totals.mean().item(), "reward_std": totals.std(correction=0).item()}
+    def _check_invalid(self, totals: Tensor, problem: str | None) -> None:
+        """Warns of dropped samples; raises, on all processes alike, if they are more than half of the round."""
+        invalid, count = int(totals.isnan().sum()), len(totals)
+        dropped = f"{invalid} of {count} samples of round {self.round} have no valid reward"
+        if 2 * invalid > count:
+            raise RuntimeError(f"{dropped}: too many to go on. The first reason: {problem}")
+        if invalid and self.accelerator.is_main_process:
+            logger.warning(f"{dropped} and are dropped. The first reason: {problem}")
+
+    def _reward_metrics(self, rewards: Tensor, totals: Tensor, prompts: Sequence[str]) -> dict[str, float]:
+        valid = ~totals.isnan()
+        rewards, totals, prompts = rewards[valid], totals[valid], select(prompts, valid)
+        metrics = {
+            "reward": totals.mean().item(),
+            "reward_std": totals.std(correction=0).item(),
+            "rewards/invalid": 1 - valid.double().mean().item(),
+            "frac_reward_zero_std": fraction_without_spread(self.populations(totals, prompts)),
+        }
         for column, name in enumerate(self.scorer.names):
             metrics[f"rewards/{name}/mean"] = rewards[:, column].mean().item()
             metrics[f"rewards/{name}/std"] = rewards[:, column].std(correction=0).item()

@@ -8,16 +8,42 @@ import math
 import time
 import types
 from collections.abc import Awaitable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from numbers import Number
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from ddpo_trl.types import RewardFunction
+from ddpo_trl.workers import CallTimeout, DaemonPool, call_within
+
+
+# Ends every message about a reward function, because it is the first thing that one asks.
+SAFE = "Checkpoints of finished rounds are intact."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """
+    What one reward function said about one batch.
+
+    Args:
+        rewards (`torch.Tensor` of shape `(B,)`):
+            Float64 on the CPU. NaN where there is no valid reward: for single images whose value is NaN, infinite or
+            `None`, for all images of a call that failed.
+        problem (`Exception`, *optional*):
+            Why there is a NaN; of several, the first. Its message names the function, round, prompt and value.
+        seconds (`float`):
+            The time it took.
+    """
+
+    rewards: Tensor
+    problem: Exception | None
+    seconds: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,23 +52,53 @@ class PendingRewards:
     The rewards of one batch while worker threads compute them.
 
     Args:
-        futures (`Sequence[Future]`):
-            One per reward function, each with the rewards of shape `(B,)` and the seconds they took.
+        futures (`Sequence[Future[Scores]]`):
+            One per reward function.
     """
 
-    futures: Sequence[Future[tuple[Tensor, float]]]
+    futures: Sequence[Future[Scores]]
 
     def done(self) -> bool:
-        """Whether `result` would return at once."""
+        """Whether nothing has to be waited for."""
         return all(future.done() for future in self.futures)
 
+    def marked(self) -> Tensor:
+        """Waits for the rewards: `(B, F)` float64, a column per reward function, NaN where one is not valid."""
+        return torch.stack([future.result().rewards for future in self.futures], dim=1)
+
+    def problem(self) -> Exception | None:
+        """Waits, and gives the first reason why a reward is not valid; `None` if all are."""
+        problems = (future.result().problem for future in self.futures)
+        return next((problem for problem in problems if problem is not None), None)
+
     def result(self) -> Tensor:
-        """Waits for the rewards: `(B, F)` float64, a column per reward function."""
-        return torch.stack([future.result()[0] for future in self.futures], dim=1)
+        """Waits for the rewards as [`~PendingRewards.marked`] does, but raises the first problem."""
+        if problem := self.problem():
+            raise problem
+        return self.marked()
 
     def seconds(self) -> float:
         """Waits, and gives the time spent in the reward functions, summed over threads."""
-        return sum(future.result()[1] for future in self.futures)
+        return sum(future.result().seconds for future in self.futures)
+
+
+def first_problem(pending: Sequence[PendingRewards], raises: bool) -> str | None:
+    """
+    Waits, and gives the first problem with a reward on any process. All processes have to call it.
+
+    Args:
+        pending (`Sequence[PendingRewards]`):
+            The batches of this process.
+        raises (`bool`):
+            Whether a problem is raised, on all processes at once: if only one left, the others would wait for it in
+            their next collective call.
+    """
+    own = next((problem for scores in pending if (problem := scores.problem())), None)
+    messages = gather_object([None if own is None else str(own)])
+    found = [(rank, message) for rank, message in enumerate(messages) if message is not None]
+    if found and raises:
+        raise own or RuntimeError("On process {}: {}".format(*found[0]))
+    return found[0][1] if found else None
 
 
 class RewardScorer:
@@ -56,6 +112,10 @@ class RewardScorer:
             One per function, 1 each by default.
         max_workers (`int`):
             Worker threads.
+        timeout (`float`, *optional*):
+            Seconds that a call may take, counted from when it starts to run. No limit by default.
+        argument (`str`, *optional*, defaults to `"reward_fn"`):
+            What the user gave the functions as, for error messages.
 
     Attributes:
         names (`list[str]`):
@@ -71,17 +131,19 @@ class RewardScorer:
         reward_fn: RewardFunction | Sequence[RewardFunction],
         weights: Sequence[float] | None = None,
         max_workers: int = 2,
+        timeout: float | None = None,
+        argument: str = "reward_fn",
     ):
         self.functions = list(reward_fn) if isinstance(reward_fn, Sequence) else [reward_fn]
         if not self.functions:
-            raise ValueError("reward_fn is an empty list; give at least one reward function.")
+            raise ValueError(f"{argument} is an empty list; give at least one reward function.")
         for index, function in enumerate(self.functions):
             if not callable(function):
                 raise TypeError(
-                    f"reward_fn[{index}] is {function!r}, which can't be called; give a function of (images, prompts, "
-                    "metadata)."
+                    f"{argument}[{index}] is {function!r}, which can't be called; give a function of (images, "
+                    "prompts, metadata)."
                 )
-            _check_signature(function, f"reward_fn[{index}] (`{reward_name(function)}`)")
+            _check_signature(function, f"{argument}[{index}] (`{reward_name(function)}`)")
         weights = [1.0] * len(self.functions) if weights is None else list(weights)
         if len(weights) != len(self.functions):
             raise ValueError(
@@ -89,7 +151,8 @@ class RewardScorer:
             )
         self.weights = torch.tensor(weights, dtype=torch.float64)
         self.names = unique_names([reward_name(function) for function in self.functions])
-        self._pool = ThreadPoolExecutor(max_workers, thread_name_prefix="reward")
+        self.timeout = timeout
+        self._pool = DaemonPool(max_workers, name="reward")
 
     def submit(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Any], when: str) -> PendingRewards:
         """
@@ -106,13 +169,13 @@ class RewardScorer:
         batch = (images, tuple(prompts), tuple(metadata))
         return PendingRewards(
             futures=[
-                self._pool.submit(score, function, name, batch, when)
+                self._pool.submit(functools.partial(score, function, name, batch, when, self.timeout))
                 for function, name in zip(self.functions, self.names, strict=True)
             ]
         )
 
     def total(self, rewards: Tensor) -> Tensor:
-        """The weighted sum over the functions of `(N, F)` rewards: `(N,)` float64."""
+        """The weighted sum over the functions of `(N, F)` rewards: `(N,)` float64, NaN where one of them is."""
         return rewards.cpu().double() @ self.weights
 
 
@@ -130,76 +193,139 @@ def _check_signature(function: RewardFunction, which: str) -> None:
 
 
 def score(
-    function: RewardFunction, name: str, batch: tuple[Tensor, tuple[str, ...], tuple[Any, ...]], when: str
-) -> tuple[Tensor, float]:
+    function: RewardFunction,
+    name: str,
+    batch: tuple[Tensor, tuple[str, ...], tuple[Any, ...]],
+    when: str,
+    timeout: float | None = None,
+) -> Scores:
     """
     Calls one reward function and checks its answer.
 
-    Returns:
-        Rewards of shape `(B,)`, float64 on the CPU, and the seconds they took.
-
-    Raises:
-        `RuntimeError`: If the function raised; the cause is chained.
-        `TypeError` or `ValueError`: As [`as_rewards`].
+    It never raises: a failure is kept as the `problem`, because on one of several processes it must not be raised
+    before the others know of it, and because it may be configured to cost no more than the samples concerned.
     """
+    prompts = batch[1]
+    where = f"{when}, prompts {list(prompts)}"
     start = time.perf_counter()
+    rewards = torch.full((len(prompts),), math.nan, dtype=torch.float64)
+    problem: Exception | None
     try:
-        answer = function(*batch)
-        if inspect.isawaitable(answer):
-            answer = asyncio.run(_wait_for(answer))
-    except Exception as error:  # a user's function may raise anything, and must be named whatever it is
-        raise RuntimeError(
-            f"Reward function `{name}` raised {type(error).__name__}: {error} ({when}, prompts {list(batch[1])}). "
-            "Checkpoints of finished rounds are intact."
-        ) from error
-    return as_rewards(answer, len(batch[1]), name, when), time.perf_counter() - start
+        answer = call_within(timeout, functools.partial(_call, function, batch, timeout))
+    except BaseException as error:  # a user's function may raise anything, and must be named whatever it is
+        problem = _failure(error, name, where, timeout)
+    else:
+        try:
+            rewards, problem = as_rewards(answer, prompts, name, when)
+        except (TypeError, ValueError) as error:
+            problem = error
+        except Exception as error:  # an error on the GPU, for instance, comes up when its tensor is read
+            problem = _failure(error, name, where, timeout)
+    return Scores(rewards=rewards, problem=problem, seconds=time.perf_counter() - start)
 
 
-async def _wait_for(answer: Awaitable[Any]) -> Any:
-    return await answer
+def _call(function: RewardFunction, batch: tuple[Tensor, tuple[str, ...], tuple[Any, ...]], timeout: float | None):
+    answer = function(*batch)
+    return asyncio.run(_await_within(timeout, answer)) if inspect.isawaitable(answer) else answer
 
 
-def as_rewards(answer: Any, count: int, name: str, when: str = "") -> Tensor:
+async def _await_within(seconds: float | None, answer: Awaitable[Any]) -> Any:
+    """Cancels what is awaited when the time is over: unlike a thread, it can be."""
+    limit = asyncio.timeout(seconds)
+    try:
+        async with limit:
+            return await answer
+    except TimeoutError:
+        if limit.expired():
+            raise CallTimeout from None
+        raise
+
+
+def _failure(error: BaseException, name: str, where: str, timeout: float | None) -> Exception:
+    """The error to show for a call that gave no answer."""
+    failure: Exception
+    if isinstance(error, CallTimeout):
+        failure = TimeoutError(
+            f"Reward function `{name}` gave no answer within {timeout:g} s ({where}). If it needs more, raise "
+            f"reward_timeout. {SAFE}"
+        )
+    else:
+        failure = RuntimeError(f"Reward function `{name}` raised {type(error).__name__}: {error} ({where}). {SAFE}")
+        failure.__cause__ = error
+    return failure
+
+
+def as_rewards(
+    answer: Any, prompts: Sequence[str], name: str, when: str = ""
+) -> tuple[Tensor, TypeError | ValueError | None]:
     """
     What a reward function returned, as a tensor.
 
     Args:
         answer (list, array or tensor, or a pair of one of these and anything):
             B numbers, integers too, on any device; or `(rewards, info)`.
-        count (`int`):
-            The number B of images.
+        prompts (`Sequence[str]` of length `B`):
+            The prompts of the images.
         name, when (`str`):
             For error messages.
 
     Returns:
-        `torch.Tensor` of shape `(B,)`, float64 on the CPU.
+        `torch.Tensor` of shape `(B,)`, float64 on the CPU, NaN for values that are `None`, NaN or infinite; and the
+        error for the first of these.
 
     Raises:
         `TypeError`: If it is not a collection of numbers.
-        `ValueError`: If it has not B values, or one is NaN or infinite.
+        `ValueError`: If it has not B values.
     """
     where = f"Reward function `{name}`" + (f" ({when})" if when else "")
-    if isinstance(answer, tuple) and len(answer) == 2 and not is_number(answer[0], count):
-        answer = answer[0]  # (rewards, info), as TRL ≤ 0.23 and ddpo-pytorch want
+    of_batch = f"The prompts are {list(prompts)}. {SAFE}"
+    if _has_info(answer, len(prompts)):
+        answer = answer[0]
     if not isinstance(answer, list | tuple | np.ndarray | Tensor):
-        raise TypeError(f"{where} returned {answer!r}; it must return one number per image.")
+        raise TypeError(f"{where} returned {answer!r}; it must return one number per image. {of_batch}")
     values = answer.reshape(-1).tolist() if isinstance(answer, np.ndarray | Tensor) else list(answer)
-    if len(values) != count:
-        raise ValueError(f"{where} returned {len(values)} values for {count} images; it must return one per image.")
-    rewards = [_finite_number(value, f"{where} returned {value!r} for image {i}") for i, value in enumerate(values)]
-    return torch.tensor(rewards, dtype=torch.float64)
+    if len(values) != len(prompts):
+        raise ValueError(
+            f"{where} returned {len(values)} values for {len(prompts)} images; it must return one per image. "
+            f"{of_batch}"
+        )
+    places = [
+        (value, f"{where} returned {value!r} for image {index}", f"Its prompt is {prompt!r}. {SAFE}")
+        for index, (value, prompt) in enumerate(zip(values, prompts, strict=True))
+    ]
+    rewards = torch.tensor([_number(*place) for place in places], dtype=torch.float64)
+    problems = (_invalid_value(*place) for place, reward in zip(places, rewards, strict=True) if reward.isnan())
+    return rewards, next(problems, None)
 
 
-def _finite_number(value: Any, what: str) -> float:
+def _has_info(answer: Any, count: int) -> bool:
+    """Whether it is `(rewards, info)`, as TRL ≤ 0.23 and ddpo-pytorch want it, and not a tuple of rewards."""
+    if not (isinstance(answer, tuple) and len(answer) == 2):
+        return False
+    if count == 2 and answer[0] is None:  # an invalid reward, if a reward follows
+        return not (answer[1] is None or is_number(answer[1], count))
+    return not is_number(answer[0], count)
+
+
+def _number(value: Any, what: str, about: str) -> float:
+    """The value as a finite float, or else NaN."""
+    if value is None:
+        return math.nan
     try:
         number = float(value)
+    except OverflowError:  # an integer beyond all floats
+        return math.nan
     except (TypeError, ValueError) as error:
-        raise TypeError(f"{what}; it must be a number.") from error
+        raise TypeError(f"{what}; it must be a number. {about}") from error
     if isinstance(value, str):  # "8", which float() takes
-        raise TypeError(f"{what}; it must be a number.")
-    if not math.isfinite(number):
-        raise ValueError(f"{what}; rewards must be finite.")
-    return number
+        raise TypeError(f"{what}; it must be a number. {about}")
+    return number if math.isfinite(number) else math.nan
+
+
+def _invalid_value(value: Any, what: str, about: str) -> TypeError | ValueError:
+    if value is None:
+        return TypeError(f"{what}; it must be a number. {about}")
+    return ValueError(f"{what}; rewards must be finite. {about}")
 
 
 def is_number(value: Any, count: int) -> bool:
