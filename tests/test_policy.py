@@ -146,25 +146,25 @@ def test_the_survey_runs_one_step_and_decodes_no_image(make_config):
     calls = []
     pipeline.unet.register_forward_hook(lambda *_: calls.append(1))
     pipeline.vae.decode = None
-    stds = policy.survey(CONTEXT)
+    stds = policy.survey(CONTEXT).stds
     assert len(calls) == 1
     assert len(stds) == 4 and min(stds) > 0
 
 
 @pytest.mark.parametrize(("strength", "steps"), [(1.0, 4), (0.75, 3), (0.5, 2)])
 def test_the_survey_knows_the_steps_that_image_to_image_leaves_out(make_config, strength, steps):
-    whole = make_policy(stable_diffusion(0), make_config()).survey(CONTEXT)  # has the same scheduler
+    whole = make_policy(stable_diffusion(0), make_config()).survey(CONTEXT).stds  # has the same scheduler
     config = make_config(pipeline_inputs=["image"], pipeline_kwargs={"strength": strength})
     policy = make_policy(stable_diffusion_img2img(0), config)
     context = policy.context(PROMPTS, [{"image": image} for image in images(4)], SEEDS)
-    assert policy.survey(context) == whole[-steps:]
+    assert policy.survey(context).stds == whole[-steps:]
     assert sorted(policy.sample(context, record=range(4)).steps) == list(range(steps))
 
 
 def test_schedules_of_ones_own_are_sampled_and_replayed(make_config):
     config = make_config(num_inference_steps=3, pipeline_kwargs={"sigmas": [1.0, 0.7, 0.2], "max_sequence_length": 16})
     policy = make_policy(stable_diffusion_3(0), config)
-    stds = policy.survey(CONTEXT)
+    stds = policy.survey(CONTEXT).stds
     assert len(stds) == 3 and stds[2] == 0  # it ends at 0
     # the release's shift of 3: s -> 3 s / (1 + 2 s)
     assert policy.scheduler.sigmas.tolist() == pytest.approx([1.0, 0.875, 3 / 7, 0.0], rel=1e-6)

@@ -10,6 +10,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from ddpo_trl.config import DDPOConfig
+from ddpo_trl.guard import log_prob_difference, replay_problem
 from ddpo_trl.lora import (
     adapter_layers,
     denoiser_name,
@@ -19,13 +20,8 @@ from ddpo_trl.lora import (
     take_off_adapter,
 )
 from ddpo_trl.policy import Policy
-from ddpo_trl.types import SampledBatch
+from ddpo_trl.types import SampledBatch, Transition
 
-
-# How far a log-probability, averaged over dimensions, may move between sampling and training before any update. Other
-# kernels at another micro-batch size move it by about 1e-6 in float32; a fault (other guidance, dropout) by far more.
-FLOAT32_TOLERANCE = 1e-3
-HALF_PRECISION_TOLERANCE = 0.1
 
 # Images may leave [0, 1] by rounding.
 RANGE_TOLERANCE = 0.01
@@ -164,7 +160,7 @@ def _examine(
     policy = Policy(pipeline, config, adapter)
     report.scheduler = f"{type(pipeline.scheduler).__name__} as {type(policy.scheduler).__name__}"
     context = policy.context(prompts, metadata, seeds=range(len(prompts)))
-    report.stds = policy.survey(context)
+    report.stds = policy.survey(context).stds
     batch = policy.sample(context, record=range(len(report.stds)))
     _examine_samples(report, batch)
     if report.problem is None:
@@ -197,11 +193,20 @@ def _examine_samples(report: PipelineReport, batch: SampledBatch) -> None:
 
 def _examine_replay(report: PipelineReport, policy: Policy, batch: SampledBatch) -> None:
     for index, step in batch.steps.items():
+        transition = Transition(
+            step=index,
+            **vars(step.to(policy.denoiser.device)),
+            advantages=torch.zeros(len(batch.context)),
+            context=batch.context,
+            on_policy=True,
+        )
         with torch.no_grad():
-            replayed, _ = policy(index, step.latents, step.next_latents, batch.context)
-        difference = log_prob_difference(policy.settings, replayed, step.log_probs, step.latents)
-        report.replay_differences[index] = difference
-        report.problem = report.problem or replay_problem(policy.settings, index, difference, step.latents.dtype)
+            replayed, _ = policy(index, transition.latents, transition.next_latents, batch.context)
+        report.replay_differences[index] = log_prob_difference(
+            policy.settings, replayed, transition.log_probs, transition.latents
+        )
+        if report.problem is None:
+            report.problem = replay_problem(policy, transition, replayed, [batch] * len(batch.context))
 
 
 def _examine_gradients(report: PipelineReport, policy: Policy, batch: SampledBatch) -> None:
@@ -228,38 +233,6 @@ def _examine_gradients(report: PipelineReport, policy: Policy, batch: SampledBat
         report.notes.append(
             f"{len(dead)} of the {len(layers)} LoRA layers get no gradient: what they compute is dropped"
         )
-
-
-def log_prob_difference(config: DDPOConfig, replayed: Tensor, recorded: Tensor, latents: Tensor) -> float:
-    """Largest difference between `(B,)` log-probabilities, in nats per latent dimension."""
-    dimensions = latents[0].numel() if config.log_prob_reduction == "sum" else 1
-    return (replayed - recorded).abs().max().item() / dimensions
-
-
-def replay_problem(config: DDPOConfig, step: int, difference: float, dtype: torch.dtype) -> str | None:
-    """
-    The sentence for a replay that is not the sampling it repeats; `None` if it is.
-
-    Args:
-        config ([`DDPOConfig`]):
-            Of the run.
-        step (`int`):
-            Index of the step.
-        difference (`float`):
-            [`log_prob_difference`] before any update.
-        dtype (`torch.dtype`):
-            In which the pipeline runs.
-    """
-    half = dtype != torch.float32 or config.mixed_precision != "no"
-    tolerance = HALF_PRECISION_TOLERANCE if half else FLOAT32_TOLERANCE
-    if difference <= tolerance:  # and not a NaN
-        return None
-    return (
-        f"Before any update, step {step} has another log-probability in training than in sampling: they differ by "
-        f"{difference:.2g} per latent dimension, more than {tolerance}. The pipeline does not repeat itself: look for "
-        "dropout or another source of randomness, arguments in pipeline_kwargs that act by the position in the loop "
-        "(control_guidance_end, ...), or hooks on the denoiser."
-    )
 
 
 def mebibytes(count: int) -> str:

@@ -47,7 +47,13 @@ class PromptEncoder:
             The pipeline; it is given text encoders that remember their last inputs, and must be a copy for that.
         offload (`bool`):
             Whether the text encoders stay on the CPU while they have nothing to encode.
+
+    Attributes:
+        last:
+            What the last call returned.
     """
+
+    last: Any = None
 
     def __init__(self, pipeline: DiffusionPipeline, offload: bool):
         self.pipeline = pipeline
@@ -63,6 +69,10 @@ class PromptEncoder:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the pipeline calls in place of its `encode_prompt`."""
+        self.last = self._embeddings(*args, **kwargs)
+        return self.last
+
+    def _embeddings(self, *args: Any, **kwargs: Any) -> Any:
         calls = split_by_sample(self._signature.bind(*args, **kwargs))
         if calls is None:
             return self._encode([(args, kwargs)])[0]

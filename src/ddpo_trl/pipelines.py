@@ -64,6 +64,9 @@ def _check_parts(pipeline: DiffusionPipeline, config: DDPOConfig) -> None:
             f"pipeline is a {name} without a method prepare_latents: there is no place to hand it the state of a step "
             "that is trained on."
         )
+    if config.offload_vae and ("vae" not in pipeline.components or config.pipeline_inputs):
+        reason = "encodes images in training too" if config.pipeline_inputs else "has no component named vae"
+        raise ValueError(f"offload_vae is True, but {name} {reason}. Set it to False.")
     if config.offload_text_encoders and "encode_prompt" not in dir(pipeline):
         raise ValueError(
             f"offload_text_encoders is True, but {name} has no method encode_prompt whose results could be kept. Set "

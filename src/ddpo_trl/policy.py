@@ -10,12 +10,28 @@ import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor, nn
 
+from ddpo_trl.conditions import SettingOwners, conditions, setting_owners, settings_in_use
 from ddpo_trl.config import DDPOConfig
 from ddpo_trl.gaussian import kl_divergence, log_prob
 from ddpo_trl.lora import adapters_off, denoiser_name, describe_adapter, load_adapter, save_adapter
 from ddpo_trl.pipelines import call_with_grad, check_call, policy_copy, quiet_copy, with_denoiser
 from ddpo_trl.schedulers import Replay, Sampling, StepReplayed, policy_scheduler
-from ddpo_trl.types import Context, SampledBatch
+from ddpo_trl.types import Conditions, Context, SampledBatch
+
+
+class Survey(NamedTuple):
+    """
+    What is known of a sampler before the first sample.
+
+    Args:
+        stds (`list[float]`):
+            σ_t of each step, from noise to image; 0 for deterministic steps.
+        state_bytes (`int`):
+            Memory of one sample's state x_t.
+    """
+
+    stds: list[float]
+    state_bytes: int
 
 
 class PolicyOutput(NamedTuple):
@@ -77,6 +93,8 @@ class Policy(nn.Module):
             )
         self.policy_pipeline = policy_copy(pipeline, self.scheduler, config.offload_text_encoders)
         self.pipeline: Any = quiet_copy(pipeline)  # runs with its own, deterministic or not, scheduler
+        if config.offload_vae:
+            self.pipeline.vae.to("cpu")
         if "encode_prompt" in vars(self.policy_pipeline):  # the same cache for both
             self.pipeline.encode_prompt = self.policy_pipeline.encode_prompt
         self._reference_pipeline = self.policy_pipeline
@@ -109,7 +127,7 @@ class Policy(nn.Module):
         inputs = {name: [entries[name] for entries in metadata] for name in self.input_names}
         return Context(prompts=tuple(prompts), seeds=tuple(seeds), inputs=inputs)
 
-    def survey(self, context: Context) -> list[float]:
+    def survey(self, context: Context) -> Survey:
         """
         Runs the pipeline up to its first step, and no further: what its timesteps are, only its `__call__` knows.
 
@@ -118,11 +136,12 @@ class Policy(nn.Module):
                 One sample is enough.
 
         Returns:
-            σ_t of each step of the sampler, from noise to image; 0 for deterministic steps.
+            [`Survey`]
         """
         with torch.no_grad():
-            self._visit(self.policy_pipeline, Replay(0), context)
-        return self.scheduler.stds
+            latents = self._visit(self.policy_pipeline, Replay(0), context).latents
+        assert latents is not None, "_visit raises if no step was run"
+        return Survey(stds=self.scheduler.stds, state_bytes=latents[0].nbytes)
 
     def describe(self) -> str:
         """One line about what is trained."""
@@ -179,7 +198,27 @@ class Policy(nn.Module):
         source = Sampling(generators, record, self.settings.log_prob_reduction, stochastic, max_steps)
         with self.scheduler.acting(source):
             images = self._run_to_images(self.policy_pipeline, context, generators)
-        return SampledBatch(context=context, images=images, steps=source.steps)
+        steps = source.steps
+        if self.settings.offload_rollout:
+            steps = {index: step.to("cpu") for index, step in steps.items()}
+        return SampledBatch(context=context, images=images, steps=steps, conditions=self.conditions(stochastic))
+
+    def conditions(self, stochastic: Collection[int] | None) -> Conditions:
+        """
+        What holds now and was true of the last run of the pipeline: training has to share it with sampling.
+
+        Args:
+            stochastic (`Collection[int]`, *optional*):
+                Indices of the steps that get noise, `None` for all.
+        """
+        encoder = vars(self.policy_pipeline).get("encode_prompt")
+        embeddings = None if encoder is None else encoder.last
+        return conditions(settings_in_use(self.setting_owners), self.denoiser, embeddings, stochastic)
+
+    @property
+    def setting_owners(self) -> SettingOwners:
+        """Where the settings are that every run of the pipeline reads."""
+        return setting_owners(self.settings, self.pipeline_kwargs, self.scheduler)
 
     @torch.no_grad()
     def generate(self, context: Context) -> Tensor:
@@ -250,11 +289,25 @@ class Policy(nn.Module):
     def _run_to_images(
         self, pipeline: DiffusionPipeline, context: Context, generators: list[torch.Generator]
     ) -> Tensor:
-        if {"image_processor", "video_processor"} & vars(pipeline).keys():
-            return self._run(pipeline, context, generator=generators, output_type="pt").float()
-        # Without a processor "pt" is what the decoder gives, in [-1, 1] as a rule. (B, [F,] H, W, 3)
-        images = self._run(pipeline, context, generator=generators, output_type="np")
-        return torch.from_numpy(images).movedim(-1, -3).to(pipeline.device).float()
+        self.eval()  # an adapter that was just added is in training mode, with its dropout
+        with self._vae_at_hand():
+            if {"image_processor", "video_processor"} & vars(pipeline).keys():
+                return self._run(pipeline, context, generator=generators, output_type="pt").float()
+            # Without a processor "pt" is what the decoder gives, in [-1, 1] as a rule. (B, [F,] H, W, 3)
+            images = self._run(pipeline, context, generator=generators, output_type="np")
+            return torch.from_numpy(images).movedim(-1, -3).to(pipeline.device).float()
+
+    @contextmanager
+    def _vae_at_hand(self) -> Iterator[None]:
+        """The autoencoder is where the denoiser is."""
+        if not self.settings.offload_vae:
+            yield
+            return
+        self.pipeline.vae.to(self.denoiser.device)
+        try:
+            yield
+        finally:
+            self.pipeline.vae.to("cpu")
 
     def _run(self, pipeline: DiffusionPipeline, context: Context, **kwargs: Any) -> Any:
         if self.settings.guidance_scale is not None:

@@ -4,7 +4,7 @@ Shape legend, used in every docstring of the package: `B` samples of a batch, `N
 `...` the latent dimensions of one sample (`C, H, W` for Stable Diffusion).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -52,6 +52,41 @@ class Step:
     next_latents: Tensor
     log_probs: Tensor
 
+    def to(self, device: torch.device | str) -> "Step":
+        """The same step on another device."""
+        return Step(**{name: tensor.to(device) for name, tensor in vars(self).items()})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conditions:
+    """
+    Under which conditions a batch was sampled. They are looked at if a replay turns out to be another policy.
+
+    Args:
+        autocast (`torch.dtype`, *optional*):
+            The dtype of autocast, `None` if it was off.
+        settings (`Mapping[str, Mapping]`):
+            The sampler's settings by owner and name.
+        denoiser_dtype (`torch.dtype`):
+            In which the denoiser was.
+        adapter (`tuple`):
+            How each adapter layer was switched.
+        weights (`Mapping[str, torch.Tensor]`):
+            The sum of each trained parameter.
+        embeddings (`tuple[torch.Tensor, ...]`):
+            Weighted sums over the prompt embeddings; empty if the pipeline's are not known.
+        stochastic (`Collection[int]`, *optional*):
+            Indices of the steps that got noise, `None` for all.
+    """
+
+    autocast: torch.dtype | None
+    settings: Mapping[str, Mapping[str, Any]]
+    denoiser_dtype: torch.dtype
+    adapter: tuple[Any, ...]
+    weights: Mapping[str, Tensor]
+    embeddings: tuple[Tensor, ...]
+    stochastic: Collection[int] | None
+
 
 @dataclass(frozen=True, kw_only=True)
 class SampledBatch:
@@ -65,11 +100,14 @@ class SampledBatch:
             What the pipeline made, float32 in [0, 1].
         steps (`Mapping[int, Step]`):
             The recorded transitions, by the index of their step in the sampler's schedule (0 is the noisiest).
+        conditions ([`Conditions`], *optional*):
+            Under which they were sampled.
     """
 
     context: Context
     images: Tensor
     steps: Mapping[int, Step]
+    conditions: Conditions | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,9 +155,9 @@ class Rollout:
         batches (`Sequence[SampledBatch]`):
             The sampled batches, all of the same size; sample i is row `i % B` of batch `i // B`.
         rewards (`torch.Tensor` of shape `(N,)`):
-            Weighted sum of the reward functions, float64.
+            Weighted sum of the reward functions, float64; NaN where it is not valid.
         advantages (`torch.Tensor` of shape `(N,)`):
-            Normalised rewards, float32.
+            Normalised rewards, float32; 0 where the reward is not valid.
         metrics (`dict[str, float]`):
             Statistics over the samples of all processes.
     """
@@ -138,16 +176,23 @@ class Rollout:
     def images(self) -> Tensor:
         return torch.cat([batch.images for batch in self.batches])
 
+    def origin(self, sample: int) -> SampledBatch:
+        """The batch in which a sample was drawn."""
+        return self.batches[sample // len(self.batches[0].context)]
+
     def transition(self, samples: Sequence[int], step: int, on_policy: bool) -> Transition:
-        """Collects step `step` of the samples with the given indices into one micro-batch."""
+        """
+        Collects step `step` of the samples with the given indices into one micro-batch, on the advantages' device.
+        """
+        device = self.advantages.device
         places = [divmod(sample, len(self.batches[0].context)) for sample in samples]
         recorded = [(self.batches[batch].steps[step], row) for batch, row in places]
         contexts = [(self.batches[batch].context, row) for batch, row in places]
         return Transition(
             step=step,
-            latents=torch.stack([step.latents[row] for step, row in recorded]),
-            next_latents=torch.stack([step.next_latents[row] for step, row in recorded]),
-            log_probs=torch.stack([step.log_probs[row] for step, row in recorded]),
+            latents=torch.stack([step.latents[row] for step, row in recorded]).to(device),
+            next_latents=torch.stack([step.next_latents[row] for step, row in recorded]).to(device),
+            log_probs=torch.stack([step.log_probs[row] for step, row in recorded]).to(device),
             advantages=self.advantages[list(samples)],
             context=Context(
                 prompts=[context.prompts[row] for context, row in contexts],
