@@ -1,0 +1,251 @@
+"""Evaluation on prompts of their own, with the scheduler that the pipeline's users will run."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import IntervalStrategy
+
+from ddpo_trl.config import DDPOConfig
+from ddpo_trl.policy import Policy
+from ddpo_trl.prompts import PromptPair
+from ddpo_trl.scoring import PendingRewards, RewardScorer, first_problem, unique_names
+from ddpo_trl.seeding import Stream, derived_seed
+from ddpo_trl.types import Context
+
+
+class Samples(NamedTuple):
+    """
+    What [`~DDPOTrainer.generate_samples`] returns.
+
+    Args:
+        prompts (`list[str]` of length `N`):
+            The prompts.
+        images (`torch.Tensor` of shape `(N, 3, H, W)`):
+            Float32 in [0, 1], on the CPU.
+        rewards (`torch.Tensor` of shape `(N, F)`):
+            A column per reward function, float64.
+    """
+
+    prompts: list[str]
+    images: Tensor
+    rewards: Tensor
+
+
+class EvaluationRounds(TrainerCallback):
+    """
+    Thins out the evaluations of `eval_strategy="epoch"` to one every so many rounds, and one after the last.
+
+    Trainer's own `eval_strategy="steps"` can't do it: it evaluates before the round is logged, so that a checkpoint
+    saved as the best would lack its own round, and `load_best_model_at_end` refuses it beside `save_strategy="epoch"`.
+
+    Args:
+        every (`int`):
+            Rounds from one evaluation to the next.
+        updates_per_round (`int`):
+            Optimizer steps of a round.
+    """
+
+    def __init__(self, every: int, updates_per_round: int):
+        self.every = every
+        self.updates_per_round = updates_per_round
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        rounds = state.global_step // self.updates_per_round
+        is_due = rounds % self.every == 0 or state.global_step >= state.max_steps
+        if args.eval_strategy == IntervalStrategy.EPOCH and not is_due:
+            control.should_evaluate = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluator:
+    """
+    Makes one image per prompt and measures them. The i-th image has the same seed in every call.
+
+    Args:
+        policy ([`~ddpo_trl.policy.Policy`]):
+            Makes the images.
+        scorer ([`~ddpo_trl.scoring.RewardScorer`]):
+            The rewards that are trained on.
+        held_out ([`~ddpo_trl.scoring.RewardScorer`], *optional*):
+            Rewards that are not.
+        drop_invalid (`bool`):
+            Whether images without a valid reward are left out of the figures, or else are an error.
+        accelerator ([`~accelerate.Accelerator`]):
+            The Trainer's. Prompts are split between its processes, and every process gets all results.
+        seed (`int`):
+            Seed of the run.
+        batch_size (`int`):
+            Images made at once on one process.
+    """
+
+    policy: Policy
+    scorer: RewardScorer
+    held_out: RewardScorer | None
+    drop_invalid: bool
+    accelerator: Accelerator
+    seed: int
+    batch_size: int
+
+    def generate(self, pairs: Sequence[PromptPair]) -> Samples:
+        """Images made with the pipeline's own scheduler, and their rewards."""
+        images, (rewards,) = self._make_and_score(pairs, self.policy.generate, [self.scorer])
+        return Samples([prompt for prompt, _ in pairs], images, rewards)
+
+    def metrics(self, pairs: Sequence[PromptPair], noisy_steps: Sequence[int] | None, prefix: str) -> dict[str, float]:
+        """
+        Everything that an evaluation measures, see [`~DDPOTrainer.evaluate`].
+
+        Args:
+            pairs (`Sequence[tuple[str, Any]]`):
+                Prompts and their metadata.
+            noisy_steps (`Sequence[int]`, *optional*):
+                Steps to which the training sampler gives noise, all by default.
+            prefix (`str`):
+                Of the names.
+        """
+
+        def sample(context: Context) -> Tensor:
+            return self.policy.sample(context, stochastic=noisy_steps).images
+
+        scorers = [self.scorer] if self.held_out is None else [self.scorer, self.held_out]
+        images, rewards = self._make_and_score(pairs, self.policy.generate, scorers)
+        _, (sampled_rewards,) = self._make_and_score(pairs, sample, [self.scorer])
+        totals = self.scorer.total(rewards[0])
+        values = {
+            "reward": mean(totals),
+            "reward_std": std(totals),
+            "reward_sde_gap": mean(self.scorer.total(sampled_rewards) - totals),
+        }
+        for name, column in zip(reward_names(self.scorer, self.held_out), torch.cat(rewards, dim=1).T, strict=True):
+            values[f"rewards/{name}/mean"] = mean(column)
+            values[f"rewards/{name}/std"] = std(column)
+        distance = diversity(images, [prompt for prompt, _ in pairs])
+        if distance is not None:
+            values["diversity"] = distance
+        return {f"{prefix}_{name}": value for name, value in values.items()}
+
+    def _make_and_score(
+        self, pairs: Sequence[PromptPair], make: Callable[[Context], Tensor], scorers: Sequence[RewardScorer]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Images `(N, ...)` of all prompts on the CPU, and from each scorer rewards `(N, F)`, over all processes."""
+        # Padded: all processes make equally many batches, as a sharded denoiser needs, and gather equal shapes.
+        with self.accelerator.split_between_processes(list(range(len(pairs))), apply_padding=True) as share:
+            chunks = [share[first : first + self.batch_size] for first in range(0, len(share), self.batch_size)]
+        images, pending = zip(*(self._make_batch(chunk, pairs, make, scorers) for chunk in chunks), strict=True)
+        first_problem([scores for batch in pending for scores in batch], raises=not self.drop_invalid)
+        rewards = [torch.cat([scores.marked() for scores in batches]) for batches in zip(*pending, strict=True)]
+        place_of = {index: place for place, index in enumerate(self._gather(torch.tensor(share)).tolist())}
+        places = [place_of[index] for index in range(len(pairs))]
+        return self._gather(torch.cat(images))[places], [self._gather(columns)[places] for columns in rewards]
+
+    def _make_batch(
+        self,
+        indices: Sequence[int],
+        pairs: Sequence[PromptPair],
+        make: Callable[[Context], Tensor],
+        scorers: Sequence[RewardScorer],
+    ) -> tuple[Tensor, list[PendingRewards]]:
+        prompts, metadata = zip(*(pairs[index] for index in indices), strict=True)
+        seeds = [derived_seed(self.seed, Stream.EVALUATION, index) for index in indices]
+        with self.accelerator.autocast():
+            images = make(self.policy.context(prompts, metadata, seeds))
+        pending = [scorer.submit(images, prompts, metadata, when="evaluation") for scorer in scorers]
+        return images.cpu(), pending
+
+    def _gather(self, values: Tensor) -> Tensor:
+        """In the order of the processes, on the CPU."""
+        if self.accelerator.num_processes == 1:
+            return values
+        return self.accelerator.gather(values.to(self.accelerator.device)).cpu()
+
+
+def mean(rewards: Tensor) -> float:
+    """Of the `(N,)` rewards that are valid; the others are NaN."""
+    return rewards[~rewards.isnan()].mean().item()
+
+
+def std(rewards: Tensor) -> float:
+    """As [`mean`], without Bessel's correction."""
+    return rewards[~rewards.isnan()].std(correction=0).item()
+
+
+def diversity(images: Tensor, prompts: Sequence[str]) -> float | None:
+    """
+    How different the images of one prompt are: what a policy loses that has found one image that pays.
+
+    Args:
+        images (`torch.Tensor` of shape `(N, ...)`):
+            In [0, 1].
+        prompts (`Sequence[str]` of length `N`):
+            What they were made from.
+
+    Returns:
+        Root mean square distance of pixels, in [0, 1], averaged over the pairs of a prompt and then over prompts;
+        `None` if no prompt occurs twice.
+    """
+    flat = images.flatten(1).float()
+    groups = [
+        flat[[row for row, other in enumerate(prompts) if other == prompt]] for prompt in sorted(repeated(prompts))
+    ]
+    if not groups:
+        return None
+    distances = torch.stack([torch.pdist(group).mean() for group in groups])
+    return distances.mean().item() / flat.shape[1] ** 0.5
+
+
+def repeated(prompts: Sequence[str]) -> set[str]:
+    """Those that occur at least twice."""
+    return {prompt for prompt, count in Counter(prompts).items() if count > 1}
+
+
+def reward_names(scorer: RewardScorer, held_out: RewardScorer | None) -> list[str]:
+    """Names under which an evaluation logs both scorers' functions."""
+    return unique_names([*scorer.names, *([] if held_out is None else held_out.names)])
+
+
+def metric_names(reward_functions: Sequence[str], prompts: Sequence[str]) -> list[str]:
+    """The keys of [`Evaluator.metrics`] with the prefix `"eval"`."""
+    names = ["reward", "reward_std", "reward_sde_gap"]
+    names += [f"rewards/{function}/{figure}" for function in reward_functions for figure in ("mean", "std")]
+    names += ["diversity"] if repeated(prompts) else []
+    return [f"eval_{name}" for name in names]
+
+
+def check_evaluation(config: DDPOConfig, pairs: Sequence[PromptPair] | None, reward_functions: Sequence[str]) -> None:
+    """
+    Refuses what would fail at the first evaluation only, a round's work later.
+
+    Args:
+        config ([`DDPOConfig`]):
+            Settings.
+        pairs (`Sequence[tuple[str, Any]]`, *optional*):
+            The evaluation's prompts.
+        reward_functions (`Sequence[str]`):
+            The names of [`reward_names`].
+
+    Raises:
+        `ValueError`: If there are no prompts, or no such figure as `metric_for_best_model`.
+    """
+    if config.eval_strategy == IntervalStrategy.NO:
+        return
+    if pairs is None:
+        raise ValueError(
+            f"eval_strategy is {IntervalStrategy(config.eval_strategy).value!r}, but there are no prompts to evaluate "
+            "on: give `eval_prompts` to the trainer."
+        )
+    metric = config.metric_for_best_model
+    known = metric_names(reward_functions, [prompt for prompt, _ in pairs])
+    if metric is not None and "eval_" + metric.removeprefix("eval_") not in known:
+        raise ValueError(
+            f"metric_for_best_model is {metric!r}, which an evaluation does not give; choose one of "
+            f"{', '.join(known)}"
+            + ("." if repeated([prompt for prompt, _ in pairs]) else " (eval_diversity needs a prompt given twice).")
+        )
