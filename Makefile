@@ -8,7 +8,7 @@ READY := $(VENV)/ready
 # With two cores, spinning OpenMP threads of one process starve the other.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test learning conformance check format emoji emoji-quality clean
+.PHONY: demo test learning torture conformance check format emoji emoji-quality clean
 
 demo: $(READY)  ## the main job: DDPO on the embedded pipeline, results in outputs/demo
 	TRANSFORMERS_VERBOSITY=error $(BIN)/ddpo-trl demo  # it warns of a missing torchvision, which nothing here needs
@@ -18,6 +18,9 @@ test: $(READY)  ## the test suite, under 8 minutes on two cores
 
 learning: $(READY)  ## the slow proof that the demo learns, and that its control does not
 	$(BIN)/pytest -q -m slow -s
+
+torture: $(READY)  ## kills a run 30 times at random moments; last line is survived N/N
+	TRANSFORMERS_VERBOSITY=error $(BIN)/python tests/torture.py
 
 conformance: $(READY)  ## the table of pipelines and checks, into docs/conformance.md; last line is passed/total
 	TRANSFORMERS_VERBOSITY=error $(BIN)/python tests/conformance/table.py

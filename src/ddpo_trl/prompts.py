@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from datasets import Dataset
@@ -25,6 +25,27 @@ class PromptSource(ABC):
     def preview(self, count: int) -> list[PromptPair]:
         """The first `count` pairs of a run that starts at round 0, without using them up."""
 
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint has to hold beside the global random states."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from where [`~PromptSource.state_dict`] was taken."""
+        assert not state, "this source has none"
+
+
+@runtime_checkable
+class StatefulPromptFunction(Protocol):
+    """A prompt function with a state of its own, such as a position in a stream. Checkpoints hold it."""
+
+    def __call__(self) -> PromptPair: ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Numbers, strings and tensors in dicts and lists: what `torch.load(weights_only=True)` reads."""
+
+    def load_state_dict(self, state: dict[str, Any], /) -> None:
+        """Goes on from a state."""
+
 
 class FunctionPrompts(PromptSource):
     """
@@ -33,7 +54,7 @@ class FunctionPrompts(PromptSource):
 
     Args:
         prompt_fn (`Callable[[], tuple[str, Any]]`):
-            Returns `(prompt, metadata)`.
+            Returns `(prompt, metadata)`. If it has `state_dict` and `load_state_dict`, a checkpoint holds its state.
     """
 
     def __init__(self, prompt_fn: PromptFunction):
@@ -48,6 +69,13 @@ class FunctionPrompts(PromptSource):
     def preview(self, count: int) -> list[PromptPair]:
         self.previewed = [self._call() for _ in range(count)]
         return self.previewed
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.prompt_fn.state_dict() if isinstance(self.prompt_fn, StatefulPromptFunction) else {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if isinstance(self.prompt_fn, StatefulPromptFunction):
+            self.prompt_fn.load_state_dict(state)
 
     def _call(self) -> PromptPair:
         pair = self.prompt_fn()

@@ -1,0 +1,174 @@
+"""
+A run that is killed and started again, for tests/test_resume.py and `make torture`.
+
+As a script it is the run: `python kill_a_run.py DIRECTORY [--rounds N] [--kill-at EVENT COUNT]` trains a tiny
+pipeline, resuming from the last checkpoint, and kills itself (SIGKILL) at the COUNT-th EVENT. At the end it writes
+what a run that was never interrupted must equal.
+"""
+
+import argparse
+import os
+import random
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from conftest import tiny_pipeline
+from ddpo_trl import DDPOConfig, DDPOTrainer
+from ddpo_trl import checkpoints as checkpoint_files
+
+
+RESULT = "result.pt"
+
+# Logged values about one call of `train` or about time, which a resumed run can't share.
+OF_THE_CALL = ("time/", "eps", "runtime", "per_second", "flos", "train_loss")
+
+# Where a run can be killed: a function of the package, as module and attribute path, before or after it runs.
+EVENTS: dict[str, tuple[str, str]] = {
+    "sampling": ("ddpo_trl.policy", "Policy.sample"),
+    "scoring": ("ddpo_trl.scoring", "score"),
+    "training": ("ddpo_trl.trainer", "DDPOTrainer.compute_loss"),
+    "saving weights": ("ddpo_trl.policy", "Policy.save"),
+    "saving the rest": ("ddpo_trl.trainer", "DDPOTrainer._save_round"),
+    "publishing": ("ddpo_trl.checkpoints", "publish"),
+    "synchronising": ("ddpo_trl.checkpoints", "synchronise"),
+    "rotating": ("ddpo_trl.trainer", "rotate_checkpoints"),
+}
+
+
+class Prompts:
+    """A prompt function with a state of its own beside the three global random generators."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __call__(self) -> tuple[str, dict[str, Any]]:
+        self.count += 1
+        draws = random.random() + np.random.random() + torch.rand(()).item()
+        return f"{'abc'[int(draws * 1000) % 3]}{self.count % 4}", {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"count": self.count}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.count = state["count"]
+
+
+def brightness(images: torch.Tensor, prompts: tuple[str, ...], metadata: tuple[Any, ...]) -> torch.Tensor:
+    return images.flatten(1).mean(1)
+
+
+def make_trainer(directory: Path, rounds: int, **overrides: Any) -> DDPOTrainer:
+    settings: dict[str, Any] = {
+        "output_dir": str(directory),
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "report_to": "none",
+        "num_train_epochs": rounds,
+        "num_inference_steps": 4,
+        "guidance_scale": 3.0,
+        "per_device_sample_batch_size": 4,
+        "num_sample_batches": 2,
+        "per_device_train_batch_size": 4,
+        "num_mini_batches": 2,
+        "learning_rate": 1e-2,
+        "lr_scheduler_type": "linear",
+        "advantage_normalization": "prompt",
+        "per_prompt_stat_tracking_min_count": 2,
+        "save_total_limit": 2,
+    }
+    config = DDPOConfig(**{**settings, **overrides})
+    return DDPOTrainer(config, brightness, Prompts(), tiny_pipeline(), eval_prompts=["cat", "dog"])
+
+
+def result(trainer: DDPOTrainer) -> dict[str, Any]:
+    """All that a resumed run must share with one that was never interrupted."""
+    return {
+        "weights": {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad},
+        "optimizer": trainer.optimizer.state_dict()["state"],
+        "learning rate": trainer.lr_scheduler.get_last_lr(),
+        "random states": [random.getstate()[1], torch.get_rng_state(), str(np.random.get_state())],
+        "prompt function": trainer.prompts.state_dict(),
+        "prompt statistics": trainer.normalize.state_dict(),  # type: ignore[attr-defined]
+        "logs": [
+            {name: value for name, value in log.items() if not any(part in name for part in OF_THE_CALL)}
+            for log in trainer.state.log_history
+        ],
+        "images": trainer.generate_samples().images,
+    }
+
+
+def equal(one: Any, other: Any) -> bool:
+    """Equal to the bit, tensors too."""
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(equal(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(equal, one, other))
+    return bool(one == other)
+
+
+def kill_at(event: str, count: int) -> None:
+    """Replaces a function by one that kills the process when it is called for the `count`-th time."""
+    module_name, path = EVENTS[event]
+    holder: Any = sys.modules[module_name]
+    *parents, name = path.split(".")
+    for parent in parents:
+        holder = vars(holder)[parent]
+    function = vars(holder)[name]
+    calls = iter(range(1, 10**6))
+
+    def deadly(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) == count:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args, **kwargs)
+
+    type.__setattr__(holder, name, deadly) if isinstance(holder, type) else vars(holder).update({name: deadly})
+
+
+def was_killed(directory: Path, rounds: int, kill: tuple[str, int] | None) -> bool:
+    """Starts or resumes the run in another process, which may kill itself; otherwise it has finished."""
+    command = [sys.executable, __file__, str(directory), "--rounds", str(rounds)]
+    if kill is not None:
+        command += ["--kill-at", kill[0], str(kill[1])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    child = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    if child.returncode not in (0, -signal.SIGKILL):
+        raise RuntimeError(child.stderr[-3000:])
+    return child.returncode != 0
+
+
+def run_until_done(directory: Path, rounds: int, kills: list[tuple[str, int]]) -> int:
+    """Starts the run again after each kill. Returns how often it was really killed."""
+    survived = 0
+    for kill in [*kills, None]:
+        if not was_killed(directory, rounds, kill):
+            break
+        survived += 1
+    return survived
+
+
+def main(make: Callable[..., DDPOTrainer] = make_trainer) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--kill-at", nargs=2, metavar=("EVENT", "COUNT"))
+    arguments = parser.parse_args()
+    trainer = make(arguments.directory, arguments.rounds)
+    if arguments.kill_at:
+        event, count = arguments.kill_at
+        kill_at(event, int(count))
+    trainer.train(resume_from_checkpoint=True)
+    assert checkpoint_files.last_checkpoint(str(arguments.directory)) is not None
+    torch.save(result(trainer), arguments.directory / RESULT)
+
+
+if __name__ == "__main__":
+    main()

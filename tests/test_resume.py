@@ -1,0 +1,193 @@
+"""A run that is killed at any moment and started again ends as if it had never been interrupted, to the bit."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import kill_a_run
+from conftest import tiny_pipeline
+from ddpo_trl import DDPOTrainer, checkpoints
+
+
+ROUNDS = 6
+
+# A round samples two batches, scores two, has 16 micro-batches, and writes and synchronises ten files.
+KILLS = [
+    ("sampling", 1),
+    ("scoring", 2),
+    ("training", 5),
+    ("saving weights", 1),
+    ("saving the rest", 1),
+    ("publishing", 1),
+    ("synchronising", 4),
+    ("training", 20),
+    ("rotating", 2),
+    ("synchronising", 14),
+]
+
+
+def test_a_run_killed_at_ten_moments_equals_one_never_interrupted(tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert kill_a_run.run_until_done(whole, ROUNDS, []) == 0
+    assert kill_a_run.run_until_done(parts, ROUNDS, KILLS) == len(KILLS)
+    expected, resumed = (torch.load(run / kill_a_run.RESULT, weights_only=False) for run in (whole, parts))
+    assert len(expected["logs"]) == ROUNDS + 1  # and the summary
+    for name, value in expected.items():
+        assert kill_a_run.equal(value, resumed[name]), name
+
+
+def test_the_comparison_tells_runs_apart(tmp_path):
+    """The control: another seed is another run in every part but the schedule of the learning rate."""
+    results = []
+    for seed in (42, 43):
+        trainer = kill_a_run.make_trainer(tmp_path / str(seed), rounds=1, seed=seed)
+        trainer.train()
+        results.append(kill_a_run.result(trainer))
+    same = {name for name in results[0] if kill_a_run.equal(results[0][name], results[1][name])}
+    assert same == {"learning rate", "prompt function"}
+
+
+# ---- Complete or absent ----
+
+
+def test_a_checkpoint_gets_its_name_only_when_it_is_complete(tmp_path, monkeypatch):
+    seen: list[tuple[list[str], set[str]]] = []
+
+    def publish(staged: str, final: str) -> None:
+        seen.append((sorted(os.listdir(tmp_path)), set(os.listdir(staged))))
+        original(staged, final)
+
+    original = checkpoints.publish
+    monkeypatch.setattr(checkpoints, "publish", publish)
+    kill_a_run.make_trainer(tmp_path, rounds=2).train()
+    assert seen[0][0] == [checkpoints.STAGING_NAME]
+    assert seen[1][0] == [checkpoints.STAGING_NAME, "checkpoint-2"]
+    for _, files in seen:
+        assert {
+            "pytorch_lora_weights.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json",
+            "batch_plan.json", "prompts.pt", "prompt_statistics.json", "ddpo_config.json",
+        } <= files  # fmt: skip
+    assert checkpoints.last_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-4")
+
+
+def test_a_half_written_checkpoint_is_never_picked_up(tmp_path):
+    half = tmp_path / checkpoints.STAGING_NAME / "checkpoint-2"
+    half.mkdir(parents=True)
+    (half / "trainer_state.json").write_text("{")
+    assert checkpoints.last_checkpoint(str(tmp_path)) is None
+    trainer = kill_a_run.make_trainer(tmp_path, rounds=1)
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 2
+    assert json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text())["global_step"] == 2
+
+
+def test_a_checkpoint_that_is_there_already_makes_way(tmp_path):
+    staged, final = tmp_path / "staging" / "checkpoint-2", tmp_path / "checkpoint-2"
+    for directory, text in ((staged, "new"), (final, "old")):
+        directory.mkdir(parents=True)
+        (directory / "file").write_text(text)
+    checkpoints.publish(str(staged), str(final))
+    assert (final / "file").read_text() == "new"
+    assert sorted(os.listdir(tmp_path)) == ["checkpoint-2", "staging"]
+    assert os.listdir(tmp_path / "staging") == []
+
+
+def test_the_best_checkpoint_is_remembered_by_its_final_name(tmp_path):
+    trainer = kill_a_run.make_trainer(
+        tmp_path, rounds=2, eval_strategy="epoch", load_best_model_at_end=True, metric_for_best_model="eval_reward"
+    )
+    trainer.train()
+    best = Path(str(trainer.state.best_model_checkpoint))
+    assert best.parent == tmp_path and best.is_dir()
+    saved = json.loads((best / "trainer_state.json").read_text())
+    assert saved["best_model_checkpoint"] == str(best)
+
+
+def test_only_as_many_checkpoints_are_kept_as_asked(tmp_path):
+    kill_a_run.make_trainer(tmp_path, rounds=4).train()
+    kept = sorted(name for name in os.listdir(tmp_path) if name.startswith("checkpoint-"))
+    assert kept == ["checkpoint-6", "checkpoint-8"]
+
+
+# ---- Resuming ----
+
+
+def test_resuming_without_a_checkpoint_starts_anew(tmp_path):
+    trainer = kill_a_run.make_trainer(tmp_path / "never-there", rounds=1)
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            {"per_device_sample_batch_size": 2, "num_sample_batches": 4},
+            ["sample_batch_size is 2 and was 4"],
+        ),
+        (
+            {"per_device_train_batch_size": 2},
+            ["train_batch_size is 2 and was 4: no longer equal to the bit"],
+        ),
+        ({"num_images_per_prompt": 2}, ["num_images_per_prompt is 2 and was 1: from here on this is another run"]),
+        ({}, []),
+    ],
+)
+def test_resuming_with_other_sizes_works_and_says_what_is_no_longer_equal(tmp_path, monkeypatch, change, said):
+    kill_a_run.make_trainer(tmp_path, rounds=1).train()
+    warnings: list[str] = []
+    monkeypatch.setattr("ddpo_trl.trainer.logger.warning", warnings.append)
+    trainer = kill_a_run.make_trainer(tmp_path, rounds=2, **change)
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 4
+    assert all(any(sentence in warning for warning in warnings) for sentence in said)
+    assert bool(warnings) == bool(said)
+
+
+def test_a_checkpoint_of_rounds_with_other_steps_is_refused(tmp_path):
+    kill_a_run.make_trainer(tmp_path, rounds=1).train()
+    with pytest.raises(ValueError, match=r"num_mini_batches is 1, but the checkpoint was written with 2: .*Set num"):
+        kill_a_run.make_trainer(tmp_path, rounds=2, num_mini_batches=1).train(resume_from_checkpoint=True)
+
+
+def test_prompt_functions_without_state_are_resumed_as_well(make_config, tmp_path):
+    def first() -> tuple[str, Any]:
+        return "cat", {}
+
+    config = make_config(output_dir=str(tmp_path), save_strategy="epoch")
+    DDPOTrainer(config, kill_a_run.brightness, first, tiny_pipeline()).train()
+    config.num_train_epochs = 2
+    trainer = DDPOTrainer(config, kill_a_run.brightness, first, tiny_pipeline())
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 2
+
+
+# ---- Safety ----
+
+
+def test_a_checkpoint_that_would_run_code_is_refused(tmp_path):
+    """Nothing of it is unpickled: a malicious file raises before it acts."""
+    kill_a_run.make_trainer(tmp_path, rounds=1).train()
+    trap = tmp_path / "sprung"
+    for name in ("prompts.pt", "optimizer.pt", "rng_state.pth"):
+        file = tmp_path / "checkpoint-2" / name
+        healthy = file.read_bytes()
+        torch.save(Trap(str(trap)), file)
+        with pytest.raises(Exception, match="(?i)weights.only"):
+            kill_a_run.make_trainer(tmp_path, rounds=2).train(resume_from_checkpoint=True)
+        assert not trap.exists(), name
+        file.write_bytes(healthy)
+
+
+class Trap:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path: str):
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return open, (self.path, "w")

@@ -1,0 +1,73 @@
+"""`make torture`: kills a run again and again at random moments; the last line is `survived N/N`."""
+
+import argparse
+import itertools
+import random
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from rich.progress import Progress
+
+
+sys.path.insert(0, str(Path(__file__).parent))  # tests import each other from there
+
+import kill_a_run
+
+
+ROUNDS = 6
+
+# How often each event happens in a run of so many rounds, about: counts are drawn up to there.
+OFTEN = {
+    "sampling": 12,
+    "scoring": 12,
+    "training": 48,
+    "saving weights": 6,
+    "saving the rest": 6,
+    "publishing": 6,
+    "synchronising": 66,
+    "rotating": 6,
+}
+
+
+def main() -> int:
+    """The exit status is 0 if every run that was killed ended as one that never was."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    moments = random.Random(arguments.seed)
+    kills = survived = 0
+    with tempfile.TemporaryDirectory() as folder, Progress() as progress:
+        task = progress.add_task("kills", total=arguments.kills)
+        whole = finished(Path(folder) / "whole")
+        for run in itertools.count():
+            if kills >= arguments.kills:
+                break
+            planned = [draw(moments) for _ in range(min(8, arguments.kills - kills))]
+            directory = Path(folder) / f"run-{run}"
+            happened = kill_a_run.run_until_done(directory, ROUNDS, planned)
+            result = finished(directory)
+            kills += happened
+            survived += happened * kill_a_run.equal(whole, result)
+            progress.update(task, completed=kills)
+    print(f"survived {survived}/{kills}")
+    return int(survived < kills)
+
+
+def draw(moments: random.Random) -> tuple[str, int]:
+    """A moment soon after the start, so that a run can be killed several times before it is through."""
+    event = moments.choice(list(OFTEN))
+    return event, moments.randint(1, max(1, OFTEN[event] // 3))
+
+
+def finished(directory: Path) -> dict[str, torch.Tensor]:
+    """What a run ends with; it is finished if it isn't yet."""
+    if not (directory / kill_a_run.RESULT).is_file():
+        kill_a_run.run_until_done(directory, ROUNDS, [])
+    return torch.load(directory / kill_a_run.RESULT, weights_only=False)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
