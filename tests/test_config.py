@@ -40,6 +40,8 @@ def parse(*arguments: str, output_dir: Path) -> DDPOConfig:
         ("log_prob_reduction", "mean"),
         ("advantage_normalization", "batch"),
         ("advantage_clip", 5.0),
+        ("on_invalid_reward", "raise"),
+        ("reward_timeout", None),
         ("per_prompt_stat_tracking_buffer_size", 16),
         ("per_prompt_stat_tracking_min_count", 16),
         ("timestep_fraction", 1.0),
@@ -86,6 +88,7 @@ AT_LEAST_ONE = [
     "per_prompt_stat_tracking_min_count",
     "sde_window_interval",
     "sde_window_size",
+    "eval_rounds",
 ]
 
 
@@ -123,6 +126,11 @@ NAN = float("nan")
         ({"cliprange": 0.0}, r"cliprange is 0\.0; it must be above 0"),
         ({"cliprange": NAN}, r"cliprange is nan"),
         ({"advantage_clip": -5.0}, r"advantage_clip is -5\.0; it must be above 0"),
+        ({"on_invalid_reward": "ignore"}, r"on_invalid_reward is 'ignore'; choose one of 'raise', 'drop'"),
+        ({"reward_timeout": 0}, r"reward_timeout is 0; it must be a number of seconds above 0, or None for no limit"),
+        ({"reward_timeout": -1.5}, r"reward_timeout is -1\.5; it must be"),
+        ({"reward_timeout": NAN}, r"reward_timeout is nan; it must be"),
+        ({"reward_timeout": float("inf")}, r"reward_timeout is inf; .*None for no limit"),
         ({"total_episodes": 0}, r"total_episodes is 0; it must be at least 1, or None"),
         ({"kl_coef": -0.1}, r"kl_coef is -0\.1; it must be 0 \(no KL\) or above"),
         ({"timestep_fraction": 0.0}, r"timestep_fraction is 0\.0; it must be in \(0, 1\]"),
@@ -177,6 +185,20 @@ NAN = float("nan")
             {"max_steps": 6, "num_mini_batches": 4},
             r"max_steps is 6, which ends inside a round of 4 optimizer steps .*Set a multiple",
         ),
+        ({"target_kl": 0.0, "num_mini_batches": 2}, r"target_kl is 0\.0; it must be above 0, or None"),
+        ({"target_kl": -1e-8, "num_mini_batches": 2}, r"target_kl is -1e-08; it must be above 0"),
+        ({"target_kl": NAN, "num_mini_batches": 2}, r"target_kl is nan; it must be above 0"),
+        (
+            {"target_kl": 1e-8},
+            r"target_kl is set with one update per round, .*Raise num_ppo_epochs or num_mini_batches",
+        ),
+        ({"target_kl": 1e-8, "loss_type": "sf"}, r"target_kl is set with loss_type='sf', .*or set loss_type='is'"),
+        (
+            {"target_kl": 1e-8, "num_mini_batches": 2, "fp16": True},
+            r"target_kl is set, but the loss scaler of fp16 .*Use bf16 or float32",
+        ),
+        ({"eval_rounds": 2}, r"eval_rounds is 2, but evaluation does not come with the rounds.*Set eval_strategy="),
+        ({"eval_rounds": 2, "eval_strategy": "steps", "eval_steps": 4}, r"eval_rounds is 2, .*Set eval_strategy="),
         ({"num_train_epochs": 2.5}, r"num_train_epochs is 2\.5; a run has a whole number of rounds"),
     ],
 )
@@ -199,8 +221,12 @@ def test_what_cannot_be_trained_is_refused(make_config, arguments, message):
         {"noise_level": 1.0, "sde_type": "cps"},
         {"noise_level": 1.1, "sde_type": "sde"},
         {"guidance_scale": None},
+        {"on_invalid_reward": "drop", "reward_timeout": 0.01},
         {"sde_window_size": 1, "sde_window_strategy": "random", "sde_window_interval": 1},
         {"save_strategy": "best", "eval_strategy": "epoch", "metric_for_best_model": "reward"},
+        {"target_kl": 1e-12, "num_ppo_epochs": 2},
+        {"target_kl": float("inf"), "num_mini_batches": 2},
+        {"eval_rounds": 3, "eval_strategy": "epoch"},
         {"max_steps": 8, "num_mini_batches": 4},
         {"num_train_epochs": 3.0},
         {"train_timestep_range": (0.0, 0.8)},
@@ -230,6 +256,8 @@ def test_values_come_from_the_command_line(tmp_path):
         *("--cliprange", "1e-3"),
         *("--pipeline_inputs", "image", "mask_image"),
         *("--sde_window_size", "2"),
+        *("--on_invalid_reward", "drop"),
+        *("--reward_timeout", "30"),
         *("--sde_window_strategy", "progressive"),
         output_dir=tmp_path,
     )
@@ -242,6 +270,8 @@ def test_values_come_from_the_command_line(tmp_path):
     assert config.cliprange == 1e-3
     assert config.pipeline_inputs == ["image", "mask_image"]
     assert config.sde_window_size == 2
+    assert config.on_invalid_reward == "drop"
+    assert config.reward_timeout == 30.0
     assert config.sde_window_strategy == "progressive"
 
 
@@ -300,4 +330,21 @@ def test_no_field_shadows_one_of_the_trainer_but_for_its_default():
         "per_device_train_batch_size",
         "save_strategy",
         "logging_strategy",
+        "metric_for_best_model",
     }
+
+
+@pytest.mark.parametrize("keeps_the_best", [{"load_best_model_at_end": True}, {"save_strategy": "best"}])
+def test_the_best_is_that_of_the_evaluation_reward_unless_said_otherwise(make_config, keeps_the_best):
+    settings = {"eval_strategy": "epoch", "save_strategy": "epoch", **keeps_the_best}
+    config = make_config(**settings)
+    assert (config.metric_for_best_model, config.greater_is_better) == ("eval_reward", True)
+    assert make_config(**settings, metric_for_best_model="eval_diversity").metric_for_best_model == "eval_diversity"
+    assert make_config().metric_for_best_model is None
+
+
+def test_target_kl_is_refused_under_deepspeed(make_config):
+    config = make_config(target_kl=1e-8, num_mini_batches=2)
+    config.deepspeed_plugin = object()  # as TrainingArguments sets it, which needs the package
+    with pytest.raises(ValueError, match="target_kl is set, but DeepSpeed makes the optimizer step"):
+        config._check_target_kl()

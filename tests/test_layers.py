@@ -14,14 +14,14 @@ ROOT = Path(ddpo_trl.__file__).parent
 # From the ground up. Modules of one layer do not import each other.
 LAYERS = [
     {
-        "advantages", "callbacks", "config", "emoji", "encoding", "gaussian", "lora", "plots", "rewards", "seeding",
-        "types",
+        "advantages", "callbacks", "checkpoints", "config", "emoji", "encoding", "gaussian", "lora", "plots",
+        "rewards", "seeding", "target_kl", "types", "workers",
     },
-    {"model_card", "objectives", "plan", "prompts", "schedulers", "scoring"},
+    {"conditions", "model_card", "objectives", "plan", "prompts", "schedulers", "scoring"},
     {"pipelines"},
     {"policy"},
-    {"doctor", "loader"},
-    {"trainer"},
+    {"evaluation", "guard", "loader"},
+    {"doctor", "trainer"},
     {"__init__", "demo"},
     {"cli"},
 ]  # fmt: skip

@@ -13,12 +13,12 @@ import torch
 SCRIPT = Path(__file__).parent / "run_in_processes.py"
 
 
-def launch(output_dir: Path, num_processes: int) -> list[dict[str, Any]]:
+def launch(output_dir: Path, num_processes: int, script: Path = SCRIPT) -> list[dict[str, Any]]:
     """Runs the script and returns what each rank saved."""
     output_dir.mkdir()
     # `accelerate launch --cpu` needs MPI for several processes; torchrun sets up the same environment with gloo.
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}",
-               str(SCRIPT), str(output_dir), str(num_processes)]  # fmt: skip
+               str(script), str(output_dir), str(num_processes)]  # fmt: skip
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert run.returncode == 0, run.stdout + run.stderr
@@ -80,3 +80,30 @@ def test_evaluation_is_split_between_processes_and_gathered_in_order(runs):
 def test_one_process_writes_the_checkpoints(runs, folder):
     names = {path.name for path in (folder / "two" / "checkpoint-2").iterdir()}
     assert {"pytorch_lora_weights.safetensors", "trainer_state.json", "prompt_statistics.json"} <= names
+
+
+@pytest.fixture(scope="module")
+def stopped_runs(folder) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    script = SCRIPT.with_name("run_target_kl_in_processes.py")
+    (alone,) = launch(folder / "stopped-one", 1, script)
+    return alone, launch(folder / "stopped-two", 2, script)
+
+
+def test_target_kl_ends_the_updates_of_all_processes_alike(stopped_runs):
+    alone, (first, second) = stopped_runs
+    assert first["skipped"] == second["skipped"] == alone["skipped"] == pytest.approx([2 / 3, 2 / 3])
+    assert largest_difference(first["weights"], second["weights"]) == 0.0
+    assert all(state["step"] == 2 for rank in (first, second) for state in rank["optimizer"].values())
+
+
+def test_target_kl_goes_by_the_mean_over_processes(stopped_runs):
+    _, ranks = stopped_runs
+    for rank in ranks:  # 1 on one process and 3 on the other, for targets of 1.9 and 2.1
+        assert rank["decisions"] == [True, False]
+
+
+def test_evaluation_figures_are_those_of_all_processes(stopped_runs):
+    alone, (first, second) = stopped_runs
+    assert first["metrics"] == second["metrics"]
+    assert first["metrics"] == pytest.approx(alone["metrics"], abs=1e-3)  # the weights differ by AdamW's rounding
+    assert "eval_diversity" in alone["metrics"]

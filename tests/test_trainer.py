@@ -599,35 +599,7 @@ def test_a_reward_function_that_fails_in_a_round_is_named_and_leaves_the_checkpo
     assert resumed.state.global_step == 2
 
 
-# ---- Evaluation ----
-
-
-def test_generate_samples_gives_the_same_images_for_the_same_weights_and_scores_them(make_config):
-    trainer = DDPOTrainer(make_config(), brightness, PROMPTS, tiny_pipeline(), eval_prompts=["cat"] * 5)
-    first, again = trainer.generate_samples(), trainer.generate_samples()
-    assert first.prompts == ["cat"] * 5
-    assert torch.equal(first.images, again.images)
-    assert not torch.equal(first.images[0], first.images[1])  # other seeds
-    assert torch.allclose(first.rewards[:, 0], first.images.flatten(1).mean(1).double())
-    trainer.train()
-    assert not torch.equal(first.images, trainer.generate_samples().images)
-    assert trainer.generate_samples(["dog"]).prompts == ["dog"]
-
-
-def test_evaluation_between_rounds_is_logged(make_config):
-    config = make_config(eval_strategy="epoch", num_train_epochs=2, load_best_model_at_end=True, save_strategy="epoch",
-                         metric_for_best_model="eval_reward")  # fmt: skip
-    trainer = DDPOTrainer(config, brightness, PROMPTS, tiny_pipeline(), eval_prompts=PROMPTS)
-    trainer.train()
-    evaluations = [log["eval_reward"] for log in trainer.state.log_history if "eval_reward" in log]
-    assert len(evaluations) == 2
-    assert trainer.evaluate()["eval_reward"] == pytest.approx(max(evaluations), abs=1e-6)
-
-
-def test_samples_without_prompts_are_refused(make_config):
-    trainer = DDPOTrainer(make_config(), brightness, PROMPTS, tiny_pipeline())
-    with pytest.raises(ValueError, match="`eval_prompts`"):
-        trainer.generate_samples()
+# ---- The model card ----
 
 
 def test_the_model_card_is_valid_hub_metadata_and_shows_the_reward(make_config, tmp_path):

@@ -1,5 +1,6 @@
 """DDPOConfig: every setting of a run, as a `transformers.TrainingArguments`."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -70,6 +71,10 @@ class DDPOConfig(TrainingArguments):
             metadata entries of these names are handed over as lists.
         offload_text_encoders (`bool`, *optional*, defaults to `False`):
             Whether the text encoders stay in CPU memory and go to the GPU only while there are prompts to encode.
+        offload_vae (`bool`, *optional*, defaults to `False`):
+            Whether the autoencoder stays in CPU memory and goes to the GPU only while images are made.
+        offload_rollout (`bool`, *optional*, defaults to `False`):
+            Whether the recorded steps of a round wait in CPU memory and go to the GPU one micro-batch at a time.
         per_device_sample_batch_size (`int`, *optional*, defaults to `4`):
             Images sampled at once on one process.
         num_sample_batches (`int`, *optional*, defaults to `8`):
@@ -83,6 +88,14 @@ class DDPOConfig(TrainingArguments):
             Weight of each reward function in the sum. `None` weighs all by 1.
         max_workers (`int`, *optional*, defaults to `2`):
             Threads that compute rewards while the next batch is sampled.
+        on_invalid_reward (`"raise"` or `"drop"`, *optional*, defaults to `"raise"`):
+            What happens to a sample whose reward is NaN, infinite or `None`, and to all samples of a call that raises,
+            takes longer than `reward_timeout` or returns no list of one number per image. `"raise"` ends the run with
+            an error. `"drop"` goes on: their advantage is 0, no statistic counts them, and `rewards/invalid` logs
+            their share of the round; if it is more than half, that is an error too.
+        reward_timeout (`float`, *optional*):
+            Seconds that a call of a reward function may take for one batch, the first one included. The thread of a
+            call that takes longer is left behind; an `async` function is cancelled. `None` sets no limit.
         advantage_normalization (`"batch"`, `"prompt"`, `"group"` or `"none"`, *optional*, defaults to `"batch"`):
             What a reward is standardised against: the round, the running statistics of its prompt, the images of the
             round that share its prompt, or nothing.
@@ -105,6 +118,14 @@ class DDPOConfig(TrainingArguments):
         kl_coef (`float`, *optional*, defaults to `0.0`):
             Weight of the KL divergence to the pipeline without its adapter (or, with `use_lora=False`, as it was at
             the start), in the loss. Above 0 it costs one more forward pass per transition.
+        target_kl (`float`, *optional*):
+            Ends a round's updates at the first one that finds the policy farther than this from the one that sampled
+            the round: by `policy/approxkl_avg`, ½·(log r)², averaged over the update's micro-batches and over
+            processes. That update and the rest of the round are left out, with their forward passes; weights and
+            optimizer stay as they are, steps and learning rate count on, and `loss` counts them as 0. The first update
+            of a round is always made. `policy/updates_skipped` logs their share. Of the size of `cliprange`²/2, where
+            a typical ratio reaches the edge of the trusted interval: 5e-9 for 1e-4. `"is"` with several updates per
+            round only; not with fp16 or DeepSpeed.
         timestep_fraction (`float`, *optional*, defaults to `1.0`):
             Share of the transitions in `train_timestep_range` that are trained on, drawn anew in each round.
         train_timestep_range (`list[float]`, *optional*, defaults to `[0.0, 1.0]`):
@@ -129,8 +150,15 @@ class DDPOConfig(TrainingArguments):
         lr_scheduler_type (`str`, *optional*, defaults to `"constant"`):
             Learning rate schedule.
 
-        > Parameters that control logging and saving
+        > Parameters that control evaluation, logging and saving
 
+        eval_rounds (`int`, *optional*, defaults to `1`):
+            Rounds from one evaluation to the next with `eval_strategy="epoch"`; the last round is evaluated in any
+            case. See [`~DDPOTrainer.evaluate`] for what is measured and what it costs.
+        metric_for_best_model (`str`, *optional*):
+            Figure of the evaluation that `load_best_model_at_end`, `save_strategy="best"` and
+            [`~transformers.EarlyStoppingCallback`] go by; `"eval_reward"` for the first two if it is not set. The
+            higher the better, unless `greater_is_better=False`.
         logging_strategy (`str`, *optional*, defaults to `"epoch"`):
             When to log: `"epoch"` is once a round, `"steps"` every `logging_steps` updates.
         save_strategy (`str`, *optional*, defaults to `"epoch"`):
@@ -192,6 +220,10 @@ class DDPOConfig(TrainingArguments):
     offload_text_encoders: bool = field(
         default=False, metadata={"help": "Keep the text encoders off the GPU while nothing is encoded."}
     )
+    offload_vae: bool = field(
+        default=False, metadata={"help": "Keep the autoencoder off the GPU while no images are made."}
+    )
+    offload_rollout: bool = field(default=False, metadata={"help": "Keep the recorded steps of a round off the GPU."})
     per_device_sample_batch_size: int = field(default=4, metadata={"help": "Images sampled at once on one process."})
     num_sample_batches: int = field(default=8, metadata={"help": "Batches sampled in a round on each process."})
     num_images_per_prompt: int = field(default=1, metadata={"help": "Images of a round that share a drawn prompt."})
@@ -202,6 +234,12 @@ class DDPOConfig(TrainingArguments):
     )
     max_workers: int = field(
         default=2, metadata={"help": "Threads that compute rewards while the next batch is sampled."}
+    )
+    on_invalid_reward: Literal["raise", "drop"] = field(
+        default="raise", metadata={"help": "Whether a reward that is missing or not finite ends the run."}
+    )
+    reward_timeout: float | None = field(
+        default=None, metadata={"help": "Seconds that a call of a reward function may take for one batch."}
     )
     advantage_normalization: Literal["batch", "prompt", "group", "none"] = field(
         default="batch", metadata={"help": "What a reward is standardised against."}
@@ -227,6 +265,9 @@ class DDPOConfig(TrainingArguments):
         default="mean", metadata={"help": "How log-probabilities and KL are reduced over the latent dimensions."}
     )
     kl_coef: float = field(default=0.0, metadata={"help": "Weight of the KL to the pipeline without its adapter."})
+    target_kl: float | None = field(
+        default=None, metadata={"help": "Ends a round's updates once `policy/approxkl_avg` exceeds it."}
+    )
     timestep_fraction: float = field(
         default=1.0, metadata={"help": "Share of the transitions that are trained on, drawn anew in each round."}
     )
@@ -242,12 +283,23 @@ class DDPOConfig(TrainingArguments):
         default=True, metadata={"help": "Train a LoRA adapter, or else the denoiser's own weights."}
     )
 
+    # Parameters that control evaluation
+    eval_rounds: int = field(
+        default=1, metadata={"help": "Rounds from one evaluation to the next with eval_strategy='epoch'."}
+    )
+    metric_for_best_model: str | None = field(
+        default=None, metadata={"help": "Figure of the evaluation that decides which checkpoint is the best."}
+    )
+
     def __post_init__(self):
+        if self.metric_for_best_model is None and (self.load_best_model_at_end or self.save_strategy == "best"):
+            self.metric_for_best_model = "eval_reward"  # Trainer falls back to a loss, which evaluation does not have
         super().__post_init__()
         self._check_positive()
         self._check_noise()
         self._check_ranges()
         self._check_objective()
+        self._check_target_kl()
         self._check_pipeline_kwargs()
         self._check_round_boundaries()
 
@@ -261,6 +313,7 @@ class DDPOConfig(TrainingArguments):
             "num_inference_steps", "per_device_sample_batch_size", "num_sample_batches", "num_images_per_prompt",
             "per_device_train_batch_size", "num_ppo_epochs", "num_mini_batches", "max_workers",
             "per_prompt_stat_tracking_buffer_size", "per_prompt_stat_tracking_min_count", "sde_window_interval",
+            "eval_rounds",
         ):  # fmt: skip
             if (value := vars(self)[name]) < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1.")
@@ -272,6 +325,11 @@ class DDPOConfig(TrainingArguments):
         for name in ("total_episodes", "sde_window_size"):
             if (value := vars(self)[name]) is not None and value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1, or None.")
+        if self.reward_timeout is not None and not 0 < self.reward_timeout < math.inf:
+            raise ValueError(
+                f"reward_timeout is {self.reward_timeout}; it must be a number of seconds above 0, or None for no "
+                "limit."
+            )
 
     def _check_noise(self) -> None:
         if not self.eta > 0:
@@ -307,6 +365,7 @@ class DDPOConfig(TrainingArguments):
     def _check_objective(self) -> None:
         choices = {
             "loss_type": ("is", "sf"),
+            "on_invalid_reward": ("raise", "drop"),
             "advantage_normalization": ("batch", "prompt", "group", "none"),
             "log_prob_reduction": ("mean", "sum"),
             "sde_type": ("sde", "cps"),
@@ -325,6 +384,28 @@ class DDPOConfig(TrainingArguments):
             raise ValueError(
                 "advantage_normalization is 'group' with num_images_per_prompt=1: a group of one image has no "
                 "advantage. Set num_images_per_prompt to 2 or more."
+            )
+
+    def _check_target_kl(self) -> None:
+        if self.target_kl is None:
+            return
+        if not self.target_kl > 0:
+            raise ValueError(f"target_kl is {self.target_kl}; it must be above 0, or None for no limit.")
+        if self.loss_type == "sf":
+            raise ValueError(
+                "target_kl is set with loss_type='sf', whose one update per round starts from the policy that "
+                "sampled: there is no divergence to limit. Leave it out, or set loss_type='is'."
+            )
+        if self.updates_per_round == 1:
+            raise ValueError(
+                "target_kl is set with one update per round, which is always made: it could do nothing. Raise "
+                "num_ppo_epochs or num_mini_batches, or leave it out."
+            )
+        if self.fp16 or self.deepspeed_plugin is not None:
+            what = "the loss scaler of fp16 counts" if self.fp16 else "DeepSpeed makes"
+            raise ValueError(
+                f"target_kl is set, but {what} the optimizer step before it is known whether the update is left out. "
+                "Use bf16 or float32, with DDP or FSDP; or leave target_kl out."
             )
 
     def _check_pipeline_kwargs(self) -> None:
@@ -367,6 +448,11 @@ class DDPOConfig(TrainingArguments):
             raise ValueError(
                 f"save_strategy is 'best' with eval_strategy={str(self.eval_strategy)!r}: the best checkpoint must "
                 "fall between rounds. Set eval_strategy='epoch'."
+            )
+        if self.eval_rounds > 1 and self.eval_strategy != "epoch":
+            raise ValueError(
+                f"eval_rounds is {self.eval_rounds}, but evaluation does not come with the rounds: it would do "
+                "nothing. Set eval_strategy='epoch', or leave eval_rounds out."
             )
         if self.max_steps > 0 and self.max_steps % self.updates_per_round:
             raise ValueError(

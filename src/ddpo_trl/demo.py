@@ -20,9 +20,10 @@ from ddpo_trl import rewards
 from ddpo_trl.advantages import shuffled
 from ddpo_trl.config import DDPOConfig
 from ddpo_trl.emoji import load_emoji_pipeline, recognised_share
+from ddpo_trl.evaluation import Samples
 from ddpo_trl.plots import ImageRow, save_comparison, save_reward_curve
 from ddpo_trl.seeding import Stream, generator
-from ddpo_trl.trainer import DDPOTrainer, Samples
+from ddpo_trl.trainer import DDPOTrainer
 from ddpo_trl.types import RewardFunction
 
 

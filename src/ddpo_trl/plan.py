@@ -37,6 +37,8 @@ class BatchPlan:
             Rounds between two moves of a progressive window.
         timestep_fraction (`float`):
             Share of them that each sample is trained on.
+        state_bytes (`int`):
+            Memory of one sample's state x_t.
 
     Raises:
         `ValueError`: If the sizes do not divide. The message holds the whole plan.
@@ -54,6 +56,7 @@ class BatchPlan:
     window_strategy: WindowStrategy = "fixed"
     window_interval: int = 25
     timestep_fraction: float
+    state_bytes: int = 0
 
     def __post_init__(self):
         unit = self.num_mini_batches * self.per_device_train_batch_size
@@ -128,6 +131,12 @@ class BatchPlan:
         """Micro-batches of a round on one process: the length of the loader."""
         return self.updates_per_round * self.micro_batches_per_update
 
+    @property
+    def rollout_bytes(self) -> int:
+        """Memory of the recorded states of a round on one process: those of the steps trained on, and one more."""
+        steps = self.window_size or len(self.trainable_steps)
+        return self.samples_per_process * (steps + 1) * self.state_bytes
+
     def rounds_for(self, total_episodes: int) -> int:
         """Rounds that hold at least `total_episodes` reward queries."""
         return math.ceil(total_episodes / self.samples_per_round)
@@ -166,13 +175,14 @@ class BatchPlan:
                 "micro-batches an optimizer step",
                 f"{self.micro_batches_per_update} (the derived gradient_accumulation_steps)",
             ),
+            ("memory of the recorded steps", f"{self.rollout_bytes / 2**20:.3g} MiB on each process"),
         ]
 
     def __str__(self) -> str:
         return "\n".join(f"  {what:<32} {how}" for what, how in self.rows())
 
 
-def plan_batches(config: DDPOConfig, stds: list[float]) -> BatchPlan:
+def plan_batches(config: DDPOConfig, stds: list[float], state_bytes: int = 0) -> BatchPlan:
     """
     The plan of a run.
 
@@ -182,6 +192,8 @@ def plan_batches(config: DDPOConfig, stds: list[float]) -> BatchPlan:
         stds (`list[float]`):
             σ_t of each step of the sampler, from noise to image. Steps with σ_t = 0 are deterministic and never
             trained on.
+        state_bytes (`int`, *optional*, defaults to `0`):
+            Memory of one sample's state x_t.
 
     Raises:
         `ValueError`: If no step can be trained on, or the sizes do not divide.
@@ -211,4 +223,5 @@ def plan_batches(config: DDPOConfig, stds: list[float]) -> BatchPlan:
         window_strategy=config.sde_window_strategy,
         window_interval=config.sde_window_interval,
         timestep_fraction=config.timestep_fraction,
+        state_bytes=state_bytes,
     )

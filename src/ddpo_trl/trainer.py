@@ -1,6 +1,7 @@
 """DDPOTrainer: `transformers.Trainer` with a rollout for a data loader and a policy objective for a loss."""
 
 import copy
+import dataclasses
 import json
 import math
 import os
@@ -8,53 +9,42 @@ import textwrap
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 from datasets import Dataset
 from diffusers import DiffusionPipeline
 from peft import PeftConfig
 from torch import Tensor, nn
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerControl, set_seed
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.utils import logging
 
-from ddpo_trl import advantages
+from ddpo_trl import advantages, checkpoints
 from ddpo_trl.callbacks import RoundProgress
 from ddpo_trl.config import DDPOConfig
-from ddpo_trl.doctor import log_prob_difference, replay_problem
+from ddpo_trl.evaluation import EvaluationRounds, Evaluator, Samples, check_evaluation, reward_names
+from ddpo_trl.guard import replay_problem
 from ddpo_trl.loader import RolloutLoader
 from ddpo_trl.lora import freeze_all_but_denoiser, put_on_adapter
 from ddpo_trl.model_card import write_model_card
 from ddpo_trl.objectives import importance_sampling, score_function
 from ddpo_trl.plan import plan_batches
 from ddpo_trl.policy import Policy
-from ddpo_trl.prompts import PromptFunction, prompt_pairs, prompt_source
-from ddpo_trl.scoring import RewardScorer
+from ddpo_trl.prompts import PromptFunction, PromptPair, prompt_pairs, prompt_source
+from ddpo_trl.scoring import RewardScorer, first_problem
 from ddpo_trl.seeding import Stream, derived_seed
+from ddpo_trl.target_kl import TargetKL
 from ddpo_trl.types import Context, Objective, RewardFunction, Rollout, Transition
 
 
+logger = logging.get_logger(__name__)
+
 PROMPT_STATISTICS_NAME = "prompt_statistics.json"
+PROMPTS_NAME = "prompts.pt"
+PLAN_NAME = "batch_plan.json"
 CONFIG_NAME = "ddpo_config.json"
-
-
-class Samples(NamedTuple):
-    """
-    What [`~DDPOTrainer.generate_samples`] returns.
-
-    Args:
-        prompts (`list[str]` of length `N`):
-            The prompts.
-        images (`torch.Tensor` of shape `(N, 3, H, W)`):
-            Float32 in [0, 1], on the CPU.
-        rewards (`torch.Tensor` of shape `(N, F)`):
-            A column per reward function, float64.
-    """
-
-    prompts: list[str]
-    images: Tensor
-    rewards: Tensor
 
 
 class DDPOTrainer(Trainer):
@@ -95,7 +85,11 @@ class DDPOTrainer(Trainer):
         peft_config ([`~peft.PeftConfig`], *optional*):
             The adapter to add, r = 4 on all attention projections by default.
         eval_prompts (`datasets.Dataset` or `list[str]`, *optional*):
-            Prompts of [`~DDPOTrainer.evaluate`] and [`~DDPOTrainer.generate_samples`].
+            Prompts of [`~DDPOTrainer.evaluate`] and [`~DDPOTrainer.generate_samples`]. Each gives one image, with a
+            seed of its own: give it several times for more, and for `eval_diversity`.
+        eval_reward_fns (`Callable` or `list[Callable]`, *optional*):
+            Reward functions as `reward_fn` that evaluation logs and training does not see: a reward that rises while
+            these fall is being gamed.
         callbacks (`list[~transformers.TrainerCallback]`, *optional*):
             Callbacks.
         optimizers (`tuple`, *optional*, defaults to `(None, None)`):
@@ -133,6 +127,7 @@ class DDPOTrainer(Trainer):
         *,
         peft_config: PeftConfig | None = None,
         eval_prompts: Dataset | Sequence[str] | None = None,
+        eval_reward_fns: RewardFunction | Sequence[RewardFunction] | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
     ):
@@ -143,9 +138,16 @@ class DDPOTrainer(Trainer):
                 "script with `accelerate launch`, or make one GPU visible (CUDA_VISIBLE_DEVICES=0)."
             )
         set_seed(args.seed)  # the adapter is initialised at random
-        self.scorer = RewardScorer(reward_fn, args.reward_weights, args.max_workers)
+        self.scorer = RewardScorer(reward_fn, args.reward_weights, args.max_workers, args.reward_timeout)
         self.prompts = prompt_source(prompt_fn, args.seed)
         self.eval_prompts = None if eval_prompts is None else prompt_pairs(eval_prompts, "eval_prompts")
+        self.eval_scorer = None
+        if eval_reward_fns is not None:
+            self.eval_scorer = RewardScorer(
+                eval_reward_fns, None, args.max_workers, args.reward_timeout, argument="eval_reward_fns"
+            )
+        if type(self).evaluate is DDPOTrainer.evaluate:  # another one may measure something else
+            check_evaluation(args, self.eval_prompts, reward_names(self.scorer, self.eval_scorer))
         if args.use_lora:
             adapter = put_on_adapter(pipeline, peft_config)
         else:
@@ -156,7 +158,7 @@ class DDPOTrainer(Trainer):
         prompt, metadata = self.prompts.preview(1)[0]
         trial_seeds = [derived_seed(args.seed, Stream.EVALUATION, index) for index in range(2)]
         trial = policy.context([prompt] * 2, [metadata] * 2, trial_seeds)
-        self.plan = plan_batches(args, policy.survey(trial))
+        self.plan = plan_batches(args, *policy.survey(trial))
         args.gradient_accumulation_steps = self.plan.micro_batches_per_update
         if args.total_episodes is not None:
             args.num_train_epochs = self.plan.rounds_for(args.total_episodes)
@@ -165,7 +167,7 @@ class DDPOTrainer(Trainer):
             model=policy,
             args=args,
             eval_dataset=self.eval_prompts,
-            callbacks=callbacks,
+            callbacks=[EvaluationRounds(args.eval_rounds, args.updates_per_round), *(callbacks or [])],
             optimizers=optimizers,
         )
         self.pipeline = pipeline
@@ -176,6 +178,8 @@ class DDPOTrainer(Trainer):
         self.rollout: Rollout  # of the current round
         self._metrics: defaultdict[str, list[Tensor | float]] = defaultdict(list)
         self._training_since = 0.0
+        self._target_kl = TargetKL(math.inf if args.target_kl is None else args.target_kl)
+        self._staging: str | None = None  # where a checkpoint is being written
         self._try_reward_function(trial, metadata)
 
     # ---- The round ----
@@ -187,6 +191,8 @@ class DDPOTrainer(Trainer):
             prompts=self.prompts,
             scorer=self.scorer,
             normalize=self.normalize,
+            populations=self._populations(),
+            drop_invalid=self.args.on_invalid_reward == "drop",
             advantage_clip=math.inf if self.args.advantage_normalization == "none" else self.args.advantage_clip,
             plan=self.plan,
             seed=self.args.seed,
@@ -195,11 +201,43 @@ class DDPOTrainer(Trainer):
             on_rollout=self._start_optimising,
         )
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Prints the batch plan and what is trained, and trains. See [`~transformers.Trainer.train`]."""
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """
+        Prints the batch plan and what is trained, and trains. See [`~transformers.Trainer.train`].
+
+        Args:
+            resume_from_checkpoint (`str` or `bool`, *optional*):
+                A checkpoint's folder; or `True` for the last one in `output_dir`, from the start if there is none: so
+                the same script can be started again whenever it was stopped.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = checkpoints.last_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                logger.warning(f"There is no checkpoint in {self.args.output_dir} to resume from: starting anew.")
         if self.is_world_process_zero() and not self.args.disable_tqdm:
             print(f"Batch plan\n{self.plan}\nTrained\n  {self._policy.describe()}")
-        return super().train(*args, **kwargs)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Forward and backward pass of one micro-batch, or nothing once `target_kl` has ended the round's updates."""
+        if self._target_kl.reached:
+            loss = torch.zeros((), device=self.args.device)
+        else:
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.accelerator.sync_gradients and self.args.target_kl is not None:  # the update's last micro-batch
+            self._end_update(model)
+        return loss
+
+    def _end_update(self, model: nn.Module) -> None:
+        """Leaves the update out if it goes beyond `target_kl`. Trainer counts the step and goes on."""
+        self._target_kl.end_update(self.accelerator)
+        self._metrics["policy/updates_skipped"].append(float(self._target_kl.reached))
+        if self._target_kl.reached:
+            model.zero_grad()
+            # Accelerate's optimizer goes by this: its step does nothing now, not even decay momenta or weights.
+            self.accelerator.gradient_state._set_sync_gradients(False)
 
     def compute_loss(
         self,
@@ -223,7 +261,9 @@ class DDPOTrainer(Trainer):
             loss = loss + self.args.kl_coef * kl.mean()
             metrics["objective/kl"] = kl.detach().mean()
         if batch.on_policy:
-            metrics["val/ratio_deviation"] = self._ratio_deviation(log_probs.detach(), batch)
+            metrics["val/ratio_deviation"] = self._ratio_deviation(log_probs.detach(), batch, inputs["samples"])
+        if self.args.target_kl is not None:
+            self._target_kl.add(metrics["policy/approxkl_avg"])
         for name, value in metrics.items():
             self._metrics[name].append(value)
         return (loss, {"log_probs": log_probs}) if return_outputs else loss
@@ -234,6 +274,7 @@ class DDPOTrainer(Trainer):
 
     def _start_optimising(self, rollout: Rollout) -> None:
         self.rollout = rollout
+        self._target_kl.begin_round()
         for name, value in rollout.metrics.items():
             self._metrics[name].append(value)
         self._training_since = time.perf_counter()
@@ -251,6 +292,11 @@ class DDPOTrainer(Trainer):
             case _:
                 return advantages.normalize_by_batch
 
+    def _populations(self) -> advantages.Populations:
+        if isinstance(self.normalize, advantages.PromptStatistics):
+            return self.normalize.populations
+        return advantages.groups if self.args.advantage_normalization == "group" else advantages.whole_round
+
     def _objective(self, log_probs: Tensor, batch: Transition) -> Objective:
         if self.args.loss_type == "sf":
             return score_function(log_probs, batch.advantages)
@@ -259,11 +305,11 @@ class DDPOTrainer(Trainer):
         old_log_probs = log_probs.detach() if batch.on_policy else batch.log_probs
         return importance_sampling(log_probs, old_log_probs, batch.advantages, self.args.cliprange)
 
-    def _ratio_deviation(self, log_probs: Tensor, batch: Transition) -> Tensor:
+    def _ratio_deviation(self, log_probs: Tensor, batch: Transition, samples: Sequence[int]) -> Tensor:
         """Largest |ratio − 1| of replay to rollout before any update; in the first round a large one is an error."""
         if self.state.global_step == self._initial_global_step:
-            difference = log_prob_difference(self.args, log_probs, batch.log_probs, batch.latents)
-            if problem := replay_problem(self.args, batch.step, difference, batch.latents.dtype):
+            origins = [self.rollout.origin(sample) for sample in samples]
+            if problem := replay_problem(self._policy, batch, log_probs, origins):
                 raise RuntimeError(problem)
         return (torch.exp(log_probs - batch.log_probs) - 1).abs().max()
 
@@ -271,7 +317,9 @@ class DDPOTrainer(Trainer):
         """Scores two images made in one denoising step: a faulty reward function is refused at construction."""
         with self.accelerator.autocast():
             images = self._policy.sample(trial, max_steps=1).images
-        self.scorer.submit(images, trial.prompts, [metadata] * 2, when="trial at construction").result()
+        scorers = [self.scorer] if self.eval_scorer is None else [self.scorer, self.eval_scorer]
+        scores = [scorer.submit(images, trial.prompts, [metadata] * 2, "trial at construction") for scorer in scorers]
+        first_problem(scores, raises=True)  # whatever on_invalid_reward says: here it is a mistake
 
     # ---- Logging ----
 
@@ -311,27 +359,7 @@ class DDPOTrainer(Trainer):
         Raises:
             `ValueError`: If there are no prompts.
         """
-        pairs = self.eval_prompts if prompts is None else prompt_pairs(prompts, "prompts")
-        if pairs is None:
-            raise ValueError("There are no prompts to sample: give `prompts` here or `eval_prompts` to the trainer.")
-        rows: list[tuple[str, Tensor, Tensor]] = []
-        with self.accelerator.split_between_processes(list(enumerate(pairs))) as share:
-            size = self.args.per_device_sample_batch_size
-            for first in range(0, len(share), size):
-                rows += self._generate_batch(share[first : first + size])
-        if self.accelerator.num_processes > 1:
-            rows = gather_object(rows)
-        texts, images, rewards = zip(*rows, strict=True)
-        return Samples(list(texts), torch.stack(images), torch.stack(rewards))
-
-    def _generate_batch(self, share: Sequence[tuple[int, tuple[str, Any]]]) -> list[tuple[str, Tensor, Tensor]]:
-        prompts = [prompt for _, (prompt, _) in share]
-        metadata = [metadata for _, (_, metadata) in share]
-        seeds = [derived_seed(self.args.seed, Stream.EVALUATION, index) for index, _ in share]
-        with self.accelerator.autocast():
-            images = self._policy.generate(self._policy.context(prompts, metadata, seeds))
-        rewards = self.scorer.submit(images, prompts, metadata, when="evaluation").result()
-        return list(zip(prompts, images.cpu(), rewards, strict=True))
+        return self._evaluator.generate(self._pairs_to_evaluate(prompts))
 
     def evaluate(
         self,
@@ -340,30 +368,57 @@ class DDPOTrainer(Trainer):
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
         """
-        Mean reward of [`~DDPOTrainer.generate_samples`].
+        Measures the pipeline on `eval_prompts`, with its own scheduler, and what the training sampler makes of them.
+
+        Each prompt gives two images, from one seed: one as [`~DDPOTrainer.generate_samples`] makes it, and one by the
+        sampler of the training rounds, so an evaluation costs twice the images and reward queries that it has prompts.
+        `metric_for_best_model` may name any of the figures. Trackers show them as `eval/reward` and so on.
 
         Args:
             eval_dataset (`datasets.Dataset` or `list[str]`, *optional*):
-                The prompts, `eval_prompts` by default.
+                The prompts, `eval_prompts` by default. A prompt given several times gets as many images.
             ignore_keys (`list[str]`, *optional*):
                 Not used: there are no model outputs to drop.
             metric_key_prefix (`str`, *optional*, defaults to `"eval"`):
                 Prefix of the metrics.
 
         Returns:
-            `{prefix}_reward`, `{prefix}_reward_std` and `{prefix}_rewards/<name>/mean`.
+            `dict` with
+
+            - `{prefix}_reward`, `{prefix}_reward_std`: mean and standard deviation of the reward.
+            - `{prefix}_rewards/<name>/mean`, `{prefix}_rewards/<name>/std`: those of each reward function, the
+              held-out `eval_reward_fns` among them.
+            - `{prefix}_reward_sde_gap`: mean reward under the training sampler less `{prefix}_reward`: what training
+              reports and users don't get.
+            - `{prefix}_diversity`: root mean square distance, in [0, 1], between images of the same prompt, averaged
+              over the prompts that are given at least twice. Absent if there are none.
         """
-        rewards = self.generate_samples(eval_dataset).rewards
-        totals = self.scorer.total(rewards)
-        metrics = {
-            f"{metric_key_prefix}_reward": totals.mean().item(),
-            f"{metric_key_prefix}_reward_std": totals.std(correction=0).item(),
-        }
-        for column, name in enumerate(self.scorer.names):
-            metrics[f"{metric_key_prefix}_rewards/{name}/mean"] = rewards[:, column].mean().item()
+        steps = None
+        if self.plan.window_size is not None:  # the training sampler is that of the last round
+            last_round = max(0, self.state.global_step // self.plan.updates_per_round - 1)
+            steps = self.plan.trained_steps(last_round, self.args.seed)
+        metrics = self._evaluator.metrics(self._pairs_to_evaluate(eval_dataset), steps, metric_key_prefix)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    @property
+    def _evaluator(self) -> Evaluator:
+        return Evaluator(
+            policy=self._policy,
+            scorer=self.scorer,
+            held_out=self.eval_scorer,
+            drop_invalid=self.args.on_invalid_reward == "drop",
+            accelerator=self.accelerator,
+            seed=self.args.seed,
+            batch_size=self.args.per_device_sample_batch_size,
+        )
+
+    def _pairs_to_evaluate(self, prompts: Dataset | Sequence[str] | None) -> Sequence[PromptPair]:
+        pairs = self.eval_prompts if prompts is None else prompt_pairs(prompts, "prompts")
+        if pairs is None:
+            raise ValueError("There are no prompts to sample: give `prompts` here or `eval_prompts` to the trainer.")
+        return pairs
 
     # ---- Saving ----
 
@@ -377,14 +432,58 @@ class DDPOTrainer(Trainer):
             file.write(self.args.to_json_string())
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        if isinstance(self.normalize, advantages.PromptStatistics) and self.args.should_save:
-            folder = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            with open(os.path.join(self._get_output_dir(trial), folder, PROMPT_STATISTICS_NAME), "w") as file:
+        """Writes a checkpoint beside, and names it when it is complete: a run that is killed leaves no half of one."""
+        run_directory = self._get_output_dir(trial)
+        self._staging = os.path.join(run_directory, checkpoints.STAGING_NAME)
+        folder = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        staged, final = (os.path.join(place, folder) for place in (self._staging, run_directory))
+        if self.args.should_save:
+            checkpoints.clear(self._staging)
+        self.accelerator.wait_for_everyone()
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._staging = None
+        if self.state.best_model_checkpoint == staged:
+            self.state.best_model_checkpoint = final
+        if self.args.should_save:
+            self._save_round(staged)
+        self.accelerator.wait_for_everyone()  # all have written their part
+        if self.args.should_save:
+            checkpoints.publish(staged, final)
+            rotate_checkpoints(
+                run_directory, self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True
+            )
+        self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(final)
+
+    def _save_round(self, directory: str) -> None:
+        """What Trainer does not know of: the batch plan, the prompts' state, the rewards remembered of each prompt."""
+        self.state.save_to_json(os.path.join(directory, TRAINER_STATE_NAME))  # with the final name of the best one
+        with open(os.path.join(directory, PLAN_NAME), "w") as file:
+            json.dump(dataclasses.asdict(self.plan), file)
+        torch.save(self.prompts.state_dict(), os.path.join(directory, PROMPTS_NAME))
+        if isinstance(self.normalize, advantages.PromptStatistics):
+            with open(os.path.join(directory, PROMPT_STATISTICS_NAME), "w") as file:
                 json.dump(self.normalize.state_dict(), file)
 
+    def _get_output_dir(self, trial: Any) -> str:
+        return self._staging or super()._get_output_dir(trial)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self._staging is None:  # Trainer would upload while the folder is being renamed
+            super()._push_from_checkpoint(checkpoint_folder)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        with open(os.path.join(resume_from_checkpoint, PLAN_NAME)) as file:
+            saved = json.load(file)
+        plan = json.loads(json.dumps(dataclasses.asdict(self.plan)))  # tuples as lists, as they were saved
+        for change in checkpoints.changes(saved, plan):
+            logger.warning(f"Resuming from {resume_from_checkpoint}: {change}")
         self._policy.load(resume_from_checkpoint)
+        prompts = torch.load(os.path.join(resume_from_checkpoint, PROMPTS_NAME), weights_only=True)
+        self.prompts.load_state_dict(prompts)
         if isinstance(self.normalize, advantages.PromptStatistics):
             with open(os.path.join(resume_from_checkpoint, PROMPT_STATISTICS_NAME)) as file:
                 self.normalize.load_state_dict(json.load(file))

@@ -1,0 +1,95 @@
+"""What is kept where: recorded steps and networks leave the GPU on demand, and the plan says what a round takes."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+
+from conftest import brightness, tiny_pipeline
+from ddpo_trl import DDPOTrainer
+from ddpo_trl.doctor import storage_bytes
+from ddpo_trl.types import Step
+
+
+PROMPTS = ["cat", "dog", "owl"]
+
+
+def weights(trainer: DDPOTrainer) -> list[torch.Tensor]:
+    return [parameter.detach().clone() for parameter in trainer.model.parameters() if parameter.requires_grad]
+
+
+@pytest.mark.parametrize(
+    "option", ["offload_rollout", "offload_vae", "offload_text_encoders", "gradient_checkpointing"]
+)
+def test_what_saves_memory_changes_no_result(make_config, option):
+    runs = []
+    for config in (make_config(), make_config(**{option: True})):
+        trainer = DDPOTrainer(config, brightness, PROMPTS, tiny_pipeline())
+        trainer.train()
+        runs.append(weights(trainer))
+    for plain, saving in zip(*runs, strict=True):
+        assert (
+            torch.allclose(plain, saving, atol=1e-6)
+            if option == "gradient_checkpointing"
+            else torch.equal(plain, saving)
+        )
+
+
+def test_an_offloaded_rollout_is_on_the_cpu_and_its_micro_batches_where_the_advantages_are(make_config, monkeypatch):
+    devices = []
+    original = Step.to
+
+    def to(step: Step, device: str) -> Step:
+        devices.append(device)
+        return original(step, device)
+
+    monkeypatch.setattr(Step, "to", to)
+    trainer = DDPOTrainer(make_config(offload_rollout=True), brightness, PROMPTS, tiny_pipeline())
+    trainer.train()
+    assert devices == ["cpu"] * 4 * 2  # four steps of two batches
+    elsewhere = dataclasses.replace(trainer.rollout, advantages=trainer.rollout.advantages.to("meta"))
+    batch = elsewhere.transition([0, 5], step=1, on_policy=True)
+    assert {batch.latents.device.type, batch.next_latents.device.type, batch.log_probs.device.type} == {"meta"}
+
+
+def test_the_autoencoder_is_at_hand_only_while_images_are_made(make_config):
+    pipeline = tiny_pipeline()
+    moves = []
+    original = pipeline.vae.to
+
+    def to(device: Any, dtype: Any = None) -> Any:
+        moves.append(str(device))
+        return original(device, dtype)
+
+    pipeline.vae.to = to
+    trainer = DDPOTrainer(make_config(offload_vae=True, num_sample_batches=1), brightness, PROMPTS, pipeline)
+    moves.clear()  # the trial at construction
+    trainer.train()
+    assert moves == ["cpu", "cpu"]  # to the denoiser's device, which is the CPU here, and back
+    trainer.generate_samples(["cat"])
+    assert len(moves) == 4
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"pipeline_inputs": ["ip_adapter_image"]}, "offload_vae is True, but .* encodes images in training too")],
+)
+def test_an_autoencoder_that_training_needs_is_not_sent_away(make_config, settings, message):
+    with pytest.raises(ValueError, match=message):
+        pairs = [("cat", dict.fromkeys(settings["pipeline_inputs"]))]
+        DDPOTrainer(make_config(offload_vae=True, **settings), brightness, pairs, tiny_pipeline())
+
+
+@pytest.mark.parametrize("settings", [{}, {"sde_window_size": 2}, {"train_timestep_range": [0.0, 0.5]}])
+def test_the_plan_states_the_memory_of_a_round(make_config, settings):
+    trainer = DDPOTrainer(make_config(**settings), brightness, PROMPTS, tiny_pipeline())
+    trainer.train()
+    states = [
+        tensor
+        for batch in trainer.rollout.batches
+        for step in batch.steps.values()
+        for tensor in (step.latents, step.next_latents)
+    ]
+    assert trainer.plan.rollout_bytes == storage_bytes(states)
+    assert "memory of the recorded steps" in str(trainer.plan)
