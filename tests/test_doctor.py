@@ -168,6 +168,36 @@ def test_an_option_that_acts_by_the_position_in_the_loop_is_found_out(make_confi
     assert report.replay_differences[0] == 0.0
 
 
+def test_an_option_that_acts_on_later_steps_only_is_found_out_at_a_small_difference(make_config):
+    case = CASES["Stable Diffusion 3"]
+    options = {**case.pipeline_kwargs, "skip_guidance_layers": [0]}
+    report = check_pipeline(case.build(0), make_config(num_inference_steps=10, pipeline_kwargs=options), PROMPTS)
+    assert report.problem is not None and "position in the loop" in report.problem
+
+
+def test_every_trainable_step_is_asked_for_a_gradient():
+    """As Wan 2.2, which hands over to another network half-way through."""
+    pipeline: Any = tiny_pipeline()
+    forward = pipeline.unet.forward
+
+    def hand_over(sample, timestep, *args, **kwargs):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and float(timestep) > 500):
+            return forward(sample, timestep, *args, **kwargs)
+
+    pipeline.unet.forward = hand_over
+    report = check_pipeline(pipeline, prompts=PROMPTS)
+    assert report.problem is not None
+    assert "No gradient reaches the adapter at step 2 of 4" in report.problem
+
+
+def test_a_half_precision_adapter_stays_one():
+    pipeline = tiny_pipeline()
+    pipeline.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]), "mine")
+    pipeline.to(torch.bfloat16)
+    assert check_pipeline(pipeline, prompts=PROMPTS).problem is None
+    assert {parameter.dtype for parameter in pipeline.unet.parameters()} == {torch.bfloat16}
+
+
 def test_steps_without_noise_leave_nothing_to_train_on(make_config):
     pipeline = tiny_pipeline(set_alpha_to_one=True)
     report = check_pipeline(pipeline, make_config(num_inference_steps=1), PROMPTS)

@@ -13,7 +13,7 @@ from conformance.image_pipelines import flux, stable_diffusion_3
 from conformance.newer_pipelines import qwen_image, z_image
 from conftest import tiny_pipeline
 from ddpo_trl import encoding
-from ddpo_trl.encoding import PromptEncoder, join
+from ddpo_trl.encoding import PromptEncoder, check_mask, join
 
 
 PROMPTS = ["cat", "dog", "cat", "owl"]
@@ -437,3 +437,10 @@ def test_text_encoders_are_not_moved_without_offloading():
     log: list[str] = []
     PromptEncoder(Elsewhere(Travelling(log)), offload=False)(["cat"])
     assert log == ["encode"]
+
+
+def test_lengths_without_a_mask_are_refused():
+    """CogView4 pads by itself and masks nothing: a sample would depend on the longest prompt beside it."""
+    with pytest.raises(ValueError, match=r"different lengths and no mask.*sample_batch_size and per_device_train"):
+        check_mask((torch.zeros(2, 7, 16), torch.zeros(2, 16)), length=7)
+    check_mask((torch.zeros(2, 7, 16), torch.ones(2, 7)), length=7)

@@ -1,6 +1,7 @@
 """The adapter: on all attention projections and nothing else, saved for the loaders that others have."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 
 from conformance.image_pipelines import PIXART_KWARGS, flux, pixart_sigma, stable_diffusion, stable_diffusion_3
 from conformance.newer_pipelines import flux2_klein, hunyuan_dit, kandinsky, qwen_image, z_image
+from conftest import tiny_pipeline
 from ddpo_trl.lora import (
     ADAPTER_NAME,
     adapters_off,
@@ -251,3 +253,39 @@ def test_an_adapter_of_another_config_is_refused(tmp_path, build):
     other = trained(build, LoraConfig(r=4, target_modules=["to_q"]))
     with pytest.raises(ValueError, match=rf"holds {weights} LoRA weights .* Resume with the LoRA config"):
         load_adapter(other, ADAPTER_NAME, tmp_path)
+
+
+# ---- Adapters that would be saved otherwise than they are used ----
+
+
+def carrying(weight: float = 1.0, use_rslora: bool = False) -> Any:
+    pipeline: Any = tiny_pipeline()
+    config = LoraConfig(r=2, lora_alpha=4, target_modules=["to_q"], use_rslora=use_rslora)
+    pipeline.unet.add_adapter(config, "mine")
+    if weight != 1:
+        pipeline.set_adapters("mine", weight)
+    return pipeline
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_an_adapter_of_weight_one_is_taken(use_rslora):
+    assert put_on_adapter(carrying(use_rslora=use_rslora), None) == "mine"
+
+
+def test_an_adapter_with_another_weight_is_refused():
+    with pytest.raises(ValueError, match=r"mine has the weight 0\.3, .*set_adapters\('mine'\)"):
+        put_on_adapter(carrying(0.3), None)
+
+
+def test_an_adapter_that_is_switched_off_is_refused():
+    pipeline = carrying()
+    pipeline.disable_lora()
+    with pytest.raises(ValueError, match=r"mine of pipeline\.unet is switched off.*enable_lora"):
+        put_on_adapter(pipeline, None)
+
+
+def test_an_adapter_on_another_network_is_refused():
+    pipeline: Any = tiny_pipeline()
+    pipeline.text_encoder.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]), "words")
+    with pytest.raises(ValueError, match=r"pipeline\.text_encoder carries an adapter.*missing from what is saved"):
+        put_on_adapter(pipeline, None)

@@ -1,20 +1,31 @@
 """The pipeline as a policy: replay is sampling again, and the user's pipeline stays the user's."""
 
 import copy
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from diffusers import (
     DDIMPipeline,
     DDIMScheduler,
     DiffusionPipeline,
     EulerDiscreteScheduler,
+    FirstBlockCacheConfig,
     PNDMScheduler,
     StableDiffusionPipeline,
     UNet2DModel,
 )
 
-from conformance.image_pipelines import images, stable_diffusion, stable_diffusion_3, stable_diffusion_img2img
+from conformance.image_pipelines import (
+    flux,
+    images,
+    stable_diffusion,
+    stable_diffusion_3,
+    stable_diffusion_img2img,
+    stable_diffusion_xl,
+)
 from conformance.newer_pipelines import kandinsky
 from conftest import tiny_pipeline
 from ddpo_trl import DDPOConfig
@@ -311,10 +322,12 @@ def test_pipeline_kwargs_reach_the_pipeline_in_sampling_and_replay(make_config):
     assert torch.equal(replayed, step.log_probs)
 
 
-def test_the_pipelines_own_negative_prompts_may_be_a_list(make_config):
-    pipeline = tiny_pipeline()
+def test_every_sample_may_have_its_own_negative_prompt(make_config):
     negatives = ["dull", "red", "dull", ""]
-    policy = make_policy(pipeline, make_config(pipeline_kwargs={"negative_prompt": negatives}))
+    pipeline = tiny_pipeline()
+    policy = make_policy(pipeline, make_config(pipeline_inputs=["negative_prompt"]))
+    metadata = [{"negative_prompt": text} for text in negatives]
+    ours = policy.sample(policy.context(PROMPTS, metadata, SEEDS), record=[1])
     theirs = pipeline(
         PROMPTS,
         negative_prompt=negatives,
@@ -324,7 +337,80 @@ def test_the_pipelines_own_negative_prompts_may_be_a_list(make_config):
         eta=1.0,
         output_type="pt",
     ).images
-    assert torch.allclose(policy.sample(CONTEXT).images, theirs, atol=1e-6)
+    assert torch.allclose(ours.images, theirs, atol=1e-6)
+    # in training the samples come in another order, and each keeps its own
+    order = [2, 0, 3, 1]
+    step = ours.steps[1]
+    shuffled = policy.context([PROMPTS[k] for k in order], [metadata[k] for k in order], [SEEDS[k] for k in order])
+    replayed, _ = policy(1, step.latents[order], step.next_latents[order], shuffled)
+    assert torch.allclose(replayed, step.log_probs[order], atol=1e-6)
+
+
+def test_a_list_of_texts_for_all_batches_is_refused(make_config):
+    with pytest.raises(ValueError, match="pipeline_kwargs holds a list for negative_prompt, .*pipeline_inputs"):
+        make_policy(tiny_pipeline(), make_config(pipeline_kwargs={"negative_prompt": ["dull"] * 4}))
+
+
+def test_eta_scales_the_noise_of_every_step(make_config):
+    whole, less = (make_policy(tiny_pipeline(), make_config(eta=eta)).survey(CONTEXT).stds for eta in (1.0, 0.3))
+    assert less == pytest.approx([0.3 * std for std in whole], rel=1e-5)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize(("sde_type", "noise_level"), [("sde", 0.7), ("sde", 0.3), ("cps", 0.5)])
+def test_the_settings_of_flow_matching_reach_the_sampler(make_config, sde_type, noise_level, reduction):
+    pipeline = stable_diffusion_3(0)
+    config = make_config(
+        sde_type=sde_type,
+        noise_level=noise_level,
+        log_prob_reduction=reduction,
+        pipeline_kwargs={"max_sequence_length": 16},
+    )
+    policy = make_policy(pipeline, config)
+    batch = policy.sample(CONTEXT, record=range(4))
+    pipeline.scheduler.set_timesteps(4)
+    sigmas = pipeline.scheduler.sigmas.tolist()
+    assert sorted(batch.steps) == [0, 1, 2]
+    for index, step in batch.steps.items():
+        sigma, next_sigma = sigmas[index : index + 2]
+        if sde_type == "cps":
+            std = next_sigma * np.sin(noise_level * np.pi / 2)
+        else:
+            std = noise_level * np.sqrt(sigma * (sigma - next_sigma) / max(1 - sigma, sigma - next_sigma))
+        replayed, _ = policy(index, step.latents, step.next_latents, CONTEXT)
+        assert torch.equal(replayed, step.log_probs)
+        # The mean log-density of n normal numbers is -log std - log sqrt(2 pi e), its standard error sqrt(1 / 2n).
+        dimensions = step.latents[0].numel()
+        per_dimension = step.log_probs.mean().item() / (dimensions if reduction == "sum" else 1)
+        expected = -np.log(std) - 0.5 * np.log(2 * np.pi * np.e)
+        assert abs(per_dimension - expected) < 4 / np.sqrt(2 * dimensions * len(PROMPTS))
+
+
+def test_steps_that_a_pipeline_never_runs_are_named(make_config):
+    policy = make_policy(stable_diffusion_xl(0), make_config(pipeline_kwargs={"denoising_end": 0.6}))
+    with pytest.raises(RuntimeError, match=r"ended without running the steps \[2\] of its .*train_timestep_range"):
+        policy.sample(CONTEXT, record=range(4))
+
+
+def test_a_denoiser_that_reuses_earlier_steps_is_refused(make_config):
+    pipeline: Any = flux(0)
+    pipeline.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
+    with pytest.raises(ValueError, match=r"reuses what it computed in earlier steps.*disable_cache"):
+        make_policy(pipeline, make_config())
+
+
+def test_a_pipeline_with_offloading_hooks_is_refused(make_config):
+    pipeline: Any = tiny_pipeline()
+    add_hook_to_module(pipeline.unet, ModelHook())
+    with pytest.raises(ValueError, match=r"pipeline\.unet is offloaded by accelerate's hooks.*remove_all_hooks"):
+        make_policy(pipeline, make_config())
+
+
+def test_a_wrapped_denoiser_is_refused_with_the_remedy(make_config):
+    pipeline: Any = tiny_pipeline()
+    pipeline.unet = torch.compile(pipeline.unet)
+    with pytest.raises(ValueError, match=r"pipeline\.unet is a OptimizedModule.*pipeline\.unet\.compile\(\)"):
+        make_policy(pipeline, make_config())
 
 
 def test_offloaded_text_encoders_make_the_same_images(make_config):

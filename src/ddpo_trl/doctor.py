@@ -1,5 +1,6 @@
 """Whether a pipeline can be a policy: tried out on a few steps, and told in one sentence where it can't."""
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,6 +23,9 @@ from ddpo_trl.lora import (
 from ddpo_trl.policy import Policy
 from ddpo_trl.types import SampledBatch, Transition
 
+
+# A replay in the batch that was sampled runs the same kernels on the same shapes: in no dtype does it differ by more.
+SAME_BATCH_TOLERANCE = 1e-5
 
 # Images may leave [0, 1] by rounding.
 RANGE_TOLERANCE = 0.01
@@ -126,7 +130,8 @@ def check_pipeline(
     Returns:
         [`PipelineReport`], whose `problem` is `None` if the pipeline can be trained.
     """
-    config = config or DDPOConfig(num_inference_steps=4)
+    config = copy.copy(config or DDPOConfig(num_inference_steps=4))
+    config.offload_text_encoders = config.offload_vae = False  # the pipeline stays where it is
     report = PipelineReport(pipeline=type(pipeline).__name__)
     try:
         with untouched(pipeline):
@@ -200,13 +205,22 @@ def _examine_replay(report: PipelineReport, policy: Policy, batch: SampledBatch)
             context=batch.context,
             on_policy=True,
         )
-        with torch.no_grad():
-            replayed, _ = policy(index, transition.latents, transition.next_latents, batch.context)
-        report.replay_differences[index] = log_prob_difference(
-            policy.settings, replayed, transition.log_probs, transition.latents
-        )
+        replayed, _ = policy(index, transition.latents, transition.next_latents, batch.context)
+        difference = log_prob_difference(policy.settings, replayed, transition.log_probs, transition.latents)
+        report.replay_differences[index] = difference
         if report.problem is None:
             report.problem = replay_problem(policy, transition, replayed, [batch] * len(batch.context))
+        if report.problem is None and not difference <= SAME_BATCH_TOLERANCE:
+            report.problem = (
+                f"Step {index} has another log-probability in training than in sampling, by {difference:.2g} per "
+                "latent dimension, although the batch is the same. Look for arguments in pipeline_kwargs that act by "
+                "the position in the loop (skip_guidance_layers, ...)."
+            )
+        if report.problem is None and not replayed.requires_grad:
+            report.problem = (
+                f"No gradient reaches the adapter at step {index} of {len(report.stds)}: the pipeline runs another "
+                "network there, or the denoiser without gradients. Leave such steps out with train_timestep_range."
+            )
 
 
 def _examine_gradients(report: PipelineReport, policy: Policy, batch: SampledBatch) -> None:
@@ -214,9 +228,6 @@ def _examine_gradients(report: PipelineReport, policy: Policy, batch: SampledBat
     step = batch.steps[index]
     with torch.enable_grad(), counted_activations(policy) as kept:
         log_probs, _ = policy(index, step.latents, step.next_latents, batch.context)
-    if not log_probs.requires_grad:
-        report.problem = "No gradient reaches the adapter: the pipeline runs its denoiser without."
-        return
     trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     gradients = torch.autograd.grad(log_probs.sum(), trained, allow_unused=True)
     report.training_bytes = storage_bytes(kept) // len(batch.context)
@@ -264,16 +275,21 @@ def counted_activations(module: nn.Module) -> Iterator[list[Tensor]]:
 def untouched(pipeline: DiffusionPipeline) -> Iterator[None]:
     """Takes back what the trial does to the pipeline's networks: an adapter, frozen weights, evaluation mode."""
     networks = [component for component in pipeline.components.values() if isinstance(component, nn.Module)]
-    trainable = [(parameter, parameter.requires_grad) for network in networks for parameter in network.parameters()]
+    without_adapter = [network for network in networks if not adapter_layers(network)]
+    weights = [
+        (parameter, parameter.requires_grad, parameter.dtype)
+        for network in networks
+        for parameter in network.parameters()
+    ]
     training = [(module, module.training) for network in networks for module in network.modules()]
-    had_adapter = any(adapter_layers(network) for network in networks)
     try:
         yield
     finally:
-        for network in networks:
-            if not had_adapter and adapter_layers(network):
+        for network in without_adapter:
+            if adapter_layers(network):
                 take_off_adapter(network)
-        for parameter, requires_grad in trainable:
+        for parameter, requires_grad, dtype in weights:
             parameter.requires_grad_(requires_grad)
+            parameter.data = parameter.data.to(dtype)  # an adapter's, which trains in float32
         for module, was_training in training:
             module.training = was_training

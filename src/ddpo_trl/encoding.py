@@ -89,6 +89,7 @@ class PromptEncoder:
             shortest, longest = lengths.index(min(lengths)), lengths.index(max(lengths))
             if lengths[shortest] < lengths[longest]:
                 self._ragged_example = self._encode_together(calls[shortest], calls[longest])
+                check_mask(self._ragged_example, lengths[longest])
         return join(embeddings, self._ragged_example)
 
     def _encode_together(self, *calls: inspect.BoundArguments) -> Any:
@@ -214,6 +215,24 @@ def with_masks(embeddings: Sequence[tuple[Any, ...]], ragged_example: Any) -> Se
         )
         for embedding, length in zip(embeddings, lengths, strict=True)
     ]
+
+
+def check_mask(embeddings: Any, length: int) -> None:
+    """
+    Raises a `ValueError` if nothing tells padding from text: a sample would depend on the longest prompt beside it.
+
+    Args:
+        embeddings:
+            What `encode_prompt` returned for prompts of different length.
+        length (`int`):
+            Of the longest.
+    """
+    values = embeddings if isinstance(embeddings, tuple) else (embeddings,)
+    if not any(isinstance(value, Tensor) and value.ndim == 2 and value.shape[1] == length for value in values):
+        raise ValueError(
+            "The pipeline's prompt embeddings have different lengths and no mask, so a sample would depend on the "
+            "longest prompt beside it. Set per_device_sample_batch_size and per_device_train_batch_size to 1."
+        )
 
 
 def padded(rows: Sequence[Tensor]) -> list[Tensor]:

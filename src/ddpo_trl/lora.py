@@ -20,6 +20,7 @@ from peft import (
     inject_adapter_in_model,
     set_peft_model_state_dict,
 )
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -88,6 +89,12 @@ def denoiser_name(pipeline: DiffusionPipeline) -> str:
     for name in ("unet", "transformer"):
         if isinstance(pipeline.components.get(name), ModelMixin):
             return name
+    for name in ("unet", "transformer"):
+        if isinstance(pipeline.components.get(name), nn.Module):
+            raise ValueError(
+                f"pipeline.{name} is a {type(pipeline.components[name]).__name__}, which wraps a diffusers model. "
+                f"Leave the model itself in the pipeline; to compile it, call `pipeline.{name}.compile()`."
+            )
     raise ValueError(
         f"pipeline is a {type(pipeline).__name__} with the components {', '.join(pipeline.components)}; it needs a "
         "denoiser named 'unet' or 'transformer'."
@@ -148,6 +155,7 @@ def put_on_adapter(pipeline: DiffusionPipeline, peft_config: PeftConfig | None) 
             f"The pipeline has several active adapters ({', '.join(active)}), and one is trained. Choose it with "
             "`pipeline.set_adapters(name)`."
         )
+    _check_adapters(pipeline, active)
     if not active:
         _add_adapter(denoiser, peft_config or default_lora_config(denoiser))
         active = [ADAPTER_NAME]
@@ -155,6 +163,32 @@ def put_on_adapter(pipeline: DiffusionPipeline, peft_config: PeftConfig | None) 
         layer.set_adapter(active[0])  # lets its weights require gradients again
     cast_training_params(denoiser, torch.float32)
     return active[0]
+
+
+def _check_adapters(pipeline: DiffusionPipeline, active: list[str]) -> None:
+    """Raises a `ValueError` for adapters that would be trained or saved otherwise than they are used."""
+    name = denoiser_name(pipeline)
+    for other, component in pipeline.components.items():
+        if other != name and isinstance(component, nn.Module) and adapter_layers(component):
+            raise ValueError(
+                f"pipeline.{other} carries an adapter, which would act in training and be missing from what is saved. "
+                f"Load the weights of pipeline.{name} only, or merge the others into pipeline.{other} for good."
+            )
+    for layer in adapter_layers(pipeline.components[name]):
+        if layer.disable_adapters:
+            raise ValueError(
+                f"The adapter {', '.join(active)} of pipeline.{name} is switched off. Switch it on with "
+                "`pipeline.enable_lora()`, or take it away with `pipeline.unload_lora_weights()`."
+            )
+        for adapter in active if isinstance(layer, LoraLayer) else []:
+            config = pipeline.components[name].peft_config[adapter]
+            rank = layer.r[adapter]
+            weight = layer.scaling[adapter] * (rank**0.5 if config.use_rslora else rank) / layer.lora_alpha[adapter]
+            if abs(weight - 1) > 1e-6:
+                raise ValueError(
+                    f"The adapter {adapter} has the weight {weight:g}, which the saved file would not have. Set it to "
+                    f"1 with `pipeline.set_adapters({adapter!r})`."
+                )
 
 
 def _add_adapter(denoiser: nn.Module, peft_config: PeftConfig) -> None:

@@ -7,10 +7,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, ModelMixin
+from diffusers import CacheMixin, DiffusionPipeline, ModelMixin
+from torch import nn
 
 from ddpo_trl.config import OWN_PIPELINE_ARGUMENTS, DDPOConfig
-from ddpo_trl.encoding import PromptEncoder
+from ddpo_trl.encoding import PER_SAMPLE_PREFIXES, PromptEncoder
 from ddpo_trl.lora import denoiser_name
 from ddpo_trl.schedulers import PolicyScheduler, Replay
 
@@ -41,6 +42,14 @@ def check_call(pipeline: DiffusionPipeline, config: DDPOConfig) -> None:
                 f"{field} holds {', '.join(unknown)}, which the __call__ of {name} does not take. It takes "
                 f"{', '.join(parameters)}."
             )
+    assert not isinstance(config.pipeline_kwargs, str), "DDPOConfig parses strings"
+    for argument, value in (config.pipeline_kwargs or {}).items():
+        if isinstance(value, list | tuple) and argument.startswith(PER_SAMPLE_PREFIXES):
+            raise ValueError(
+                f"pipeline_kwargs holds a list for {argument}, but batches are made of other samples in training than "
+                f"in sampling. Give one text for all, or name {argument} in pipeline_inputs and return it with the "
+                "metadata of each prompt."
+            )
     given = {*OWN_PIPELINE_ARGUMENTS, *(config.pipeline_kwargs or ()), *(config.pipeline_inputs or ())}
     if lacking := [argument for argument in parameters if is_required(parameters[argument]) and argument not in given]:
         raise ValueError(
@@ -64,6 +73,18 @@ def _check_parts(pipeline: DiffusionPipeline, config: DDPOConfig) -> None:
             f"pipeline is a {name} without a method prepare_latents: there is no place to hand it the state of a step "
             "that is trained on."
         )
+    denoiser = pipeline.components[denoiser_name(pipeline)]
+    if isinstance(denoiser, CacheMixin) and denoiser.is_cache_enabled:
+        raise ValueError(
+            f"The denoiser of {name} reuses what it computed in earlier steps, which a single replayed step can't. "
+            "Switch it off with `disable_cache()`."
+        )
+    for component_name, component in pipeline.components.items():
+        if isinstance(component, nn.Module) and "_hf_hook" in vars(component):
+            raise ValueError(
+                f"pipeline.{component_name} is offloaded by accelerate's hooks, which would move it away between two "
+                "steps of training. Call `pipeline.remove_all_hooks()`, and set offload_text_encoders or offload_vae."
+            )
     if config.offload_vae and ("vae" not in pipeline.components or config.pipeline_inputs):
         reason = "encodes images in training too" if config.pipeline_inputs else "has no component named vae"
         raise ValueError(f"offload_vae is True, but {name} {reason}. Set it to False.")
@@ -72,6 +93,17 @@ def _check_parts(pipeline: DiffusionPipeline, config: DDPOConfig) -> None:
             f"offload_text_encoders is True, but {name} has no method encode_prompt whose results could be kept. Set "
             "it to False."
         )
+
+
+def move(pipeline: DiffusionPipeline, device: torch.device, config: DDPOConfig) -> None:
+    """Moves a pipeline to a device, but for what waits in CPU memory."""
+    if not (config.offload_text_encoders or config.offload_vae):
+        pipeline.to(device)  # knows what must not be moved, such as quantised networks
+        return
+    for name, component in pipeline.components.items():
+        waits = (config.offload_text_encoders and "text_encoder" in name) or (config.offload_vae and name == "vae")
+        if isinstance(component, nn.Module) and not waits:
+            component.to(device)
 
 
 def call_with_grad(pipeline_class: type[DiffusionPipeline]) -> Callable[..., Any]:

@@ -199,6 +199,12 @@ class Policy(nn.Module):
         with self.scheduler.acting(source):
             images = self._run_to_images(self.policy_pipeline, context, generators)
         steps = source.steps
+        noisy = [step for step, std in enumerate(self.scheduler.stds) if std > 0 and source.is_stochastic(step)]
+        if never_run := [step for step in noisy if max_steps is None and step in record and step not in steps]:
+            raise RuntimeError(
+                f"{type(self.pipeline).__name__} ended without running the steps {never_run} of its schedule. Leave "
+                "them out with train_timestep_range, or take denoising_end and the like out of pipeline_kwargs."
+            )
         if self.settings.offload_rollout:
             steps = {index: step.to("cpu") for index, step in steps.items()}
         return SampledBatch(context=context, images=images, steps=steps, conditions=self.conditions(stochastic))

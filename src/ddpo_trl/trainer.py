@@ -30,6 +30,7 @@ from ddpo_trl.loader import RolloutLoader
 from ddpo_trl.lora import freeze_all_but_denoiser, put_on_adapter
 from ddpo_trl.model_card import write_model_card
 from ddpo_trl.objectives import importance_sampling, score_function
+from ddpo_trl.pipelines import move
 from ddpo_trl.plan import plan_batches
 from ddpo_trl.policy import Policy
 from ddpo_trl.prompts import PromptFunction, PromptPair, prompt_pairs, prompt_source
@@ -153,7 +154,7 @@ class DDPOTrainer(Trainer):
         else:
             adapter = None
             freeze_all_but_denoiser(pipeline, peft_config)
-        pipeline = pipeline.to(args.device)
+        move(pipeline, args.device, args)
         policy = Policy(pipeline, args, adapter)
         prompt, metadata = self.prompts.preview(1)[0]
         trial_seeds = [derived_seed(args.seed, Stream.EVALUATION, index) for index in range(2)]
@@ -255,6 +256,11 @@ class DDPOTrainer(Trainer):
             context=batch.context,
             with_reference=self.args.kl_coef > 0,
         )
+        if not log_probs.requires_grad:
+            raise RuntimeError(
+                f"No gradient reaches pipeline.{self._policy.denoiser_name} at step {batch.step}: the pipeline runs "
+                "another network there. Leave such steps out with train_timestep_range."
+            )
         objective = self._objective(log_probs, batch)
         loss, metrics = objective.loss, dict(objective.metrics)
         if kl is not None:

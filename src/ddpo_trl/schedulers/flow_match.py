@@ -54,6 +54,8 @@ def sde_mean(latents: Tensor, velocity: Tensor, sigma: float, next_sigma: float,
         std (`float`):
             [`sde_std`] of the step.
     """
+    if std == 0:  # at σ = 0 too
+        return latents + (next_sigma - sigma) * velocity
     predicted_noise = latents + (1 - sigma) * velocity
     return latents + (next_sigma - sigma) * velocity - std**2 / (2 * sigma) * predicted_noise
 
