@@ -256,11 +256,6 @@ class DDPOTrainer(Trainer):
             context=batch.context,
             with_reference=self.args.kl_coef > 0,
         )
-        if not log_probs.requires_grad:
-            raise RuntimeError(
-                f"No gradient reaches pipeline.{self._policy.denoiser_name} at step {batch.step}: the pipeline runs "
-                "another network there. Leave such steps out with train_timestep_range."
-            )
         objective = self._objective(log_probs, batch)
         loss, metrics = objective.loss, dict(objective.metrics)
         if kl is not None:
@@ -268,6 +263,11 @@ class DDPOTrainer(Trainer):
             metrics["objective/kl"] = kl.detach().mean()
         if batch.on_policy:
             metrics["val/ratio_deviation"] = self._ratio_deviation(log_probs.detach(), batch, inputs["samples"])
+        if not log_probs.requires_grad:
+            raise RuntimeError(
+                f"No gradient reaches pipeline.{self._policy.denoiser_name} at step {batch.step}: the pipeline runs "
+                "another network there. Leave such steps out with train_timestep_range."
+            )
         if self.args.target_kl is not None:
             self._target_kl.add(metrics["policy/approxkl_avg"])
         for name, value in metrics.items():
