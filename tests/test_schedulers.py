@@ -19,6 +19,7 @@ from diffusers import (
     EDMDPMSolverMultistepScheduler,
     EDMEulerScheduler,
     EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
     LCMScheduler,
     LMSDiscreteScheduler,
     PNDMScheduler,
@@ -611,3 +612,17 @@ def test_the_remedy_for_clipping_works(option):
     remedied = DDIMScheduler.from_config(scheduler.config, **{option: False})
     policy: Any = policy_scheduler(remedied, eta=1.0)
     assert policy.config[option] is False
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        DDPMScheduler(beta_schedule="sigmoid", clip_sample=False),
+        DDPMScheduler(beta_schedule="laplace", clip_sample=False),
+        HeunDiscreteScheduler(beta_schedule="exp"),
+    ],
+    ids=lambda scheduler: f"{type(scheduler).__name__} {scheduler.config.beta_schedule}",
+)
+def test_betas_that_ddim_does_not_know_are_taken_over(scheduler):
+    policy: Any = policy_scheduler(scheduler, eta=1.0)
+    assert torch.equal(policy.alphas_cumprod, scheduler.alphas_cumprod)

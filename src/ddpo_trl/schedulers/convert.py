@@ -58,6 +58,7 @@ VARIANCE_PRESERVING_SCHEDULERS = (
     TCDScheduler,
     UniPCMultistepScheduler,
 )
+DDIM_BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 
 # Their schedules have one `sigmas` value per step, between 0 and 1, if they are set to flow matching.
@@ -169,6 +170,8 @@ def ddim_policy(scheduler: SchedulerMixin, eta: float) -> PolicyScheduler:
         )
     settings = own_settings(scheduler)
     settings.pop("snr_shift_scale", None)  # CogVideoX's, which is in its ᾱ_t
+    if settings["beta_schedule"] not in DDIM_BETA_SCHEDULES:  # its ᾱ_t are taken over all the same
+        settings["beta_schedule"] = "linear"
     policy = DDIMPolicyScheduler.from_config(settings, clip_sample=False)
     policy.eta = eta
     policy.alphas_cumprod = scheduler.alphas_cumprod
