@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from conftest import tiny_pipeline
+from conftest import brightness, tiny_pipeline
 from ddpo_trl import DDPOConfig, DDPOTrainer
 from ddpo_trl import checkpoints as checkpoint_files
 
@@ -58,10 +58,6 @@ class Prompts:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.count = state["count"]
-
-
-def brightness(images: torch.Tensor, prompts: tuple[str, ...], metadata: tuple[Any, ...]) -> torch.Tensor:
-    return images.flatten(1).mean(1)
 
 
 def make_trainer(directory: Path, rounds: int, **overrides: Any) -> DDPOTrainer:

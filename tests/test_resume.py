@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import kill_a_run
-from conftest import tiny_pipeline
+from conftest import brightness, tiny_pipeline
 from ddpo_trl import DDPOTrainer, checkpoints
 
 
@@ -159,9 +159,9 @@ def test_prompt_functions_without_state_are_resumed_as_well(make_config, tmp_pat
         return "cat", {}
 
     config = make_config(output_dir=str(tmp_path), save_strategy="epoch")
-    DDPOTrainer(config, kill_a_run.brightness, first, tiny_pipeline()).train()
+    DDPOTrainer(config, brightness, first, tiny_pipeline()).train()
     config.num_train_epochs = 2
-    trainer = DDPOTrainer(config, kill_a_run.brightness, first, tiny_pipeline())
+    trainer = DDPOTrainer(config, brightness, first, tiny_pipeline())
     trainer.train(resume_from_checkpoint=True)
     assert trainer.state.global_step == 2
 

@@ -246,10 +246,6 @@ def _examine_gradients(report: PipelineReport, policy: Policy, batch: SampledBat
         )
 
 
-def mebibytes(count: int) -> str:
-    return f"{count / 2**20:.3g} MiB"
-
-
 def storage_bytes(tensors: Sequence[Tensor]) -> int:
     """Memory of tensors, those that share it counted once."""
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}

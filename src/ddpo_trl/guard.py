@@ -633,10 +633,12 @@ def named_modules(policy: Policy) -> list[tuple[str, nn.Module]]:
 
 
 def hooked_modules(policy: Policy) -> list[str]:
+    """Names of the modules with forward hooks."""
     return [name for name, module in named_modules(policy) if module._forward_hooks or module._forward_pre_hooks]
 
 
 def is_dropout(module: nn.Module) -> bool:
+    """Whether a module drops something in training mode."""
     return isinstance(module, DROPOUTS) and module.p > 0
 
 
@@ -670,6 +672,7 @@ def is_same(before: Any, now: Any) -> bool:
 
 
 def setting_name(owner: str, name: str) -> str:
+    """What a user knows a setting by: a field's name for one of the config."""
     match owner:
         case "config":
             return name
@@ -686,6 +689,7 @@ def listed(names: Sequence[str]) -> str:
 
 
 def verb(names: Sequence[str]) -> str:
+    """`"is"` or `"are"`, for a sentence with [`listed`]."""
     return "is" if len(names) == 1 else "are"
 
 

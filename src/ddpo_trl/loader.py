@@ -142,6 +142,7 @@ class RolloutLoader:
     def _sample(self, pairs: list[PromptPair]) -> tuple[list[SampledBatch], list[PendingRewards]]:
         size = self.plan.per_device_sample_batch_size
         steps = self.plan.trained_steps(self.round, self.seed)
+        noisy = self.plan.noisy_steps(self.round, self.seed)
         batches: list[SampledBatch] = []
         pending: list[PendingRewards] = []
         self.progress.sampling_begins(self.round, len(pairs))
@@ -152,15 +153,11 @@ class RolloutLoader:
             seeds = [derived_seed(self.seed, Stream.SAMPLE, self.round, offset + row) for row in range(size)]
             context = self.policy.context(prompts, metadata, seeds)
             with self.accelerator.autocast():
-                batch = self.policy.sample(context, record=steps, stochastic=self._noisy_steps())
+                batch = self.policy.sample(context, record=steps, stochastic=noisy)
             batches.append(batch)
             pending.append(self.scorer.submit(batch.images, prompts, metadata, when=f"round {self.round}"))
             self.progress.sampled(size, [self.scorer.total(scores.marked()) for scores in pending if scores.done()])
         return batches, pending
-
-    def _noisy_steps(self) -> tuple[int, ...] | None:
-        """The SDE window of the round; `None` if all steps get noise."""
-        return None if self.plan.window_size is None else self.plan.trained_steps(self.round, self.seed)
 
     def _own_share(self, values: Any) -> Any:
         """The part of a sequence over all processes' samples that belongs to this process."""

@@ -208,11 +208,11 @@ def take_off_adapter(denoiser: nn.Module) -> None:
 
 def describe_adapter(denoiser: Any, adapter: str) -> str:
     """One line about an adapter: its layers and the number of its weights."""
-    layers = [name for name, module in denoiser.named_modules() if isinstance(module, BaseTunerLayer)]
+    layers = len(adapter_layers(denoiser))
     weights = sum(p.numel() for p in denoiser.parameters() if p.requires_grad)
     targets = denoiser.peft_config[adapter].target_modules
     named = targets if isinstance(targets, str) else ", ".join(sorted(targets))
-    return f"{weights:,} weights on {len(layers)} layers: {named if len(named) < 200 else named[:200] + ' ...'}"
+    return f"{weights:,} weights on {layers} layers: {named if len(named) < 200 else named[:200] + ' ...'}"
 
 
 def freeze_all_but_denoiser(pipeline: DiffusionPipeline, peft_config: PeftConfig | None) -> None:

@@ -11,7 +11,7 @@ from diffusers import CacheMixin, DiffusionPipeline, ModelMixin
 from torch import nn
 
 from ddpo_trl.config import OWN_PIPELINE_ARGUMENTS, DDPOConfig
-from ddpo_trl.encoding import PER_SAMPLE_PREFIXES, PromptEncoder
+from ddpo_trl.encoding import PER_SAMPLE_PREFIXES, PromptEncoder, text_encoders
 from ddpo_trl.lora import denoiser_name
 from ddpo_trl.schedulers import PolicyScheduler, Replay
 
@@ -100,9 +100,9 @@ def move(pipeline: DiffusionPipeline, device: torch.device, config: DDPOConfig) 
     if not (config.offload_text_encoders or config.offload_vae):
         pipeline.to(device)  # knows what must not be moved, such as quantised networks
         return
+    waiting = {*(text_encoders(pipeline) if config.offload_text_encoders else ()), *(["vae"] * config.offload_vae)}
     for name, component in pipeline.components.items():
-        waits = (config.offload_text_encoders and "text_encoder" in name) or (config.offload_vae and name == "vae")
-        if isinstance(component, nn.Module) and not waits:
+        if isinstance(component, nn.Module) and name not in waiting:
             component.to(device)
 
 

@@ -93,6 +93,10 @@ class BatchPlan:
         steps = self.window_size or len(self.trainable_steps)
         return max(1, round(steps * self.timestep_fraction))
 
+    def noisy_steps(self, round: int, seed: int) -> tuple[int, ...] | None:
+        """Indices of the denoising steps that get noise in a round; `None` for all of them, without a window."""
+        return None if self.window_size is None else self.trained_steps(round, seed)
+
     def trained_steps(self, round: int, seed: int) -> tuple[int, ...]:
         """
         Indices of the denoising steps that round `round` of a run with seed `seed` may train on, on every process.

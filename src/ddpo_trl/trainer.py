@@ -399,10 +399,8 @@ class DDPOTrainer(Trainer):
             - `{prefix}_diversity`: root mean square distance, in [0, 1], between images of the same prompt, averaged
               over the prompts that are given at least twice. Absent if there are none.
         """
-        steps = None
-        if self.plan.window_size is not None:  # the training sampler is that of the last round
-            last_round = max(0, self.state.global_step // self.plan.updates_per_round - 1)
-            steps = self.plan.trained_steps(last_round, self.args.seed)
+        last_round = max(0, self.state.global_step // self.plan.updates_per_round - 1)  # whose sampler is meant
+        steps = self.plan.noisy_steps(last_round, self.args.seed)
         metrics = self._evaluator.metrics(self._pairs_to_evaluate(eval_dataset), steps, metric_key_prefix)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)

@@ -20,7 +20,7 @@ from conformance.image_pipelines import IMAGE_CASES, Case
 from conformance.newer_pipelines import NEWER_CASES
 from ddpo_trl import DDPOConfig, DDPOTrainer, check_pipeline
 from ddpo_trl.encoding import text_encoders
-from ddpo_trl.lora import ADAPTER_NAME, has_lora_loader, put_on_adapter, save_adapter
+from ddpo_trl.lora import ADAPTER_NAME, denoiser_name, has_lora_loader, put_on_adapter, save_adapter
 from ddpo_trl.policy import Policy
 from ddpo_trl.schedulers import Sampling
 from ddpo_trl.types import Context
@@ -179,8 +179,9 @@ def saved_adapter_is_reloaded(case: Case) -> None:
 
 
 def load_with_peft(pipeline: DiffusionPipeline, directory: str) -> None:
-    name = "transformer" if "transformer" in pipeline.components else "unet"
-    PeftModel.from_pretrained(pipeline.components[name], directory, adapter_name=ADAPTER_NAME)  # in place
+    PeftModel.from_pretrained(
+        pipeline.components[denoiser_name(pipeline)], directory, adapter_name=ADAPTER_NAME
+    )  # in place
 
 
 def images(pipeline: DiffusionPipeline, case: Case) -> Tensor:

@@ -49,13 +49,20 @@ class DDIMPolicyScheduler(PolicyScheduler, DDIMScheduler):
     @functools.wraps(DDIMScheduler.set_timesteps)  # pipelines read its signature
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
         super().set_timesteps(num_inference_steps, device="cpu")
-        stride = self.config.num_train_timesteps // num_inference_steps
-        self._coefficients = [
-            {stochastic: self._coefficients_at(t, t - stride, self.eta * stochastic) for stochastic in (False, True)}
-            for t in self.timesteps.tolist()
-        ]
+        key = num_inference_steps, self.eta
+        if key not in self._known_coefficients:  # every replay comes through here
+            stride = self.config.num_train_timesteps // num_inference_steps
+            self._known_coefficients[key] = [
+                {noisy: self._coefficients_at(t, t - stride, self.eta * noisy) for noisy in (False, True)}
+                for t in self.timesteps.tolist()
+            ]
+        self._coefficients = self._known_coefficients[key]
         self.begin_schedule()
         self.timesteps = self.timesteps.to(device)
+
+    @functools.cached_property
+    def _known_coefficients(self) -> dict[tuple[int, float], list[dict[bool, DDIMCoefficients]]]:
+        return {}
 
     def std(self, index: int) -> float:
         return self._coefficients[index][True].std
