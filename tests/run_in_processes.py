@@ -1,6 +1,7 @@
-"""A training run for tests/test_processes.py, started by `torchrun` in one process or several."""
+"""Training runs for tests/test_processes.py, in one process or several."""
 
 import sys
+from typing import Any
 
 import torch
 from transformers import TrainerCallback
@@ -8,24 +9,28 @@ from transformers import TrainerCallback
 from conftest import brightness, tiny_pipeline
 from ddpo_trl import DDPOConfig, DDPOTrainer
 from ddpo_trl.advantages import PromptStatistics
+from ddpo_trl.target_kl import TargetKL
 
 
 SAMPLES_PER_ROUND = 8
+PROMPTS = ["cat", "dog", "owl"]
 
 
-class FirstGradient(TrainerCallback):
-    """Keeps the gradient of the first optimizer step, which every process has after synchronisation."""
+class FirstUpdate(TrainerCallback):
+    """Keeps the gradient of the first optimizer step, as synchronised, and the advantages that led to it."""
 
     def __init__(self):
+        self.trainer: DDPOTrainer
         self.gradients: dict[str, torch.Tensor] = {}
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         if not self.gradients:
             parameters = dict(model.named_parameters())
             self.gradients = {name: p.grad.clone() for name, p in parameters.items() if p.requires_grad}
+            self.advantages = self.trainer.rollout.advantages
 
 
-def main(output_dir: str, num_processes: int) -> None:
+def make_config(output_dir: str, num_processes: int, **settings: Any) -> DDPOConfig:
     config = DDPOConfig(
         output_dir=output_dir,
         use_cpu=True,
@@ -36,30 +41,79 @@ def main(output_dir: str, num_processes: int) -> None:
         per_device_sample_batch_size=2,
         num_sample_batches=SAMPLES_PER_ROUND // 2 // num_processes,
         per_device_train_batch_size=2,
+        learning_rate=1e-2,
+        **settings,
+    )
+    assert config.world_size == num_processes, "not started as asked"
+    return config
+
+
+def weights(trainer: DDPOTrainer) -> dict[str, torch.Tensor]:
+    return {name: p.detach() for name, p in trainer.model.named_parameters() if p.requires_grad}
+
+
+def plain_run(output_dir: str, num_processes: int) -> dict[str, Any]:
+    """Two rounds with plain gradient descent, whose steps show the gradients as they are."""
+    config = make_config(
+        output_dir,
+        num_processes,
         advantage_normalization="prompt",
         per_prompt_stat_tracking_min_count=2,
-        learning_rate=1e-2,
         max_grad_norm=0.0,
         optim="sgd",
     )
-    recorder = FirstGradient()
-    prompts = ["cat", "dog", "owl"]
-    trainer = DDPOTrainer(config, brightness, prompts, tiny_pipeline(), callbacks=[recorder], eval_prompts=prompts)
-    assert config.world_size == num_processes, "not started as asked"
+    recorder = FirstUpdate()
+    trainer = DDPOTrainer(config, brightness, PROMPTS, tiny_pipeline(), callbacks=[recorder], eval_prompts=PROMPTS)
+    recorder.trainer = trainer
     trainer.train()
     samples = trainer.generate_samples()
     assert isinstance(trainer.normalize, PromptStatistics)
-    torch.save(
-        {
-            "gradients": recorder.gradients,
-            "weights": {name: p.detach() for name, p in trainer.model.named_parameters() if p.requires_grad},
-            "statistics": trainer.normalize.state_dict(),
-            "rewards": [log["reward"] for log in trainer.state.log_history if "reward" in log],
-            "images": trainer.rollout.images,
-            "evaluation": (samples.prompts, samples.images),
-        },
-        f"{output_dir}/rank-{trainer.args.process_index}.pt",
+    return {
+        "gradients": recorder.gradients,
+        "advantages": recorder.advantages,
+        "weights": weights(trainer),
+        "statistics": trainer.normalize.state_dict(),
+        "rewards": [log["reward"] for log in trainer.state.log_history if "reward" in log],
+        "images": trainer.rollout.images,
+        "evaluation": (samples.prompts, samples.images),
+    }
+
+
+def stopped_run(output_dir: str, num_processes: int) -> dict[str, Any]:
+    """Two rounds whose updates `target_kl` ends."""
+    config = make_config(output_dir, num_processes, save_strategy="no", num_ppo_epochs=3, target_kl=1e-30)
+    prompts = [*PROMPTS, *PROMPTS[:2]]
+    trainer = DDPOTrainer(
+        config, brightness, PROMPTS, tiny_pipeline(), eval_prompts=prompts, eval_reward_fns=brightness
     )
+    trainer.train()
+    return {
+        "weights": weights(trainer),
+        "optimizer": trainer.optimizer.state_dict()["state"],
+        "skipped": [log["policy/updates_skipped"] for log in trainer.state.log_history if "reward" in log],
+        "decisions": decisions(trainer) if num_processes == 2 else [],
+        "metrics": trainer.evaluate(),  # five prompts on two processes
+    }
+
+
+def decisions(trainer: DDPOTrainer) -> list[bool]:
+    """Whether 1 on the first process and 3 on the second end the updates, for targets on both sides of their mean."""
+    reached = []
+    for target in (1.9, 2.1):
+        limit = TargetKL(target)
+        limit.add(torch.tensor(1.0 + 2 * trainer.args.process_index))
+        limit.end_update(trainer.accelerator)
+        reached.append(limit.reached)
+    return reached
+
+
+def main(output_dir: str, num_processes: int) -> None:
+    results = {
+        "plain": plain_run(f"{output_dir}/plain", num_processes),
+        "stopped": stopped_run(f"{output_dir}/stopped", num_processes),
+    }
+    rank = torch.distributed.get_rank() if num_processes > 1 else 0
+    torch.save(results, f"{output_dir}/rank-{rank}.pt")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ ROOT = Path(ddpo_trl.__file__).parent
 
 # From the ground up. Modules of one layer do not import each other.
 LAYERS = [
+    {"processes"},
     {
         "advantages", "callbacks", "checkpoints", "config", "emoji", "encoding", "gaussian", "lora", "plots",
         "rewards", "seeding", "target_kl", "types", "workers",

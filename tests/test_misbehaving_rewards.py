@@ -2,10 +2,8 @@
 
 import logging
 import math
-import os
 import re
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -18,6 +16,7 @@ import torch
 from conftest import brightness, tiny_pipeline
 from ddpo_trl import DDPOTrainer
 from ddpo_trl.advantages import PromptStatistics
+from launch import launch
 
 
 PROMPTS = ["cat", "dog", "owl"]
@@ -256,11 +255,8 @@ def test_groups_with_one_valid_sample_have_no_advantage(make_config):
 
 def start(output_dir: Path, scenario: str) -> tuple[subprocess.CompletedProcess[str], float]:
     output_dir.mkdir()
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(SCRIPT),
-               str(output_dir), scenario]  # fmt: skip
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     begin = time.time()
-    run = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    run = launch(SCRIPT, [str(output_dir), scenario])
     return run, begin
 
 

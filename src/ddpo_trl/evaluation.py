@@ -13,6 +13,7 @@ from transformers.trainer_utils import IntervalStrategy
 
 from ddpo_trl.config import DDPOConfig
 from ddpo_trl.policy import Policy
+from ddpo_trl.processes import gather
 from ddpo_trl.prompts import PromptPair
 from ddpo_trl.scoring import PendingRewards, RewardScorer, first_problem, unique_names
 from ddpo_trl.seeding import Stream, derived_seed
@@ -142,9 +143,10 @@ class Evaluator:
         images, pending = zip(*(self._make_batch(chunk, pairs, make, scorers) for chunk in chunks), strict=True)
         first_problem([scores for batch in pending for scores in batch], raises=not self.drop_invalid)
         rewards = [torch.cat([scores.marked() for scores in batches]) for batches in zip(*pending, strict=True)]
-        place_of = {index: place for place, index in enumerate(self._gather(torch.tensor(share)).tolist())}
+        place_of = {index: place for place, index in enumerate(gather(self.accelerator, torch.tensor(share)).tolist())}
         places = [place_of[index] for index in range(len(pairs))]
-        return self._gather(torch.cat(images))[places], [self._gather(columns)[places] for columns in rewards]
+        all_rewards = [gather(self.accelerator, columns)[places] for columns in rewards]
+        return gather(self.accelerator, torch.cat(images))[places], all_rewards
 
     def _make_batch(
         self,
@@ -159,12 +161,6 @@ class Evaluator:
             images = make(self.policy.context(prompts, metadata, seeds))
         pending = [scorer.submit(images, prompts, metadata, when="evaluation") for scorer in scorers]
         return images.cpu(), pending
-
-    def _gather(self, values: Tensor) -> Tensor:
-        """In the order of the processes, on the CPU."""
-        if self.accelerator.num_processes == 1:
-            return values
-        return self.accelerator.gather(values.to(self.accelerator.device)).cpu()
 
 
 def mean(rewards: Tensor) -> float:

@@ -15,12 +15,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from ddpo_trl.conditions import settings_in_use
 from ddpo_trl.config import DDPOConfig
 from ddpo_trl.encoding import is_setting
 from ddpo_trl.policy import Policy
+from ddpo_trl.processes import is_sharded
 from ddpo_trl.types import Conditions, Context, SampledBatch, Step, Transition
 
 
@@ -640,11 +640,6 @@ def hooked_modules(policy: Policy) -> list[str]:
 def is_dropout(module: nn.Module) -> bool:
     """Whether a module drops something in training mode."""
     return isinstance(module, DROPOUTS) and module.p > 0
-
-
-def is_sharded(policy: Policy) -> bool:
-    """Whether to run the policy takes all processes (FSDP), while one may find a difference alone."""
-    return any(isinstance(parameter, DTensor) for parameter in policy.parameters())
 
 
 def is_same_batch(trial: Trial) -> bool:

@@ -15,6 +15,7 @@ from ddpo_trl.advantages import Normalizer, Populations, fraction_without_spread
 from ddpo_trl.callbacks import RoundProgress
 from ddpo_trl.plan import BatchPlan
 from ddpo_trl.policy import Policy
+from ddpo_trl.processes import gather
 from ddpo_trl.prompts import PromptPair, PromptSource
 from ddpo_trl.scoring import PendingRewards, RewardScorer, first_problem
 from ddpo_trl.seeding import Stream, derived_seed, generator
@@ -112,7 +113,7 @@ class RolloutLoader:
         rewards = torch.cat([scores.marked() for scores in pending])
         waited = time.perf_counter()
         problem = first_problem(pending, raises=not self.drop_invalid)
-        gathered = self._gather(rewards)  # (samples of all processes, functions), NaN where not valid
+        gathered = gather(self.accelerator, rewards)  # (samples of all processes, functions), NaN where not valid
         totals = self.scorer.total(gathered)
         self._check_invalid(totals, problem)
         prompts = [prompt for prompt, _ in pairs]
@@ -163,11 +164,6 @@ class RolloutLoader:
         """The part of a sequence over all processes' samples that belongs to this process."""
         first = self.accelerator.process_index * self.plan.samples_per_process
         return values[first : first + self.plan.samples_per_process]
-
-    def _gather(self, rewards: Tensor) -> Tensor:
-        if self.accelerator.num_processes == 1:
-            return rewards
-        return self.accelerator.gather(rewards.to(self.accelerator.device)).cpu()
 
     def _check_invalid(self, totals: Tensor, problem: str | None) -> None:
         """Warns of dropped samples; raises, on all processes alike, if they are more than half of the round."""

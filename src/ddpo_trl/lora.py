@@ -25,6 +25,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from ddpo_trl.processes import sharded_like, whole
+
 
 ADAPTER_NAME = "default"
 LORA_WEIGHTS_NAME = "pytorch_lora_weights.safetensors"  # where `pipeline.load_lora_weights(directory)` looks
@@ -253,7 +255,9 @@ def has_lora_loader(pipeline: DiffusionPipeline) -> bool:
     )
 
 
-def save_adapter(pipeline: DiffusionPipeline, adapter: str, directory: str | os.PathLike[str]) -> None:
+def save_adapter(
+    pipeline: DiffusionPipeline, adapter: str, directory: str | os.PathLike[str], write: bool = True
+) -> None:
     """
     Writes `pytorch_lora_weights.safetensors`, which `pipeline.load_lora_weights(directory)` of diffusers loads.
 
@@ -268,10 +272,14 @@ def save_adapter(pipeline: DiffusionPipeline, adapter: str, directory: str | os.
             The adapter's name.
         directory (`str` or `os.PathLike`):
             Where to; made if absent.
+        write (`bool`, *optional*, defaults to `True`):
+            `False` on all processes but one: they only have a share in gathering sharded weights.
     """
     name = denoiser_name(pipeline)
     denoiser = pipeline.components[name]
-    weights = get_peft_model_state_dict(denoiser, adapter_name=adapter)
+    weights = whole(get_peft_model_state_dict(denoiser, adapter_name=adapter))
+    if not write:
+        return
     config: PeftConfig = denoiser.peft_config[adapter]
     if has_lora_loader(pipeline):
         layers: dict[str, Any] = {f"{name}_lora_layers": weights, f"{name}_lora_adapter_metadata": config.to_dict()}
@@ -303,10 +311,11 @@ def load_adapter(pipeline: DiffusionPipeline, adapter: str, directory: str | os.
     else:
         path, prefix = os.path.join(directory, PEFT_WEIGHTS_NAME), PEFT_PREFIX
     weights = {key.removeprefix(prefix): value for key, value in load_file(path).items() if key.startswith(prefix)}
-    expected = get_peft_model_state_dict(denoiser, adapter_name=adapter).keys()
-    if weights.keys() != expected:
+    expected = get_peft_model_state_dict(denoiser, adapter_name=adapter)
+    if weights.keys() != expected.keys():
+        common = len(weights.keys() & expected.keys())
         raise ValueError(
-            f"{path} holds {len(weights)} LoRA weights of the {name}, of which {len(weights.keys() & expected)} are "
+            f"{path} holds {len(weights)} LoRA weights of the {name}, of which {common} are "
             f"among the {len(expected)} of adapter {adapter!r}. Resume with the LoRA config the run was started with."
         )
-    set_peft_model_state_dict(denoiser, weights, adapter_name=adapter)
+    set_peft_model_state_dict(denoiser, sharded_like(weights, expected), adapter_name=adapter)

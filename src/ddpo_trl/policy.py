@@ -9,12 +9,14 @@ from typing import Any, NamedTuple
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 
 from ddpo_trl.conditions import SettingOwners, conditions, setting_owners, settings_in_use
 from ddpo_trl.config import DDPOConfig
 from ddpo_trl.gaussian import kl_divergence, log_prob
 from ddpo_trl.lora import adapters_off, denoiser_name, describe_adapter, load_adapter, save_adapter
 from ddpo_trl.pipelines import call_with_grad, check_call, policy_copy, quiet_copy, with_denoiser
+from ddpo_trl.processes import is_sharded
 from ddpo_trl.schedulers import Replay, Sampling, StepReplayed, policy_scheduler
 from ddpo_trl.types import Conditions, Context, SampledBatch
 
@@ -95,6 +97,8 @@ class Policy(nn.Module):
         self.pipeline: Any = quiet_copy(pipeline)  # runs with its own, deterministic or not, scheduler
         if config.offload_vae:
             self.pipeline.vae.to("cpu")
+        # FSDP shards by these blocks: one at a time is whole.
+        self._no_split_modules = present_classes(self.denoiser, self.denoiser._no_split_modules or ())
         if "encode_prompt" in vars(self.policy_pipeline):  # the same cache for both
             self.pipeline.encode_prompt = self.policy_pipeline.encode_prompt
         self._reference_pipeline = self.policy_pipeline
@@ -266,18 +270,26 @@ class Policy(nn.Module):
             kl = kl_divergence(replay.mean, reference_mean, replay.std, reduction)
         return PolicyOutput(log_prob(next_latents, replay.mean, replay.std, reduction), kl)
 
-    def save(self, directory: str | os.PathLike[str]) -> None:
-        """Writes what is trained: the adapter ([`~ddpo_trl.lora.save_adapter`]), or the denoiser in a subfolder."""
+    def save(self, directory: str | os.PathLike[str], write: bool = True) -> None:
+        """
+        Writes what is trained: the adapter ([`~ddpo_trl.lora.save_adapter`]), or the denoiser in a subfolder.
+
+        Args:
+            directory (`str` or `os.PathLike`):
+                Where to.
+            write (`bool`, *optional*, defaults to `True`):
+                `False` on all processes but one: they only have a share in gathering sharded weights.
+        """
         if self.adapter is None:
-            self.denoiser.save_pretrained(os.path.join(directory, self.denoiser_name))
+            save_denoiser(self.denoiser, os.path.join(directory, self.denoiser_name), write)
         else:
-            save_adapter(self.pipeline, self.adapter, directory)
+            save_adapter(self.pipeline, self.adapter, directory, write)
 
     def load(self, directory: str | os.PathLike[str]) -> None:
         """Reads back what [`~Policy.save`] wrote, into the parameters that are there."""
         if self.adapter is None:
             saved = type(self.denoiser).from_pretrained(directory, subfolder=self.denoiser_name)
-            self.denoiser.load_state_dict(saved.state_dict())
+            set_model_state_dict(self.denoiser, saved.state_dict(), options=StateDictOptions(full_state_dict=True))
         else:
             load_adapter(self.pipeline, self.adapter, directory)
 
@@ -343,6 +355,23 @@ class Policy(nn.Module):
             return
         with adapters_off(self.denoiser):
             yield self.policy_pipeline
+
+
+def present_classes(module: nn.Module, names: Collection[str]) -> list[str]:
+    """Those of the class names that a module's parts have."""
+    return sorted({type(part).__name__ for part in module.modules()} & set(names))
+
+
+def save_denoiser(denoiser: ModelMixin, directory: str, write: bool = True) -> None:
+    """As `denoiser.save_pretrained(directory)`, also if its weights are sharded; arguments as for [`Policy.save`]."""
+    if is_sharded(denoiser):
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        weights = get_model_state_dict(denoiser, options=options)  # on one process, the others get none
+        with torch.device("meta"):
+            denoiser = type(denoiser).from_config(denoiser.config)
+        denoiser.load_state_dict(weights, strict=write, assign=True)
+    if write:
+        denoiser.save_pretrained(directory)
 
 
 def seeded(context: Context) -> list[torch.Generator]:

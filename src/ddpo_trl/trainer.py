@@ -12,12 +12,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from accelerate.utils import save_fsdp_optimizer
 from datasets import Dataset
 from diffusers import DiffusionPipeline
 from peft import PeftConfig
 from torch import Tensor, nn
+from torch.distributed.fsdp import register_fsdp_forward_method
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerControl, set_seed
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from transformers.utils import logging
 
@@ -33,6 +35,7 @@ from ddpo_trl.objectives import importance_sampling, score_function
 from ddpo_trl.pipelines import move
 from ddpo_trl.plan import plan_batches
 from ddpo_trl.policy import Policy
+from ddpo_trl.processes import check_wrapping
 from ddpo_trl.prompts import PromptFunction, PromptPair, prompt_pairs, prompt_source
 from ddpo_trl.scoring import RewardScorer, first_problem
 from ddpo_trl.seeding import Stream, derived_seed
@@ -171,6 +174,10 @@ class DDPOTrainer(Trainer):
             callbacks=[EvaluationRounds(args.eval_rounds, args.updates_per_round), *(callbacks or [])],
             optimizers=optimizers,
         )
+        check_wrapping(self.accelerator)
+        if self.is_fsdp_enabled:
+            # Autocast decides on precision, as in sampling. This would round recorded states and log-probabilities.
+            self.accelerator.state.fsdp_plugin.mixed_precision_policy = None
         self.pipeline = pipeline
         self.progress = RoundProgress(disable=args.disable_tqdm or not self.is_world_process_zero())
         self.remove_callback(ProgressCallback)
@@ -249,13 +256,14 @@ class DDPOTrainer(Trainer):
     ) -> Any:
         """The objective of one micro-batch, which `inputs` names by the indices of its transitions."""
         batch = self.rollout.transition(**inputs)
-        log_probs, kl = model(
-            step=batch.step,
-            latents=batch.latents,
-            next_latents=batch.next_latents,
-            context=batch.context,
-            with_reference=self.args.kl_coef > 0,
-        )
+        with self.accelerator.autocast():  # as in sampling; sharded models would be run without
+            log_probs, kl = model(
+                step=batch.step,
+                latents=batch.latents,
+                next_latents=batch.next_latents,
+                context=batch.context,
+                with_reference=self.args.kl_coef > 0,
+            )
         objective = self._objective(log_probs, batch)
         loss, metrics = objective.loss, dict(objective.metrics)
         if kl is not None:
@@ -326,6 +334,15 @@ class DDPOTrainer(Trainer):
         scorers = [self.scorer] if self.eval_scorer is None else [self.scorer, self.eval_scorer]
         scores = [scorer.submit(images, trial.prompts, [metadata] * 2, "trial at construction") for scorer in scorers]
         first_problem(scores, raises=True)  # whatever on_invalid_reward says: here it is a mistake
+
+    # ---- Wrapped models ----
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        if self.is_fsdp_enabled:  # what puts the shards together for `forward` has to do it for these as well
+            for method in ("sample", "generate", "survey"):
+                register_fsdp_forward_method(self.model, method)
+        return prepared
 
     # ---- Logging ----
 
@@ -426,14 +443,34 @@ class DDPOTrainer(Trainer):
 
     # ---- Saving ----
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        if not self.args.should_save:
-            return
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """
+        Saves what is trained, for plain diffusers to load, with the settings.
+
+        All processes have to call it; one of them writes.
+
+        Args:
+            output_dir (`str`, *optional*):
+                Where to, `args.output_dir` by default.
+        """
         directory = output_dir or self.args.output_dir
         os.makedirs(directory, exist_ok=True)
-        self._policy.save(directory)
-        with open(os.path.join(directory, CONFIG_NAME), "w") as file:
-            file.write(self.args.to_json_string())
+        self._policy.save(directory, write=self.args.should_save)
+        if self.args.should_save:
+            with open(os.path.join(directory, CONFIG_NAME), "w") as file:
+                file.write(self.args.to_json_string())
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        # Trainer would write the frozen model into every checkpoint too.
+        plugin = self.accelerator.state.fsdp_plugin
+        save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Writes a checkpoint beside, and names it when it is complete: a run that is killed leaves no half of one."""
@@ -480,16 +517,24 @@ class DDPOTrainer(Trainer):
             super()._push_from_checkpoint(checkpoint_folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        with open(os.path.join(resume_from_checkpoint, PLAN_NAME)) as file:
+        self._policy.load(resume_from_checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:  # here because all ways to wrap a model come by; DeepSpeed loads its own weights
+            self._load_round(checkpoint)
+
+    def _load_round(self, checkpoint: str) -> None:
+        """Reads what [`_save_round`] wrote, and says what the resumed run does otherwise."""
+        with open(os.path.join(checkpoint, PLAN_NAME)) as file:
             saved = json.load(file)
         plan = json.loads(json.dumps(dataclasses.asdict(self.plan)))  # tuples as lists, as they were saved
         for change in checkpoints.changes(saved, plan):
-            logger.warning(f"Resuming from {resume_from_checkpoint}: {change}")
-        self._policy.load(resume_from_checkpoint)
-        prompts = torch.load(os.path.join(resume_from_checkpoint, PROMPTS_NAME), weights_only=True)
+            logger.warning(f"Resuming from {checkpoint}: {change}")
+        prompts = torch.load(os.path.join(checkpoint, PROMPTS_NAME), weights_only=True)
         self.prompts.load_state_dict(prompts)
         if isinstance(self.normalize, advantages.PromptStatistics):
-            with open(os.path.join(resume_from_checkpoint, PROMPT_STATISTICS_NAME)) as file:
+            with open(os.path.join(checkpoint, PROMPT_STATISTICS_NAME)) as file:
                 self.normalize.load_state_dict(json.load(file))
 
     def _load_best_model(self) -> None:

@@ -1,0 +1,77 @@
+"""What the processes of a run hold together: results that are gathered, weights that are sharded (FSDP2)."""
+
+from collections.abc import Mapping
+
+from accelerate import Accelerator, DistributedType
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+def gather(accelerator: Accelerator, values: Tensor) -> Tensor:
+    """
+    The values of all processes.
+
+    Args:
+        accelerator ([`~accelerate.Accelerator`]):
+            Of the run.
+        values (`torch.Tensor` of shape `(N, ...)`):
+            Those of this process; as many on each.
+
+    Returns:
+        `torch.Tensor` of shape `(N · processes, ...)`, in the order of the processes, on the CPU.
+    """
+    if accelerator.num_processes == 1:
+        return values.cpu()
+    return accelerator.gather(values.to(accelerator.device)).cpu()
+
+
+def check_wrapping(accelerator: Accelerator) -> None:
+    """
+    Refuses ways to wrap the policy under which training would not be the sampling that it repeats.
+
+    Args:
+        accelerator ([`~accelerate.Accelerator`]):
+            As `accelerate launch` set it up.
+
+    Raises:
+        `ValueError`: With the setting, its value and the remedy.
+    """
+    if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
+        raise ValueError(
+            f"fsdp_version is {accelerator.state.fsdp_plugin.fsdp_version}, which flattens frozen and trained weights "
+            "together. Set `fsdp_version: 2`, as in examples/accelerate_configs/fsdp2.yaml."
+        )
+    if accelerator.distributed_type != DistributedType.DEEPSPEED:
+        return
+    stage = accelerator.state.deepspeed_plugin.zero_stage
+    if stage > 2:
+        raise ValueError(
+            f"zero_stage is {stage}, which divides the denoiser's weights in a way that sampling can't undo. Set "
+            "it to 2, or use FSDP2 (examples/accelerate_configs/fsdp2.yaml), which divides them too."
+        )
+    if accelerator.mixed_precision != "no":
+        raise ValueError(
+            f"{accelerator.mixed_precision}=True is set with DeepSpeed, which would train a LoRA adapter in that "
+            "precision too and round recorded states. Leave it out, and load the pipeline in half precision "
+            "(torch_dtype=torch.bfloat16): the adapter stays float32."
+        )
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether each process holds a part of the weights only, so that running the module takes all of them."""
+    return any(isinstance(parameter, DTensor) for parameter in module.parameters())
+
+
+def whole(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights with their shards put together. Where there are shards, all processes have to call it."""
+    return {name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in weights.items()}
+
+
+def sharded_like(weights: Mapping[str, Tensor], model: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Whole weights, cut as those of the same name in `model` are. All processes have to call it."""
+    return {
+        name: distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
+        if isinstance(like := model[name], DTensor)
+        else value
+        for name, value in weights.items()
+    }
