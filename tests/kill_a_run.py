@@ -1,18 +1,15 @@
 """
 A run that is killed and started again, for tests/test_resume.py and `make torture`.
 
-As a script it is the run: `python kill_a_run.py DIRECTORY [--rounds N] [--kill-at EVENT COUNT]` trains a tiny
-pipeline, resuming from the last checkpoint, and kills itself (SIGKILL) at the COUNT-th EVENT. At the end it writes
-what a run that was never interrupted must equal.
+It trains a tiny pipeline in a process of its own, resuming from the last checkpoint, which kills itself (SIGKILL) when
+something happens for the n-th time. At the end it writes what a run that was never interrupted must equal.
 """
 
-import argparse
+import multiprocessing
 import os
 import random
 import signal
-import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +22,11 @@ from ddpo_trl import checkpoints as checkpoint_files
 
 
 RESULT = "result.pt"
+
+# Forked from a process that has imported everything and run nothing. It finds this file by the environment only.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload([__name__])
+os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
 
 # Logged values about one call of `train` or about time, which a resumed run can't share.
 OF_THE_CALL = ("time/", "eps", "runtime", "per_second", "flos", "train_loss")
@@ -131,14 +133,12 @@ def kill_at(event: str, count: int) -> None:
 
 def was_killed(directory: Path, rounds: int, kill: tuple[str, int] | None) -> bool:
     """Starts or resumes the run in another process, which may kill itself; otherwise it has finished."""
-    command = [sys.executable, __file__, str(directory), "--rounds", str(rounds)]
-    if kill is not None:
-        command += ["--kill-at", kill[0], str(kill[1])]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
-    child = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    if child.returncode not in (0, -signal.SIGKILL):
-        raise RuntimeError(child.stderr[-3000:])
-    return child.returncode != 0
+    child = PROCESSES.Process(target=run, args=(directory, rounds, kill))
+    child.start()
+    child.join(timeout=300)
+    if child.exitcode not in (0, -signal.SIGKILL):
+        raise RuntimeError(f"The run ended with status {child.exitcode}; its traceback was printed.")
+    return child.exitcode != 0
 
 
 def run_until_done(directory: Path, rounds: int, kills: list[tuple[str, int]]) -> int:
@@ -151,20 +151,12 @@ def run_until_done(directory: Path, rounds: int, kills: list[tuple[str, int]]) -
     return survived
 
 
-def main(make: Callable[..., DDPOTrainer] = make_trainer) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("directory", type=Path)
-    parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--kill-at", nargs=2, metavar=("EVENT", "COUNT"))
-    arguments = parser.parse_args()
-    trainer = make(arguments.directory, arguments.rounds)
-    if arguments.kill_at:
-        event, count = arguments.kill_at
-        kill_at(event, int(count))
+def run(directory: Path, rounds: int, kill: tuple[str, int] | None) -> None:
+    """What the other process does."""
+    torch.set_num_threads(1)
+    trainer = make_trainer(directory, rounds)
+    if kill is not None:
+        kill_at(*kill)
     trainer.train(resume_from_checkpoint=True)
-    assert checkpoint_files.last_checkpoint(str(arguments.directory)) is not None
-    torch.save(result(trainer), arguments.directory / RESULT)
-
-
-if __name__ == "__main__":
-    main()
+    assert checkpoint_files.last_checkpoint(str(directory)) is not None
+    torch.save(result(trainer), directory / RESULT)

@@ -23,5 +23,6 @@ def launch(
         options = ["--config_file", str(CONFIGS / f"{config}.yaml"), "--num_processes", str(num_processes)]
         command[1:1] = ["-m", "accelerate.commands.launch", *options, "--main_process_port", "0"]
     cpu = {"DS_ACCELERATOR": "cpu"} if config == "deepspeed_zero2" else {"ACCELERATE_USE_CPU": "true"}
-    environment = {**os.environ, **cpu, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    environment = {**os.environ, **cpu, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)

@@ -81,6 +81,30 @@ def test_an_autoencoder_that_training_needs_is_not_sent_away(make_config, settin
         DDPOTrainer(make_config(offload_vae=True, **settings), brightness, pairs, tiny_pipeline())
 
 
+@pytest.mark.parametrize(("option", "method"), [("vae_slicing", "enable_slicing"), ("vae_tiling", "enable_tiling")])
+def test_images_are_those_of_the_pipeline_with_its_own_option(make_config, option, method):
+    plain, pipeline = tiny_pipeline(), tiny_pipeline()
+    decoded: list[int] = []
+    pipeline.vae.decoder.register_forward_hook(lambda module, inputs, output: decoded.append(len(output)))
+    for vae in (plain.vae, pipeline.vae):
+        vae.tile_latent_min_size, vae.tile_sample_min_size = 4, 8  # latents are 8 by 8
+    trainer = DDPOTrainer(make_config(**{option: True}), brightness, PROMPTS, pipeline)
+    decoded.clear()
+    images = trainer.generate_samples(["cat", "dog"]).images
+    getattr(plain.vae, method)()
+    assert decoded == ([1, 1] if option == "vae_slicing" else [2] * 9)
+    expected = DDPOTrainer(make_config(), brightness, PROMPTS, plain).generate_samples(["cat", "dog"]).images
+    assert torch.equal(images, expected)
+
+
+@pytest.mark.parametrize("option", ["vae_slicing", "vae_tiling"])
+def test_an_option_that_the_autoencoder_does_not_have_is_refused(make_config, option):
+    pipeline = tiny_pipeline()
+    del vars(pipeline.vae)[option.replace("vae", "use")]
+    with pytest.raises(ValueError, match=f"{option} is True, but .* has AutoencoderKL, which can't"):
+        DDPOTrainer(make_config(**{option: True}), brightness, PROMPTS, pipeline)
+
+
 @pytest.mark.parametrize("settings", [{}, {"sde_window_size": 2}, {"train_timestep_range": [0.0, 0.5]}])
 def test_the_plan_states_the_memory_of_a_round(make_config, settings):
     trainer = DDPOTrainer(make_config(**settings), brightness, PROMPTS, tiny_pipeline())

@@ -49,9 +49,12 @@ def main() -> int:
             directory = Path(folder) / f"run-{run}"
             happened = kill_a_run.run_until_done(directory, ROUNDS, planned)
             result = finished(directory)
+            lost = [name for name in whole if not kill_a_run.equal(whole[name], result[name])]
             kills += happened
-            survived += happened * kill_a_run.equal(whole, result)
+            survived += 0 if lost else happened
             progress.update(task, completed=kills)
+            if lost:
+                progress.console.print(f"{planned[: happened + 1]} lost {', '.join(lost)}")
     print(f"survived {survived}/{kills}")
     return int(survived < kills)
 

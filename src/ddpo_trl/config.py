@@ -73,6 +73,11 @@ class DDPOConfig(TrainingArguments):
             Whether the text encoders stay in CPU memory and go to the GPU only while there are prompts to encode.
         offload_vae (`bool`, *optional*, defaults to `False`):
             Whether the autoencoder stays in CPU memory and goes to the GPU only while images are made.
+        vae_slicing (`bool`, *optional*, defaults to `False`):
+            Whether the autoencoder decodes one image at a time, as `pipeline.vae.enable_slicing()` makes it do.
+        vae_tiling (`bool`, *optional*, defaults to `False`):
+            Whether it decodes tiles of large images, as `pipeline.vae.enable_tiling()` makes it do. Overlaps are
+            blended, so that images differ a little.
         offload_rollout (`bool`, *optional*, defaults to `False`):
             Whether the recorded steps of a round wait in CPU memory and go to the GPU one micro-batch at a time.
         per_device_sample_batch_size (`int`, *optional*, defaults to `4`):
@@ -223,6 +228,8 @@ class DDPOConfig(TrainingArguments):
     offload_vae: bool = field(
         default=False, metadata={"help": "Keep the autoencoder off the GPU while no images are made."}
     )
+    vae_slicing: bool = field(default=False, metadata={"help": "Decode one image at a time."})
+    vae_tiling: bool = field(default=False, metadata={"help": "Decode large images in tiles."})
     offload_rollout: bool = field(default=False, metadata={"help": "Keep the recorded steps of a round off the GPU."})
     per_device_sample_batch_size: int = field(default=4, metadata={"help": "Images sampled at once on one process."})
     num_sample_batches: int = field(default=8, metadata={"help": "Batches sampled in a round on each process."})

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from diffusers import CacheMixin, DiffusionPipeline, ModelMixin
+from diffusers.models.autoencoders.vae import AutoencoderMixin
 from torch import nn
 
 from ddpo_trl.config import OWN_PIPELINE_ARGUMENTS, DDPOConfig
@@ -88,11 +89,24 @@ def _check_parts(pipeline: DiffusionPipeline, config: DDPOConfig) -> None:
     if config.offload_vae and ("vae" not in pipeline.components or config.pipeline_inputs):
         reason = "encodes images in training too" if config.pipeline_inputs else "has no component named vae"
         raise ValueError(f"offload_vae is True, but {name} {reason}. Set it to False.")
+    for option, attribute in (("vae_slicing", "use_slicing"), ("vae_tiling", "use_tiling")):
+        vae = pipeline.components.get("vae")
+        if vars(config)[option] and (not isinstance(vae, AutoencoderMixin) or attribute not in vars(vae)):
+            what = "has none" if vae is None else f"has {type(vae).__name__}, which can't"
+            raise ValueError(f"{option} is True, but as its vae {name} {what}. Set it to False.")
     if config.offload_text_encoders and "encode_prompt" not in dir(pipeline):
         raise ValueError(
             f"offload_text_encoders is True, but {name} has no method encode_prompt whose results could be kept. Set "
             "it to False."
         )
+
+
+def decode_by_parts(vae: AutoencoderMixin, config: DDPOConfig) -> None:
+    """Has images decoded piece by piece where that is asked for. (Encoded too, so it holds in replay as well.)"""
+    if config.vae_slicing:
+        vae.enable_slicing()
+    if config.vae_tiling:
+        vae.enable_tiling()
 
 
 def move(pipeline: DiffusionPipeline, device: torch.device, config: DDPOConfig) -> None:
