@@ -10,11 +10,13 @@ import os
 import random
 import signal
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from conftest import brightness, tiny_pipeline
 from ddpo_trl import DDPOConfig, DDPOTrainer
@@ -153,6 +155,8 @@ def run_until_done(directory: Path, rounds: int, kills: list[tuple[str, int]]) -
 
 def run(directory: Path, rounds: int, kill: tuple[str, int] | None) -> None:
     """What the other process does."""
+    sys.stdout = open(os.devnull, "w")  # its logs
+    tqdm.set_lock(threading.RLock())  # its own one is a semaphore, which a killed process would leave behind
     torch.set_num_threads(1)
     trainer = make_trainer(directory, rounds)
     if kill is not None:

@@ -40,6 +40,14 @@ def test_a_run_killed_at_ten_moments_equals_one_never_interrupted(tmp_path):
         assert kill_a_run.equal(value, resumed[name]), name
 
 
+def test_a_run_killed_when_all_its_work_was_done_resumes_to_the_same_end(tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert kill_a_run.run_until_done(whole, 2, []) == 0
+    assert kill_a_run.run_until_done(killed, 2, [("rotating", 2)]) == 1
+    expected, resumed = (torch.load(run / kill_a_run.RESULT, weights_only=False) for run in (whole, killed))
+    assert [name for name in expected if not kill_a_run.equal(expected[name], resumed[name])] == []
+
+
 def test_the_comparison_tells_runs_apart(tmp_path):
     """The control: another seed is another run in every part but the schedule of the learning rate."""
     results = []

@@ -536,6 +536,7 @@ class DDPOTrainer(Trainer):
         if isinstance(self.normalize, advantages.PromptStatistics):
             with open(os.path.join(checkpoint, PROMPT_STATISTICS_NAME)) as file:
                 self.normalize.load_state_dict(json.load(file))
+        self._load_rng_state(checkpoint)  # Trainer does so in the next round, which a finished run does not have
 
     def _load_best_model(self) -> None:
         self._policy.load(self.state.best_model_checkpoint)
