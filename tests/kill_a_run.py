@@ -11,6 +11,7 @@ import random
 import signal
 import sys
 import threading
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -155,12 +156,12 @@ def run_until_done(directory: Path, rounds: int, kills: list[tuple[str, int]]) -
 
 def run(directory: Path, rounds: int, kill: tuple[str, int] | None) -> None:
     """What the other process does."""
-    sys.stdout = open(os.devnull, "w")  # its logs
     tqdm.set_lock(threading.RLock())  # its own one is a semaphore, which a killed process would leave behind
     torch.set_num_threads(1)
-    trainer = make_trainer(directory, rounds)
-    if kill is not None:
-        kill_at(*kill)
-    trainer.train(resume_from_checkpoint=True)
-    assert checkpoint_files.last_checkpoint(str(directory)) is not None
-    torch.save(result(trainer), directory / RESULT)
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+        trainer = make_trainer(directory, rounds)
+        if kill is not None:
+            kill_at(*kill)
+        trainer.train(resume_from_checkpoint=True)
+        assert checkpoint_files.last_checkpoint(str(directory)) is not None
+        torch.save(result(trainer), directory / RESULT)
