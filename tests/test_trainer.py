@@ -332,6 +332,42 @@ def test_two_runs_with_one_seed_are_equal_to_the_bit_and_another_seed_is_not(mak
     assert any(not torch.equal(first[name], other[name]) for name in first)
 
 
+@pytest.mark.parametrize(
+    ("settings", "warns"),
+    [
+        ({"num_ppo_epochs": 2}, True),
+        ({"num_ppo_epochs": 2, "cliprange": 1e-2}, False),
+        ({"num_ppo_epochs": 2, "per_device_train_batch_size": 4}, False),
+        ({"num_ppo_epochs": 1}, False),
+    ],
+)
+def test_rounding_beyond_the_cliprange_is_warned_of(make_config, caplog, settings, warns):
+    settings = {"per_device_train_batch_size": 1, "cliprange": 1e-12, **settings}
+    trainer = DDPOTrainer(make_config(**settings), brightness, PROMPTS, tiny_pipeline())
+    with caplog.at_level("WARNING", logger="ddpo_trl"):
+        trainer.train()
+    messages = [record.getMessage() for record in caplog.records if record.name == "ddpo_trl.trainer"]
+    assert sum("clipping goes by rounding" in message for message in messages) == warns
+
+
+def test_the_images_of_a_round_do_not_depend_on_the_sample_batch_size_and_their_noise_to_the_bit(make_config):
+    rollouts = {}
+    for size in (1, 4, 16):
+        config = make_config(
+            per_device_sample_batch_size=size, num_sample_batches=16 // size, num_train_epochs=2, learning_rate=0.0
+        )
+        trainer = DDPOTrainer(config, brightness, PROMPTS, tiny_pipeline())
+        trainer.train()
+        rollouts[size] = trainer.rollout  # of the second round
+    samples = list(range(16))
+    noise = {size: [rollout.origin(sample).steps[0] for sample in samples] for size, rollout in rollouts.items()}
+    for size in (4, 16):
+        assert rollouts[size].prompts == rollouts[1].prompts
+        assert torch.allclose(rollouts[size].images, rollouts[1].images, atol=1e-5)
+        for sample in samples:  # the first state is nothing but noise
+            assert torch.equal(noise[size][sample].latents[sample % size], noise[1][sample].latents[0])
+
+
 @pytest.mark.parametrize("normalization", ["batch", "prompt"])
 def test_a_run_resumed_after_a_round_ends_as_if_never_interrupted(make_config, normalization, tmp_path):
     settings = {

@@ -1,4 +1,4 @@
-"""Progress on the terminal: a bar for sampling and one for training, with the running reward."""
+"""Progress on the terminal: a bar each for sampling, training and evaluation, with the running reward."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,10 +11,11 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 class RoundProgress(TrainerCallback):
     """
-    Two progress bars: images of the round sampled, and micro-batches of the run trained on. A line per round stays.
+    Progress bars: images of the round sampled, micro-batches of the run trained on, images of an evaluation. A line per
+    round stays.
 
     It takes the place of Trainer's own progress bar. The sampling bar is driven by the rollout loader, because Trainer
-    has no event for sampling.
+    has no event for sampling, and that of an evaluation by the evaluator.
 
     Args:
         disable (`bool`):
@@ -40,6 +41,10 @@ class RoundProgress(TrainerCallback):
         if rewards:
             self._sampling.set_postfix(reward=f"{torch.cat(list(rewards)).nanmean():.4g}", refresh=False)
         self._sampling.update(samples)
+
+    def evaluation(self, images: int) -> tqdm:
+        """A bar, to be used as a context, for an evaluation of so many images on this process."""
+        return tqdm(total=images, unit="image", desc="Evaluation", leave=False, disable=self.disable)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
+from ddpo_trl.callbacks import RoundProgress
 from ddpo_trl.config import DDPOConfig
 from ddpo_trl.policy import Policy
 from ddpo_trl.processes import gather
@@ -85,6 +86,8 @@ class Evaluator:
             Seed of the run.
         batch_size (`int`):
             Images made at once on one process.
+        progress ([`~ddpo_trl.callbacks.RoundProgress`]):
+            Shown on the terminal.
     """
 
     policy: Policy
@@ -94,6 +97,7 @@ class Evaluator:
     accelerator: Accelerator
     seed: int
     batch_size: int
+    progress: RoundProgress
 
     def generate(self, pairs: Sequence[PromptPair]) -> Samples:
         """Images made with the pipeline's own scheduler, and their rewards."""
@@ -140,7 +144,12 @@ class Evaluator:
         # Padded: all processes make equally many batches, as a sharded denoiser needs, and gather equal shapes.
         with self.accelerator.split_between_processes(list(range(len(pairs))), apply_padding=True) as share:
             chunks = [share[first : first + self.batch_size] for first in range(0, len(share), self.batch_size)]
-        images, pending = zip(*(self._make_batch(chunk, pairs, make, scorers) for chunk in chunks), strict=True)
+        made = []
+        with self.progress.evaluation(len(share)) as bar:
+            for chunk in chunks:
+                made.append(self._make_batch(chunk, pairs, make, scorers))
+                bar.update(len(chunk))
+        images, pending = zip(*made, strict=True)
         first_problem([scores for batch in pending for scores in batch], raises=not self.drop_invalid)
         rewards = [torch.cat([scores.marked() for scores in batches]) for batches in zip(*pending, strict=True)]
         place_of = {index: place for place, index in enumerate(gather(self.accelerator, torch.tensor(share)).tolist())}

@@ -187,6 +187,7 @@ class DDPOTrainer(Trainer):
         self._metrics: defaultdict[str, list[Tensor | float]] = defaultdict(list)
         self._training_since = 0.0
         self._target_kl = TargetKL(math.inf if args.target_kl is None else args.target_kl)
+        self._warned_of_rounding = False
         self._staging: str | None = None  # where a checkpoint is being written
         self._try_reward_function(trial, metadata)
 
@@ -327,6 +328,18 @@ class DDPOTrainer(Trainer):
                 raise RuntimeError(problem)
         return (torch.exp(log_probs - batch.log_probs) - 1).abs().max()
 
+    def _warn_of_rounding(self, deviation: float) -> None:
+        """The first update starts from ratios of 1, whatever the rounding. Those after it are clipped with it."""
+        args = self.args
+        if self.plan.updates_per_round > 1 and deviation > args.cliprange and not self._warned_of_rounding:
+            self._warned_of_rounding = True
+            logger.warning(
+                f"Replayed ratios differ from 1 by {deviation:.1e} before any update, more than cliprange "
+                f"({args.cliprange:g}): in the later updates of a round clipping goes by rounding. It vanishes if "
+                f"per_device_train_batch_size ({args.per_device_train_batch_size}) is per_device_sample_batch_size "
+                f"({args.per_device_sample_batch_size})."
+            )
+
     def _try_reward_function(self, trial: Context, metadata: Any) -> None:
         """Scores two images made in one denoising step: a faulty reward function is refused at construction."""
         with self.accelerator.autocast():
@@ -350,6 +363,7 @@ class DDPOTrainer(Trainer):
         """Adds what has gathered since the last call to the training logs."""
         if "loss" in logs:
             logs = {**logs, **self._take_metrics()}
+            self._warn_of_rounding(logs.get("val/ratio_deviation", 0.0))
             if start_time is not None:
                 rounds = (self.state.global_step - self._initial_global_step) / self.plan.updates_per_round
                 logs["eps"] = rounds * self.plan.samples_per_round / (time.time() - start_time)
@@ -433,6 +447,7 @@ class DDPOTrainer(Trainer):
             accelerator=self.accelerator,
             seed=self.args.seed,
             batch_size=self.args.per_device_sample_batch_size,
+            progress=self.progress,
         )
 
     def _pairs_to_evaluate(self, prompts: Dataset | Sequence[str] | None) -> Sequence[PromptPair]:
