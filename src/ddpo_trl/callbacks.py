@@ -11,8 +11,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 class RoundProgress(TrainerCallback):
     """
-    Progress bars: images of the round sampled, micro-batches of the run trained on, images of an evaluation. A line per
-    round stays.
+    Progress bars: images of the round sampled, micro-batches of the run trained on, images of an evaluation. A line
+    per round stays.
 
     It takes the place of Trainer's own progress bar. The sampling bar is driven by the rollout loader, because Trainer
     has no event for sampling, and that of an evaluation by the evaluator.
