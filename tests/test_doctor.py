@@ -14,6 +14,7 @@ from diffusers import (
     UNet2DModel,
 )
 from peft import LoraConfig
+from safetensors.torch import load_file
 
 from conformance.image_pipelines import IMAGE_CASES
 from conftest import tiny_pipeline
@@ -230,7 +231,22 @@ def test_the_command_hands_over_an_image(tmp_path, capsys):
     assert StableDiffusionImg2ImgPipeline.__name__ in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("arguments", [[], [str(EMOJI_PATH), "--dtype", "float7"], [str(EMOJI_PATH), "--eta", "0"]])
+@pytest.mark.parametrize("component", ["unet", "text_encoder"])
+def test_pickled_weights_are_not_read(tmp_path, capsys, component):
+    tiny_pipeline().save_pretrained(tmp_path)
+    (weights,) = (tmp_path / component).glob("*.safetensors")
+    name = "pytorch_model.bin" if component == "text_encoder" else "diffusion_pytorch_model.bin"
+    torch.save(load_file(weights), tmp_path / component / name)
+    weights.unlink()
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["doctor", str(tmp_path), "--use_cpu", "true"])
+    assert stop.value.code == 2
+    assert "safetensors" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments", [["nowhere"], [], [str(EMOJI_PATH), "--dtype", "float7"], [str(EMOJI_PATH), "--eta", "0"]]
+)
 def test_wrong_usage_is_refused(arguments):
     with pytest.raises(SystemExit) as stop:
         cli.main(["doctor", *arguments])

@@ -19,6 +19,16 @@ def snippets(text: str) -> list[str]:
     return [re.sub(rf"^{indent}", "", code, flags=re.MULTILINE) for indent, code in blocks]
 
 
+PAGES = sorted(path for path in (ROOT / "docs").glob("*.md") if snippets(path.read_text()))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_the_examples_of_the_documentation_run(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for code in snippets(page.read_text()):
+        exec(compile(code, page.name, "exec"), {})
+
+
 def test_the_readmes_example_runs_and_plain_diffusers_loads_what_it_saves(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (code,) = snippets((ROOT / "README.md").read_text())
@@ -55,11 +65,11 @@ def test_the_example_script_runs(tmp_path, monkeypatch):
     assert (tmp_path / "out" / "reward.png").is_file()
 
 
-@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md"])
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "docs/trust.md"])
 def test_the_documents_name_files_and_commands_that_exist(document):
     text = (ROOT / document).read_text()
     for target in re.findall(r"\]\(((?!http)[^)#]+)\)", text):
-        assert (ROOT / target).exists(), target
+        assert (ROOT / document).parent.joinpath(target).exists(), target
     commands = (ROOT / "Makefile").read_text()
     for command in re.findall(r"make ([a-z-]+)", text):
         assert f"\n{command}:" in commands, command

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 
 from conftest import brightness, tiny_pipeline
 from ddpo_trl import DDPOTrainer
@@ -117,3 +118,23 @@ def test_the_plan_states_the_memory_of_a_round(make_config, settings):
     ]
     assert trainer.plan.rollout_bytes == storage_bytes(states)
     assert "memory of the recorded steps" in str(trainer.plan)
+
+
+def test_an_8_bit_optimizer_trains_and_resumes_to_the_bit(make_config, tmp_path):
+    def trainer(directory: str, rounds: int) -> DDPOTrainer:
+        config = make_config(
+            output_dir=str(tmp_path / directory),
+            optim="adamw_bnb_8bit",
+            num_train_epochs=rounds,
+            save_strategy="epoch",
+            lr_scheduler_type="constant",
+        )
+        adapter = LoraConfig(r=256, target_modules=["to_q", "to_v"])  # smaller tensors are kept in 32 bits
+        return DDPOTrainer(config, brightness, PROMPTS, tiny_pipeline(), peft_config=adapter)
+
+    whole, resumed = trainer("whole", 2), trainer("parts", 2)
+    whole.train()
+    trainer("parts", 1).train()
+    resumed.train(resume_from_checkpoint=True)
+    assert {state["state1"].dtype for state in whole.optimizer.state.values()} == {torch.uint8}
+    assert all(torch.equal(left, right) for left, right in zip(weights(whole), weights(resumed), strict=True))

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import kill_a_run
 from conftest import brightness, tiny_pipeline
@@ -181,7 +182,7 @@ def test_a_checkpoint_that_would_run_code_is_refused(tmp_path):
     """Nothing of it is unpickled: a malicious file raises before it acts."""
     kill_a_run.make_trainer(tmp_path, rounds=1).train()
     trap = tmp_path / "sprung"
-    for name in ("prompts.pt", "optimizer.pt", "rng_state.pth"):
+    for name in ("prompts.pt", "optimizer.pt", "scheduler.pt", "rng_state.pth"):
         file = tmp_path / "checkpoint-2" / name
         healthy = file.read_bytes()
         torch.save(Trap(str(trap)), file)
@@ -189,6 +190,16 @@ def test_a_checkpoint_that_would_run_code_is_refused(tmp_path):
             kill_a_run.make_trainer(tmp_path, rounds=2).train(resume_from_checkpoint=True)
         assert not trap.exists(), name
         file.write_bytes(healthy)
+
+
+def test_full_fine_tunings_weights_are_read_from_safetensors_only(tmp_path):
+    settings = {"use_lora": False, "advantage_normalization": "batch"}
+    kill_a_run.make_trainer(tmp_path, rounds=1, **settings).train()
+    weights = tmp_path / "checkpoint-2" / "unet" / "diffusion_pytorch_model.safetensors"
+    torch.save(load_file(weights), weights.with_suffix(".bin"))
+    weights.unlink()
+    with pytest.raises(OSError, match="safetensors"):
+        kill_a_run.make_trainer(tmp_path, rounds=2, **settings).train(resume_from_checkpoint=True)
 
 
 class Trap:

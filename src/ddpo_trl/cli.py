@@ -46,9 +46,11 @@ def doctor(argv: Sequence[str]) -> int:
         dtype = vars(torch).get(arguments.dtype)
         if not isinstance(dtype, torch.dtype):
             raise ValueError(f"dtype is {arguments.dtype!r}; give float32, bfloat16 or float16.")
-    except ValueError as error:
+        # Other formats may be pickles, which run what code they like.
+        pipeline = DiffusionPipeline.from_pretrained(rest.pipeline, dtype=dtype, use_safetensors=True)
+    except (ValueError, OSError) as error:
         parser.error(str(error))
-    pipeline = DiffusionPipeline.from_pretrained(rest.pipeline, dtype=dtype).to(config.device)
+    pipeline.to(config.device)
     metadata: dict[str, Any] = {}
     if arguments.image is not None:
         metadata = {name: Image.open(arguments.image).convert("RGB") for name in config.pipeline_inputs or ()}

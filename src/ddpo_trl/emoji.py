@@ -100,7 +100,7 @@ def load_emoji_pipeline(torch_dtype: torch.dtype = torch.float32) -> StableDiffu
         log.disable_progress_bar()
     try:
         pipeline: StableDiffusionPipeline = StableDiffusionPipeline.from_pretrained(
-            EMOJI_PATH, dtype=torch_dtype, local_files_only=True
+            EMOJI_PATH, dtype=torch_dtype, local_files_only=True, use_safetensors=True
         )
     finally:
         for log in loud:

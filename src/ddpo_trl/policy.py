@@ -290,7 +290,8 @@ class Policy(nn.Module):
     def load(self, directory: str | os.PathLike[str]) -> None:
         """Reads back what [`~Policy.save`] wrote, into the parameters that are there."""
         if self.adapter is None:
-            saved = type(self.denoiser).from_pretrained(directory, subfolder=self.denoiser_name)
+            model_class = type(self.denoiser)
+            saved = model_class.from_pretrained(directory, subfolder=self.denoiser_name, use_safetensors=True)
             set_model_state_dict(self.denoiser, saved.state_dict(), options=StateDictOptions(full_state_dict=True))
         else:
             load_adapter(self.pipeline, self.adapter, directory)
