@@ -121,6 +121,8 @@ def test_the_plan_states_the_memory_of_a_round(make_config, settings):
 
 
 def test_an_8_bit_optimizer_trains_and_resumes_to_the_bit(make_config, tmp_path):
+    pytest.importorskip("bitsandbytes")  # not installed for development: it talks when it is imported
+
     def trainer(directory: str, rounds: int) -> DDPOTrainer:
         config = make_config(
             output_dir=str(tmp_path / directory),

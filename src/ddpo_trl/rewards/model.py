@@ -1,0 +1,127 @@
+"""What reward functions with a model have in common: they load late, score in batches, and can be pickled."""
+
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+
+Loaded = TypeVar("Loaded")
+
+
+class RewardModel(ABC, Generic[Loaded]):
+    """
+    A reward function with a model, which is loaded when it is called for the first time.
+
+    It can be pickled, before and after: the copy loads its model again. Calls from several threads take turns. Of a
+    video every frame is scored, and the mean is its reward.
+
+    A subclass says what to load and how to score with it:
+
+    ```python
+    import torch
+    from ddpo_trl.rewards import RewardModel
+
+    class Darkness(RewardModel[float]):
+        def load(self, device):
+            return 1.0
+
+        def score(self, loaded, images, prompts, metadata):
+            return torch.tensor([loaded - sum(image.convert("L").tobytes()) / 255 / (image.width * image.height)
+                                 for image in images])
+
+    print(Darkness(batch_size=1)(torch.zeros(2, 3, 8, 8), ("a", "b"), ({}, {})))  # [1.0, 1.0]
+    ```
+
+    Args:
+        device (`str` or `torch.device`, *optional*):
+            Where the model is, such as `"cuda:1"`; where the images of the first call are by default.
+        dtype (`torch.dtype`, *optional*, defaults to `torch.float32`):
+            Of the model's weights and computation. Rewards are float32.
+        batch_size (`int`, *optional*, defaults to `16`):
+            Images scored at once.
+
+    Raises:
+        `ValueError`: If the batch size is not positive.
+    """
+
+    def __init__(
+        self,
+        *,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype = torch.float32,
+        batch_size: int = 16,
+    ):
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; it must be at least 1.")
+        self.device = device
+        self.dtype = dtype
+        self.batch_size = batch_size
+        self._loaded: Loaded | None = None
+        self._lock = threading.Lock()
+
+    @abstractmethod
+    def load(self, device: torch.device) -> Loaded:
+        """Whatever [`~RewardModel.score`] needs, on a device."""
+
+    @abstractmethod
+    def score(
+        self, loaded: Loaded, images: list[Image.Image], prompts: Sequence[str], metadata: Sequence[Any]
+    ) -> Tensor:
+        """
+        Rewards of at most `batch_size` images; called without gradients.
+
+        Args:
+            loaded (`Any`):
+                What [`~RewardModel.load`] returned.
+            images (`list[PIL.Image.Image]` of length `B`):
+                RGB.
+            prompts, metadata (`Sequence` of length `B`):
+                What belongs to each.
+
+        Returns:
+            `torch.Tensor` of shape `(B,)`.
+        """
+
+    def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Any]) -> list[float]:
+        """
+        Scores a batch of images or videos.
+
+        Args:
+            images (`torch.Tensor` of shape `(B, 3, H, W)`, or `(B, F, 3, H, W)` for video):
+                Values in [0, 1].
+            prompts, metadata (`Sequence` of length `B`):
+                What belongs to each.
+
+        Returns:
+            `list[float]` of length `B`.
+        """
+        frames = images.shape[1] if images.ndim == 5 else 1
+        pictures = as_pictures(images.flatten(0, 1) if images.ndim == 5 else images)
+        owners = [index for index in range(len(images)) for _ in range(frames)]
+        with self._lock, torch.no_grad():
+            if self._loaded is None:
+                self._loaded = self.load(torch.device(images.device if self.device is None else self.device))
+            scores = []
+            for first in range(0, len(pictures), self.batch_size):
+                rows = slice(first, first + self.batch_size)
+                chunk = [prompts[owner] for owner in owners[rows]], [metadata[owner] for owner in owners[rows]]
+                scores.append(self.score(self._loaded, pictures[rows], *chunk).float().cpu())
+        return torch.cat(scores).view(len(images), frames).mean(1).tolist()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in ("_loaded", "_lock")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _loaded=None, _lock=threading.Lock())
+
+
+def as_pictures(images: Tensor) -> list[Image.Image]:
+    """RGB images of 8 bits, as diffusers makes them, of a `(B, 3, H, W)` tensor in [0, 1]."""
+    pixels = (images.float() * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(np.ascontiguousarray(image)) for image in pixels]

@@ -1,0 +1,105 @@
+"""Reward functions that need no model: the size as a JPEG, brightness, colours."""
+
+import io
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ddpo_trl.rewards.model import as_pictures
+
+
+def jpeg_compressibility(images: Tensor, prompts: tuple[str, ...], metadata: tuple[Any, ...]) -> list[float]:
+    """
+    How small an image gets as a JPEG: minus its size in kilobytes of 1000 bytes, at quality 95.
+
+    The compressibility task of https://huggingface.co/papers/2305.13301. Left to run, it ends in blank images.
+
+    Args:
+        images (`torch.Tensor` of shape `(B, 3, H, W)`):
+            Values in [0, 1].
+        prompts, metadata (`tuple`):
+            Not used.
+
+    Returns:
+        `list[float]` of length B, kB, < 0.
+    """
+    return [-size for size in jpeg_incompressibility(images, prompts, metadata)]
+
+
+def jpeg_incompressibility(images: Tensor, prompts: tuple[str, ...], metadata: tuple[Any, ...]) -> list[float]:
+    """
+    The size of an image as a JPEG of quality 95, in kilobytes of 1000 bytes.
+
+    The incompressibility task of https://huggingface.co/papers/2305.13301.
+
+    Args:
+        images (`torch.Tensor` of shape `(B, 3, H, W)`):
+            Values in [0, 1].
+        prompts, metadata (`tuple`):
+            Not used.
+
+    Returns:
+        `list[float]` of length B, kB, > 0.
+    """
+    return [_jpeg_bytes(image) / 1000 for image in as_pictures(images)]
+
+
+def brightness(images: Tensor, prompts: tuple[str, ...], metadata: tuple[Any, ...]) -> Tensor:
+    """
+    Mean of all pixels and channels.
+
+    Args:
+        images (`torch.Tensor` of shape `(B, 3, H, W)`, or `(B, F, 3, H, W)` for video):
+            Values in [0, 1].
+        prompts, metadata (`tuple`):
+            Not used.
+
+    Returns:
+        `torch.Tensor` of shape `(B,)`, in [0, 1].
+    """
+    return images.flatten(1).mean(1)
+
+
+def redness(images: Tensor, prompts: tuple[str, ...], metadata: tuple[Any, ...]) -> Tensor:
+    """
+    How much red there is beyond green and blue: the mean of red less the mean of the other two.
+
+    Args:
+        images (`torch.Tensor` of shape `(B, 3, H, W)`, or `(B, F, 3, H, W)` for video):
+            Values in [0, 1].
+        prompts, metadata (`tuple`):
+            Not used.
+
+    Returns:
+        `torch.Tensor` of shape `(B,)`, in [-1, 1]: 0 for grey, 1 for pure red.
+    """
+    channels = images.movedim(-3, 1).flatten(2).mean(2)
+    return channels[:, 0] - channels[:, 1:].mean(1)
+
+
+def colorfulness(images: Tensor, prompts: tuple[str, ...], metadata: tuple[Any, ...]) -> Tensor:
+    """
+    The colourfulness M3 of Hasler and Süsstrunk, "Measuring colourfulness in natural images" (2003), of 8-bit values.
+
+    With rg = R − G and yb = (R + G) / 2 − B: √(σ_rg² + σ_yb²) + 0.3 √(μ_rg² + μ_yb²).
+
+    Args:
+        images (`torch.Tensor` of shape `(B, 3, H, W)`, or `(B, F, 3, H, W)` for video):
+            Values in [0, 1].
+        prompts, metadata (`tuple`):
+            Not used.
+
+    Returns:
+        `torch.Tensor` of shape `(B,)`: 0 for grey, about 15 for slightly and 109 for extremely colourful images.
+    """
+    red, green, blue = (images.float().movedim(-3, 0).flatten(2) * 255).unbind(0)
+    opponents = torch.stack([red - green, (red + green) / 2 - blue])
+    return opponents.std(-1, correction=0).norm(dim=0) + 0.3 * opponents.mean(-1).norm(dim=0)
+
+
+def _jpeg_bytes(image: Image.Image) -> int:
+    buffer = io.BytesIO()
+    image.save(buffer, format="JPEG", quality=95)
+    return buffer.tell()
