@@ -7,7 +7,8 @@ import pytest
 import torch
 from datasets import Dataset
 
-from ddpo_trl.prompts import PromptSource, ShuffledPrompts, prompt_pairs, prompt_source
+from ddpo_trl.prompts import PromptSource, prompt_pairs, prompt_source
+from ddpo_trl.prompts.sources import ShuffledPrompts
 
 
 WORDS = ["cat", "dog", "owl", "fox", "bee"]

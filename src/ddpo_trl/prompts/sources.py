@@ -1,4 +1,4 @@
-"""Where prompts come from: a function, a dataset or a list. Each yields `(prompt, metadata)` pairs."""
+"""Where a trainer draws prompts from: a function, a dataset or a list. Each yields `(prompt, metadata)` pairs."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
