@@ -2,10 +2,14 @@
 
 from ddpo_trl.rewards.model import RewardModel
 from ddpo_trl.rewards.pixels import brightness, colorfulness, jpeg_compressibility, jpeg_incompressibility, redness
+from ddpo_trl.rewards.vlm import VLMJudge
+from ddpo_trl.rewards.remote import RemoteReward
 
 
 __all__ = [
+    "RemoteReward",
     "RewardModel",
+    "VLMJudge",
     "brightness",
     "colorfulness",
     "jpeg_compressibility",
