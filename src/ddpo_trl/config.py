@@ -91,6 +91,11 @@ class DDPOConfig(TrainingArguments):
 
         reward_weights (`list[float]`, *optional*):
             Weight of each reward function in the sum. `None` weighs all by 1.
+        multi_objective_aggregation (`str`, *optional*, defaults to `"sum_then_normalize"`):
+            How several reward functions make one advantage. `"sum_then_normalize"`: their weighted sum is standardised
+            as `advantage_normalization` says, and the function with the largest spread decides. `"normalize_then_sum"`
+            ([GDPO](https://huggingface.co/papers/2601.05242)): each is standardised by itself, whatever its scale;
+            then their weighted sum, over the round. As in TRL's GRPO.
         max_workers (`int`, *optional*, defaults to `2`):
             Threads that compute rewards while the next batch is sampled.
         on_invalid_reward (`"raise"` or `"drop"`, *optional*, defaults to `"raise"`):
@@ -239,6 +244,9 @@ class DDPOConfig(TrainingArguments):
     reward_weights: list[float] | None = field(
         default=None, metadata={"help": "Weight of each reward function in the sum, 1 by default."}
     )
+    multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = field(
+        default="sum_then_normalize", metadata={"help": "Whether each reward is standardised before they are summed."}
+    )
     max_workers: int = field(
         default=2, metadata={"help": "Threads that compute rewards while the next batch is sampled."}
     )
@@ -374,6 +382,7 @@ class DDPOConfig(TrainingArguments):
             "loss_type": ("is", "sf"),
             "on_invalid_reward": ("raise", "drop"),
             "advantage_normalization": ("batch", "prompt", "group", "none"),
+            "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),
             "log_prob_reduction": ("mean", "sum"),
             "sde_type": ("sde", "cps"),
             "sde_window_strategy": ("fixed", "progressive", "random"),
@@ -391,6 +400,12 @@ class DDPOConfig(TrainingArguments):
             raise ValueError(
                 "advantage_normalization is 'group' with num_images_per_prompt=1: a group of one image has no "
                 "advantage. Set num_images_per_prompt to 2 or more."
+            )
+
+        if self.multi_objective_aggregation == "normalize_then_sum" and self.advantage_normalization == "none":
+            raise ValueError(
+                "multi_objective_aggregation is 'normalize_then_sum', but advantage_normalization='none' says that "
+                "nothing is to be normalised. Set it to 'batch', 'prompt' or 'group'."
             )
 
     def _check_target_kl(self) -> None:

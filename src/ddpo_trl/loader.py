@@ -61,8 +61,12 @@ class RolloutLoader:
             The rewards.
         normalize (`Callable`):
             Rewards and prompts of all processes to advantages.
-        populations (`Callable`):
-            The sets of rewards that `normalize` compares, to tell how many have no spread.
+        normalize_each (`Sequence[Callable]`):
+            What each reward function's rewards go through before they are summed; empty if they are summed as they
+            are.
+        populations (`Sequence[Callable]`):
+            The sets of rewards that are compared, to tell how many have no spread: of the sum, or of each reward
+            function if these are normalised.
         drop_invalid (`bool`):
             Whether samples without a valid reward are dropped, or else are an error.
         advantage_clip (`float`):
@@ -83,7 +87,8 @@ class RolloutLoader:
     prompts: PromptSource
     scorer: RewardScorer
     normalize: Normalizer
-    populations: Populations
+    normalize_each: Sequence[Normalizer]
+    populations: Sequence[Populations]
     drop_invalid: bool
     advantage_clip: float
     plan: BatchPlan
@@ -117,7 +122,7 @@ class RolloutLoader:
         totals = self.scorer.total(gathered)
         self._check_invalid(totals, problem)
         prompts = [prompt for prompt, _ in pairs]
-        advantages = normalize_valid(self.normalize, totals, prompts)
+        advantages = normalize_valid(self.normalize, self._to_normalize(gathered, totals, prompts), prompts)
         advantages = advantages.clamp(-self.advantage_clip, self.advantage_clip)
         return Rollout(
             round=self.round,
@@ -165,6 +170,17 @@ class RolloutLoader:
         first = self.accelerator.process_index * self.plan.samples_per_process
         return values[first : first + self.plan.samples_per_process]
 
+    def _to_normalize(self, rewards: Tensor, totals: Tensor, prompts: Sequence[str]) -> Tensor:
+        """The weighted sum of the rewards, or of what `normalize_each` makes of them; NaN for dropped samples."""
+        if not self.normalize_each:
+            return totals
+        dropped = totals.isnan()  # of one function, then it has no part in the statistics of the others either
+        columns = rewards.masked_fill(dropped[:, None], torch.nan).T
+        each = [
+            normalize_valid(own, column, prompts) for own, column in zip(self.normalize_each, columns, strict=True)
+        ]
+        return self.scorer.total(torch.stack(each, dim=1)).masked_fill(dropped, torch.nan)
+
     def _check_invalid(self, totals: Tensor, problem: str | None) -> None:
         """Warns of dropped samples; raises, on all processes alike, if they are more than half of the round."""
         invalid, count = int(totals.isnan().sum()), len(totals)
@@ -177,11 +193,16 @@ class RolloutLoader:
     def _reward_metrics(self, rewards: Tensor, totals: Tensor, prompts: Sequence[str]) -> dict[str, float]:
         valid = ~totals.isnan()
         rewards, totals, prompts = rewards[valid], totals[valid], select(prompts, valid)
+        compared = rewards.T if self.normalize_each else [totals]
+        without_spread = [
+            fraction_without_spread(populations(column, prompts))
+            for populations, column in zip(self.populations, compared, strict=True)
+        ]
         metrics = {
             "reward": totals.mean().item(),
             "reward_std": totals.std(correction=0).item(),
             "rewards/invalid": 1 - valid.double().mean().item(),
-            "frac_reward_zero_std": fraction_without_spread(self.populations(totals, prompts)),
+            "frac_reward_zero_std": sum(without_spread) / len(without_spread),
         }
         for column, name in enumerate(self.scorer.names):
             metrics[f"rewards/{name}/mean"] = rewards[:, column].mean().item()

@@ -183,6 +183,10 @@ class DDPOTrainer(Trainer):
         self.remove_callback(ProgressCallback)
         self.add_callback(self.progress)
         self.normalize = self._normalizer()
+        self.normalize_each: list[advantages.Normalizer] = []
+        if args.multi_objective_aggregation == "normalize_then_sum":
+            self.normalize_each = [self._normalizer() for _ in self.scorer.names]
+            self.normalize = advantages.normalize_by_batch
         self.rollout: Rollout  # of the current round
         self._metrics: defaultdict[str, list[Tensor | float]] = defaultdict(list)
         self._training_since = 0.0
@@ -200,7 +204,8 @@ class DDPOTrainer(Trainer):
             prompts=self.prompts,
             scorer=self.scorer,
             normalize=self.normalize,
-            populations=self._populations(),
+            normalize_each=self.normalize_each,
+            populations=[self._populations(normalizer) for normalizer in self.normalize_each or [self.normalize]],
             drop_invalid=self.args.on_invalid_reward == "drop",
             advantage_clip=math.inf if self.args.advantage_normalization == "none" else self.args.advantage_clip,
             plan=self.plan,
@@ -307,9 +312,9 @@ class DDPOTrainer(Trainer):
             case _:
                 return advantages.normalize_by_batch
 
-    def _populations(self) -> advantages.Populations:
-        if isinstance(self.normalize, advantages.PromptStatistics):
-            return self.normalize.populations
+    def _populations(self, normalizer: advantages.Normalizer) -> advantages.Populations:
+        if isinstance(normalizer, advantages.PromptStatistics):
+            return normalizer.populations
         return advantages.groups if self.args.advantage_normalization == "group" else advantages.whole_round
 
     def _objective(self, log_probs: Tensor, batch: Transition) -> Objective:
@@ -520,9 +525,9 @@ class DDPOTrainer(Trainer):
         with open(os.path.join(directory, PLAN_NAME), "w") as file:
             json.dump(dataclasses.asdict(self.plan), file)
         torch.save(self.prompts.state_dict(), os.path.join(directory, PROMPTS_NAME))
-        if isinstance(self.normalize, advantages.PromptStatistics):
+        if self._prompt_statistics:
             with open(os.path.join(directory, PROMPT_STATISTICS_NAME), "w") as file:
-                json.dump(self.normalize.state_dict(), file)
+                json.dump([statistics.state_dict() for statistics in self._prompt_statistics], file)
 
     def _get_output_dir(self, trial: Any) -> str:
         return self._staging or super()._get_output_dir(trial)
@@ -548,10 +553,27 @@ class DDPOTrainer(Trainer):
             logger.warning(f"Resuming from {checkpoint}: {change}")
         prompts = torch.load(os.path.join(checkpoint, PROMPTS_NAME), weights_only=True)
         self.prompts.load_state_dict(prompts)
-        if isinstance(self.normalize, advantages.PromptStatistics):
-            with open(os.path.join(checkpoint, PROMPT_STATISTICS_NAME)) as file:
-                self.normalize.load_state_dict(json.load(file))
+        if self._prompt_statistics:
+            self._load_prompt_statistics(os.path.join(checkpoint, PROMPT_STATISTICS_NAME))
         self._load_rng_state(checkpoint)  # Trainer does so in the next round, which a finished run does not have
+
+    @property
+    def _prompt_statistics(self) -> list[advantages.PromptStatistics]:
+        """Those of the sum, or of each reward function; none if advantages don't go by prompt."""
+        normalizers = [self.normalize, *self.normalize_each]
+        return [one for one in normalizers if isinstance(one, advantages.PromptStatistics)]
+
+    def _load_prompt_statistics(self, path: str) -> None:
+        with open(path) as file:
+            states = json.load(file)
+        if len(states) != len(self._prompt_statistics):
+            logger.warning(
+                f"{path} has the remembered rewards of {len(states)} sums or reward functions, and this run has "
+                f"{len(self._prompt_statistics)}: they are forgotten."
+            )
+            return
+        for statistics, state in zip(self._prompt_statistics, states, strict=True):
+            statistics.load_state_dict(state)
 
     def _load_best_model(self) -> None:
         self._policy.load(self.state.best_model_checkpoint)
