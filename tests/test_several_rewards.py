@@ -109,10 +109,10 @@ def test_a_sample_that_one_function_has_no_reward_for_is_dropped_from_all(make_c
     trainer = trained(make_config, [some, large], **settings)
     valid = ~trainer.rollout.rewards.isnan()
     assert valid.tolist() == [False, True, True, True] * 2
-    total = sum(
-        weight * standardized(function(trainer.rollout.images[valid], (), ()).double().numpy())
-        for function, weight in zip((brightness, large), WEIGHTS, strict=True)
-    )
+    images = trainer.rollout.images[valid]
+    total = np.zeros(len(images))
+    for function, weight in zip((brightness, large), WEIGHTS, strict=True):
+        total += weight * standardized(function(images, (), ()).double().numpy())
     assert trainer.rollout.advantages[~valid].tolist() == [0.0, 0.0]
     assert trainer.rollout.advantages[valid].numpy() == pytest.approx(standardized(total), abs=5e-3)
 
