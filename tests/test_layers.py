@@ -13,13 +13,13 @@ ROOT = Path(ddpo_trl.__file__).parent
 
 # From the ground up. Modules of one layer do not import each other.
 LAYERS = [
-    {"processes"},
+    {"emoji", "processes"},
     {
-        "advantages", "callbacks", "checkpoints", "config", "emoji", "encoding", "gaussian", "lora", "plots",
+        "advantages", "callbacks", "checkpoints", "config", "encoding", "gaussian", "lora", "plots",
         "rewards", "seeding", "target_kl", "types", "workers",
     },
     {"conditions", "model_card", "objectives", "plan", "prompts", "schedulers", "scoring"},
-    {"pipelines"},
+    {"pipelines", "reward_server"},
     {"policy"},
     {"evaluation", "guard", "loader"},
     {"doctor", "trainer"},

@@ -16,6 +16,7 @@ from trl import TrlParser
 from ddpo_trl import demo
 from ddpo_trl.config import DDPOConfig
 from ddpo_trl.doctor import check_pipeline
+from ddpo_trl.reward_server import serve
 
 
 @dataclass
@@ -62,6 +63,48 @@ def doctor(argv: Sequence[str]) -> int:
     return 0 if report.problem is None else 1
 
 
+@dataclass
+class ServeRewardArguments:
+    """
+    What `ddpo-trl serve-reward` takes beside the reward function; see [`~ddpo_trl.reward_server.serve`].
+
+    Args:
+        host (`str`, *optional*, defaults to `"127.0.0.1"`):
+            Where to listen; `"0.0.0.0"` for other machines.
+        port (`int`, *optional*, defaults to `8000`):
+            Port 0 is any that is free.
+        token (`str`, *optional*):
+            What clients have to know; better set as `DDPO_TRL_REWARD_TOKEN`, since others can see a command line.
+        batch_size (`int`, *optional*, defaults to `16`):
+            Images scored at once.
+        max_request_mb (`float`, *optional*, defaults to `256`):
+            A request of more megabytes is refused.
+        device (`str`, *optional*):
+            Where the function gets its images; on the GPU by default, if there is one.
+    """
+
+    host: str = field(default="127.0.0.1", metadata={"help": "Where to listen; 0.0.0.0 for other machines."})
+    port: int = field(default=8000, metadata={"help": "0 is any that is free."})
+    token: str | None = field(
+        default=None, metadata={"help": "What clients have to know; better set as DDPO_TRL_REWARD_TOKEN."}
+    )
+    batch_size: int = field(default=16, metadata={"help": "Images scored at once."})
+    max_request_mb: float = field(default=256.0, metadata={"help": "A request of more megabytes is refused."})
+    device: str | None = field(default=None, metadata={"help": "Where the function gets its images: cuda:1, ..."})
+
+
+def serve_reward(argv: Sequence[str]) -> int:
+    """`ddpo-trl serve-reward module:function`: a reward function as an HTTP service, until it is told to stop."""
+    parser = TrlParser([ServeRewardArguments], prog="ddpo-trl serve-reward")
+    parser.add_argument("reward", metavar="module:function", help="The reward function, or a class of them.")
+    arguments, rest = parser.parse_args_and_config(argv)
+    try:
+        serve(rest.reward, **vars(arguments))
+    except (ImportError, TypeError, ValueError) as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
+    return 0
+
+
 def run_demo(argv: Sequence[str]) -> int:
     """`ddpo-trl demo`."""
     demo.main(argv)
@@ -71,6 +114,7 @@ def run_demo(argv: Sequence[str]) -> int:
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "demo": (run_demo, "train the embedded pipeline in a few minutes, on CPU"),
     "doctor": (doctor, "tell whether a pipeline can be a policy"),
+    "serve-reward": (serve_reward, "serve a reward function to RemoteReward"),
 }
 
 

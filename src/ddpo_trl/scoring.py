@@ -18,6 +18,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
+from ddpo_trl.rewards import RemoteReward
 from ddpo_trl.types import RewardFunction
 from ddpo_trl.workers import CallTimeout, DaemonPool, call_within
 
@@ -334,9 +335,11 @@ def is_number(value: Any, count: int) -> bool:
 
 
 def reward_name(function: Any) -> str:
-    """The name of a reward function: a function's own, a callable object's class."""
+    """The name of a reward function: a function's own, a callable object's class, that of what a server computes."""
     if isinstance(function, functools.partial):
         return reward_name(function.func)
+    if isinstance(function, RemoteReward):
+        return function.name
     if isinstance(function, types.FunctionType | types.BuiltinFunctionType | types.MethodType):
         return function.__name__
     return type(function).__name__

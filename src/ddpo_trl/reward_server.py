@@ -1,0 +1,295 @@
+"""`ddpo-trl serve-reward`: an HTTP service that computes a reward function for [`~ddpo_trl.rewards.RemoteReward`]."""
+
+import asyncio
+import contextlib
+import importlib
+import inspect
+import itertools
+import logging
+import math
+import operator
+import os
+import secrets
+import socket
+import sys
+import threading
+from collections import deque
+from collections.abc import Awaitable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ddpo_trl.rewards.remote import MEGABYTE, checked_token, unpack
+from ddpo_trl.scoring import RewardScorer, as_rewards
+from ddpo_trl.types import RewardFunction
+from ddpo_trl.workers import DaemonPool
+
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+logger = logging.getLogger(__name__)
+
+
+def load_reward(spec: str) -> RewardFunction:
+    """
+    Imports a reward function, from the working directory too.
+
+    Args:
+        spec (`str`):
+            `module:name` of a function, of an object that can be called, or of a class, which is made without
+            arguments.
+
+    Raises:
+        `ValueError`: If there is no such thing, or if it is a class that needs arguments.
+        `RuntimeError`: If the module raises an error when it is imported.
+    """
+    module_name, _, name = spec.partition(":")
+    if not (module_name and name):
+        raise ValueError(f"{spec!r} is no module:function; give one, such as my_rewards:score.")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{error.name}."):
+            raise ValueError(
+                f"There is no module {error.name!r}, neither installed nor in {os.getcwd()}, to take {spec!r} from."
+            ) from error
+        raise RuntimeError(f"The module {module_name!r} could not be imported.") from error
+    try:
+        reward: Any = operator.attrgetter(name)(module)
+    except AttributeError as error:
+        raise ValueError(f"{spec!r} does not exist: {error}.") from error
+    if inspect.isclass(reward):
+        try:
+            inspect.signature(reward).bind()
+        except TypeError as error:
+            raise ValueError(
+                f"{spec!r} is a class that can't be made without arguments ({error}); give an instance: "
+                f"my_reward = {name}(...) in a module of yours, and module:my_reward."
+            ) from error
+        reward = reward()
+    return reward
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """
+    An image that waits for its reward.
+
+    Args:
+        image (`torch.Tensor` of shape `(3, H, W)`, or `(F, 3, H, W)` for video), prompt, metadata:
+            What is scored.
+        request (`int`):
+            Number of the request that it came with.
+        reward (`Future[float]`):
+            NaN if the function gave no finite one.
+    """
+
+    image: Tensor
+    prompt: str
+    metadata: Any
+    request: int
+    reward: "Future[float]" = field(default_factory=Future)
+
+
+class Batcher:
+    """
+    Scores images in batches, whichever request they come with, one batch at a time.
+
+    Nothing waits for a batch to fill up: a batch is what has come in while the one before was computed.
+
+    Args:
+        function (`Callable`):
+            See [`~ddpo_trl.types.RewardFunction`].
+        batch_size (`int`):
+            Images scored at once, at most.
+        device (`str` or `torch.device`):
+            Where the function gets its images.
+
+    Attributes:
+        name (`str`):
+            Of the function.
+
+    Raises:
+        `TypeError`: If the function can't be called with three arguments.
+        `ValueError`: If the batch size is not positive.
+    """
+
+    def __init__(self, function: RewardFunction, batch_size: int, device: str | torch.device = "cpu"):
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; it must be at least 1.")
+        self.name = RewardScorer([function], argument="served").names[0]
+        self.function = function
+        self.batch_size = batch_size
+        self.device = device
+        self._requests = itertools.count()
+        self._waiting: deque[Sample] = deque()
+        self._lock = threading.Lock()
+        self._pool = DaemonPool(1, name="reward")
+
+    def submit(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Any]) -> "list[Future[float]]":
+        """Has a request scored: a future for each of its images."""
+        with self._lock:
+            request = next(self._requests)
+            rows = zip(images, prompts, metadata, strict=True)
+            samples = [Sample(*row, request) for row in rows]
+            self._waiting.extend(samples)
+        self._pool.submit(self._work_off)
+        return [sample.reward for sample in samples]
+
+    def _work_off(self) -> None:
+        while batch := self._next():
+            self._score(batch)
+
+    def _next(self) -> list[Sample]:
+        """Takes the next batch, of images of one shape, in the order in which they came."""
+        with self._lock:
+            batch: list[Sample] = []
+            while self._waiting and len(batch) < self.batch_size:
+                if batch and self._waiting[0].image.shape != batch[0].image.shape:
+                    break
+                sample = self._waiting.popleft()
+                if sample.reward.set_running_or_notify_cancel():  # false when the server is shut down
+                    batch.append(sample)
+        return batch
+
+    def _score(self, batch: list[Sample]) -> None:
+        try:
+            rewards = self._rewards(batch)
+        except BaseException as error:  # SystemExit too: somebody waits for an answer
+            requests = [list(samples) for _, samples in itertools.groupby(batch, operator.attrgetter("request"))]
+            if len(requests) > 1:  # only the request that is to blame is to fail
+                for request in requests:
+                    self._score(request)
+                return
+            logger.exception("`%s` failed for the prompts %s", self.name, [sample.prompt for sample in batch])
+            for sample in batch:
+                sample.reward.set_exception(RuntimeError(f"{type(error).__name__}: {error}"))
+        else:
+            for sample, reward in zip(batch, rewards, strict=True):
+                sample.reward.set_result(reward)
+
+    def _rewards(self, batch: list[Sample]) -> list[float]:
+        prompts = tuple(sample.prompt for sample in batch)
+        images = torch.stack([sample.image for sample in batch]).to(self.device)
+        answer = self.function(images, prompts, tuple(sample.metadata for sample in batch))
+        if inspect.isawaitable(answer):
+            answer = asyncio.run(_result(answer))
+        rewards, problem = as_rewards(answer, prompts, self.name)
+        if problem is not None:
+            logger.warning("%s", problem)
+        return rewards.tolist()
+
+
+async def _result(answer: Awaitable[Any]) -> Any:
+    return await answer
+
+
+def create_app(batcher: Batcher, token: str | None = None, max_request_bytes: int = 256 * MEGABYTE) -> "FastAPI":
+    """
+    The service: `GET /health` tells the function's name, `POST /score` takes what
+    [`~ddpo_trl.rewards.remote.pack`] packs and answers `{"rewards": [...]}`, with `null` for what is not finite.
+
+    Errors are JSON, `{"detail": reason}`: 400 for a malformed request, 401 without the token, 413 if it is too large,
+    500 if the function raised an error.
+
+    Args:
+        batcher ([`Batcher`]):
+            With the reward function.
+        token (`str`, *optional*):
+            What the header `Authorization: Bearer ...` must have.
+        max_request_bytes (`int`, *optional*):
+            A larger request is refused.
+    """
+    from fastapi import Depends, FastAPI, HTTPException, Request
+
+    def check_token(request: Request) -> None:
+        given = request.headers.get("Authorization", "").encode()
+        if token is not None and not secrets.compare_digest(given, f"Bearer {token}".encode()):
+            raise HTTPException(401, "The token is missing or wrong.")
+
+    async def read(request: Request) -> bytes:
+        body = bytearray()
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > max_request_bytes:
+                raise HTTPException(413, f"A request may have {max_request_bytes} bytes.")
+        return bytes(body)
+
+    app = FastAPI(openapi_url=None, dependencies=[Depends(check_token)])
+
+    @app.get("/health")
+    async def health() -> dict[str, Any]:
+        return {"name": batcher.name, "max_request_bytes": max_request_bytes}
+
+    @app.post("/score")
+    async def score(request: Request) -> dict[str, list[float | None]]:
+        body = await read(request)
+        try:
+            batch = await asyncio.to_thread(unpack, body)
+        except ValueError as error:
+            raise HTTPException(400, str(error)) from error
+        futures = [asyncio.wrap_future(future) for future in batcher.submit(*batch)]
+        try:
+            rewards = await asyncio.gather(*futures)
+        except RuntimeError as error:
+            raise HTTPException(500, str(error)) from error
+        return {"rewards": [reward if math.isfinite(reward) else None for reward in rewards]}
+
+    return app
+
+
+def serve(
+    spec: str,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    token: str | None = None,
+    batch_size: int = 16,
+    max_request_mb: float = 256.0,
+    device: str | None = None,
+) -> None:
+    """
+    Serves a reward function until it is told to stop.
+
+    Args:
+        spec (`str`):
+            See [`load_reward`].
+        host, port:
+            Where to listen; port 0 is any that is free.
+        token (`str`, *optional*):
+            What clients have to know; the environment variable `DDPO_TRL_REWARD_TOKEN` by default.
+        batch_size (`int`, *optional*, defaults to `16`):
+            Images scored at once, of one request or of several.
+        max_request_mb (`float`, *optional*, defaults to `256`):
+            A request of more megabytes is refused.
+        device (`str`, *optional*):
+            Where the function gets its images; on the GPU by default, if there is one.
+
+    Raises:
+        `ImportError`: If FastAPI or uvicorn are not installed.
+        `ValueError`, `TypeError`: If an argument is wrong.
+    """
+    try:
+        import fastapi  # noqa: F401
+        import uvicorn
+    except ImportError as error:
+        raise ImportError("serve-reward needs FastAPI and uvicorn: pip install 'ddpo_trl[server]'") from error
+    if not max_request_mb > 0:
+        raise ValueError(f"max_request_mb is {max_request_mb}; give a number above 0.")
+    token = checked_token(token)
+    batcher = Batcher(load_reward(spec), batch_size, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    app = create_app(batcher, token, round(max_request_mb * MEGABYTE))
+    if token is None and host not in ("127.0.0.1", "localhost", "::1"):
+        logger.warning("No token: whoever reaches this machine can use `%s`.", batcher.name)
+    config = uvicorn.Config(app, host=host, port=port, log_level="warning")
+    listening = config.bind_socket()
+    shown = socket.gethostname() if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
+    print(f"Serving `{batcher.name}` at http://{shown}:{listening.getsockname()[1]}", flush=True)
+    with contextlib.suppress(KeyboardInterrupt):
+        uvicorn.Server(config).run(sockets=[listening])

@@ -1,0 +1,356 @@
+"""Rewards from another process or machine: the client of `ddpo-trl serve-reward`, and how a request is written."""
+
+import io
+import json
+import logging
+import os
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import httpx2
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load, save
+from torch import Tensor
+
+from ddpo_trl.rewards.model import as_pictures
+
+
+logger = logging.getLogger(__name__)
+
+TOKEN_VARIABLE = "DDPO_TRL_REWARD_TOKEN"
+FORMATS = ("png", "fp16")
+MEGABYTE = 10**6
+START = "Start one by `ddpo-trl serve-reward module:function`"
+
+
+class RemoteReward:
+    """
+    A reward function that a reward server computes, in another process or on another machine.
+
+    The server is started by `ddpo-trl serve-reward module:function`. Its reward function's name is that of the logs. A
+    failure of the connection, and an answer of status 429 or 5xx, is tried again after `backoff`, 2 `backoff`, 4
+    `backoff`, ... seconds. A wrong answer, an error in the served function and no answer within `timeout` are not.
+
+    It can be pickled, with its token, and called from several threads at once.
+
+    ```py
+    reward = RemoteReward("http://127.0.0.1:8000")
+    trainer = DDPOTrainer(config, reward, prompts, pipeline)
+    ```
+
+    Args:
+        url (`str`):
+            Of the server, such as `"http://gpu2:8000"`. It is asked at construction whether it is there.
+        token (`str`, *optional*):
+            The server's; the environment variable `DDPO_TRL_REWARD_TOKEN` by default.
+        image_format (`str`, *optional*, defaults to `"png"`):
+            How images travel: as `"png"`, rounded to 8 bits as in a file, or as `"fp16"`, pixels in half precision,
+            which are two to four times as large, and faster where the network is.
+        timeout (`float`, *optional*, defaults to `120.0`):
+            Seconds to wait for an answer. The first may need the model to be loaded.
+        retries (`int`, *optional*, defaults to `5`):
+            How often a call is tried again.
+        backoff (`float`, *optional*, defaults to `1.0`):
+            Seconds before the first of these. With `retries` it is (2^`retries` − 1) `backoff` seconds, 31 by default,
+            that a server may be away; `reward_timeout` of [`DDPOConfig`] should be longer.
+
+    Attributes:
+        name (`str`):
+            Of the served reward function.
+
+    Raises:
+        `ConnectionError`: If there is no server.
+        `ValueError`: If an argument is out of range, or if there is a server, but no reward server or not with this
+            token.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        token: str | None = None,
+        image_format: str = "png",
+        timeout: float = 120.0,
+        retries: int = 5,
+        backoff: float = 1.0,
+    ):
+        _check_url(url)
+        if image_format not in FORMATS:
+            raise ValueError(f"image_format is {image_format!r}; give one of {FORMATS}.")
+        for name, value, least in (("retries", retries, 0), ("backoff", backoff, 0.0)):
+            if value < least:
+                raise ValueError(f"{name} is {value}; it must be at least {least}.")
+        if not timeout > 0:
+            raise ValueError(f"timeout is {timeout}; give a number of seconds above 0.")
+        self.url = url.rstrip("/")
+        self.image_format = image_format
+        self.timeout = timeout
+        self.retries = retries
+        self.backoff = backoff
+        self._token = checked_token(token)
+        self._client = self._connect()
+        self.name, self._max_bytes = self._ask_who_is_there()
+
+    def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Any]) -> list[float | None]:
+        """
+        Has a batch of images or videos scored.
+
+        Args:
+            images (`torch.Tensor` of shape `(B, 3, H, W)`, or `(B, F, 3, H, W)` for video):
+                Values in [0, 1].
+            prompts, metadata (`Sequence` of length `B`):
+                What belongs to each. The metadata travels as JSON: tuples become lists, keys strings.
+
+        Returns:
+            `list` of length `B`: numbers, or `None` where the served function gave no finite one.
+
+        Raises:
+            `ConnectionError`: If the server is away for longer than the retries last.
+            `TimeoutError`: If it gives no answer in time.
+            `RuntimeError`: If the served function raised an error.
+            `TypeError`: If the metadata is not JSON.
+            `ValueError`: If the answer is no answer, or the request larger than the server takes.
+        """
+        body = pack(images, prompts, metadata, self.image_format)
+        if len(body) > self._max_bytes:
+            raise ValueError(self._too_large(len(body)))
+        response = self._post(body)
+        if response.status_code == 413:
+            raise ValueError(self._too_large(len(body)))
+        if response.status_code == 500:
+            raise RuntimeError(
+                f"The served function `{self.name}` at {self.url} failed: {_detail(response)} (The server's log has "
+                "the traceback.)"
+            )
+        if response.status_code != 200:
+            raise ValueError(self._refused(response))
+        return self._rewards(response)
+
+    def _post(self, body: bytes) -> httpx2.Response:
+        """The first answer that doesn't ask to try again."""
+        problem = ""
+        for attempt in range(self.retries + 1):
+            if attempt:
+                delay = self.backoff * 2 ** (attempt - 1)
+                logger.warning("%s: %s; try %d of %d in %g s.", self.url, problem, attempt, self.retries, delay)
+                time.sleep(delay)
+            try:
+                response = self._send("POST", "/score", body)
+            except ConnectionError as error:
+                problem = str(error)
+            else:
+                if not _is_passing(response):
+                    return response
+                problem = f"status {response.status_code}"
+        raise ConnectionError(
+            f"The reward server at {self.url} could not be reached in {self.retries + 1} tries ({problem}). See "
+            f"whether it still runs, and its log. {START}, or raise retries or backoff if it needs longer to return."
+        )
+
+    def _send(self, method: str, path: str, body: bytes | None = None) -> httpx2.Response:
+        """One try; a `ConnectionError` is worth another."""
+        try:
+            return self._client.request(method, self.url + path, content=body)
+        except httpx2.RequestError as error:
+            if isinstance(error, httpx2.DecodingError):
+                raise ValueError(f"The reward server at {self.url} gave a malformed answer: {error}.") from error
+            if isinstance(error, httpx2.TimeoutException) and not isinstance(error, httpx2.ConnectTimeout):
+                raise TimeoutError(
+                    f"The reward server at {self.url} gave no answer within {self.timeout:g} s. If it needs more, "
+                    "raise timeout; if it hangs, its log may tell why."
+                ) from error
+            raise ConnectionError(f"{type(error).__name__}: {error}") from error
+
+    def _ask_who_is_there(self) -> tuple[str, int]:
+        """The name of the served function, and how many bytes a request may have."""
+        try:
+            response = self._send("GET", "/health")
+        except ConnectionError as error:
+            raise ConnectionError(
+                f"There is no reward server at {self.url} ({error}). {START} on that machine, with --host 0.0.0.0 if "
+                "it is another one, and give the url that it prints."
+            ) from error
+        if response.status_code != 200:
+            raise ValueError(self._refused(response))
+        try:
+            answer = response.json()
+            name, max_bytes = answer["name"], answer["max_request_bytes"]
+        except (ValueError, TypeError, KeyError):
+            name, max_bytes = None, None
+        if not (isinstance(name, str) and name and isinstance(max_bytes, int)):
+            raise ValueError(
+                f"What is at {self.url} is no reward server: to /health it answered {_detail(response)!r}. {START}."
+            )
+        return name, max_bytes
+
+    def _rewards(self, response: httpx2.Response) -> list[float | None]:
+        """The rewards of an answer. Their number and values are left to the scorer, as those of local functions."""
+        try:
+            rewards = response.json()["rewards"]
+        except (ValueError, TypeError, KeyError):
+            rewards = None
+        if not isinstance(rewards, list):
+            raise ValueError(
+                f"The reward server at {self.url} answered {_detail(response)!r}; it must be JSON like "
+                '{"rewards": [0.5, null]}.'
+            )
+        return rewards
+
+    def _refused(self, response: httpx2.Response) -> str:
+        if response.status_code == 401:
+            given = "another one was given" if self._token else "none was given"
+            return (
+                f"The reward server at {self.url} asks for its token, and {given}; give token, or set the environment "
+                f"variable {TOKEN_VARIABLE}, to what the server was started with."
+            )
+        return f"The reward server at {self.url} answered status {response.status_code}: {_detail(response)!r}."
+
+    def _too_large(self, size: int) -> str:
+        return (
+            f"A request of {size / MEGABYTE:.1f} MB is more than the reward server at {self.url} takes; start it with "
+            "a larger --max_request_mb, or send less at once: image_format='png', or a smaller "
+            "per_device_sample_batch_size."
+        )
+
+    def _connect(self) -> httpx2.Client:
+        # No connection is kept: between two rounds the server would close it, and the next call fail.
+        return httpx2.Client(
+            timeout=self.timeout,
+            limits=httpx2.Limits(max_keepalive_connections=0),
+            headers={} if self._token is None else {"Authorization": f"Bearer {self._token}"},
+        )
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.url!r})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_client"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._client = self._connect()
+
+
+def _check_url(url: str) -> None:
+    try:
+        parsed = httpx2.URL(url)
+    except httpx2.InvalidURL as error:
+        raise ValueError(f"url is {url!r}, which is none: {error}.") from error
+    if parsed.scheme not in ("http", "https") or not parsed.host:
+        raise ValueError(f"url is {url!r}; give that of a reward server, such as 'http://127.0.0.1:8000'.")
+
+
+def checked_token(token: str | None) -> str | None:
+    """
+    The given token, or that of the environment.
+
+    Raises:
+        `ValueError`: If it is empty or can't be sent; not that of a variable that isn't set.
+    """
+    token = os.environ.get(TOKEN_VARIABLE) if token is None else token
+    if token is None or (token.isascii() and token.isprintable() and token and " " not in token):
+        return token
+    raise ValueError(  # which shows no secret
+        f"token (or {TOKEN_VARIABLE}) has {len(token)} characters, which are not all printable ASCII without spaces; "
+        "give another one, or none."
+    )
+
+
+def pack(images: Tensor, prompts: Sequence[str], metadata: Sequence[Any], image_format: str) -> bytes:
+    """
+    A request: a safetensors file, which says itself what is in it and runs no code when it is read.
+
+    Its tensors are `images`, float16, or else the bytes of a PNG file for every image or frame, named `0`, `1`, ...
+    Its header has `image_format`, and as JSON `shape`, `prompts` and `metadata`.
+
+    Raises:
+        `TypeError`: If the metadata is not JSON.
+    """
+    header = {
+        "image_format": image_format,
+        "shape": json.dumps(list(images.shape)),
+        "prompts": json.dumps(list(prompts)),
+        "metadata": f"[{', '.join(map(_as_json, metadata, prompts))}]",
+    }
+    if image_format == "fp16":
+        return save({"images": images.detach().half().cpu().contiguous()}, header)
+    frames = images.detach().flatten(0, -4)
+    return save({str(index): _as_png(picture) for index, picture in enumerate(as_pictures(frames))}, header)
+
+
+def unpack(body: bytes) -> tuple[Tensor, tuple[str, ...], tuple[Any, ...]]:
+    """
+    What [`pack`] packed, from anywhere.
+
+    Returns:
+        Images as float32 in [0, 1] on the CPU, prompts and metadata.
+
+    Raises:
+        `ValueError`: If it is malformed.
+    """
+    try:
+        tensors = load(body)
+        header = json.loads(body[8 : 8 + int.from_bytes(body[:8], "little")])["__metadata__"]
+        shape, prompts, metadata = (json.loads(header[name]) for name in ("shape", "prompts", "metadata"))
+        if header["image_format"] == "fp16":
+            images = tensors["images"].float()
+        else:
+            images = torch.stack([_from_png(tensors[str(index)]) for index in range(len(tensors))])
+        images = images.view(shape)
+    except Exception as error:  # whichever of safetensors, JSON, PIL and torch finds the fault
+        raise ValueError(f"The request is malformed ({type(error).__name__}: {error}).") from error
+    _check_request(images, prompts, metadata)
+    return images, tuple(prompts), tuple(metadata)
+
+
+def _check_request(images: Tensor, prompts: Any, metadata: Any) -> None:
+    if images.ndim not in (4, 5) or images.shape[-3] != 3 or not images.numel():
+        raise ValueError(f"The request is malformed: its images have the shape {tuple(images.shape)}.")
+    if not (isinstance(prompts, list) and all(isinstance(prompt, str) for prompt in prompts)):
+        raise ValueError("The request is malformed: its prompts are no list of strings.")
+    if not (isinstance(metadata, list) and len(prompts) == len(metadata) == len(images)):
+        raise ValueError("The request is malformed: it has not one prompt and one metadata for each image.")
+
+
+def _as_json(metadata: Any, prompt: str) -> str:
+    try:
+        return json.dumps(metadata)
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"The metadata of prompt {prompt!r} can't travel to a reward server: {error}. It must be JSON: None, "
+            "numbers, strings, lists, dicts. Take out the rest in a function that calls the RemoteReward."
+        ) from error
+
+
+def _as_png(picture: Image.Image) -> Tensor:
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG", compress_level=1)  # a tenth larger than by default, in a fraction of the time
+    return torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
+
+
+def _from_png(data: Tensor) -> Tensor:
+    with Image.open(io.BytesIO(data.numpy().tobytes()), formats=["PNG"]) as picture:
+        return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1).float() / 255
+
+
+def _is_passing(response: httpx2.Response) -> bool:
+    """Whether it may be better next time. Status 500 with a reason is the served function's own error."""
+    own_error = response.status_code == 500 and _reason(response) is not None
+    return response.status_code == 429 or (response.status_code >= 500 and not own_error)
+
+
+def _reason(response: httpx2.Response) -> str | None:
+    """What a reward server says about an error, in JSON; `None` if it is no reward server's."""
+    try:
+        reason = response.json()["detail"]
+    except (ValueError, TypeError, KeyError):
+        return None
+    return reason if isinstance(reason, str) else None
+
+
+def _detail(response: httpx2.Response) -> str:
+    """What an answer says, or else how it begins."""
+    return _reason(response) or response.text[:200]
