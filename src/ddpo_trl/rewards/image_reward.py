@@ -1,0 +1,210 @@
+"""Which images of a prompt people prefer: ImageReward, on BLIP."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import linear
+from transformers import AutoTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
+
+from ddpo_trl.rewards.model import RewardModel
+from ddpo_trl.rewards.weights import check_weights, read_weights
+
+
+FILENAME = "ImageReward.pt"
+
+# What the original code standardises its scores with.
+MEAN = 0.16717362830052426
+STD = 1.0333394966054072
+
+SIDE = 224
+PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
+PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
+MAX_TOKENS = 35
+
+VISION = "blip.visual_encoder."
+TEXT = "blip.text_encoder."
+
+# The original's names in the vision tower, and those of transformers. In the text encoder they are the same.
+VISION_NAMES = {
+    r"^cls_token$": "embeddings.class_embedding",
+    r"^pos_embed$": "embeddings.position_embedding",
+    r"^patch_embed\.proj\.": "embeddings.patch_embedding.",
+    r"^norm\.": "post_layernorm.",
+    r"^blocks\.": "encoder.layers.",
+    r"\.norm([12])\.": r".layer_norm\1.",
+    r"\.attn\.qkv\.": ".self_attn.qkv.",
+    r"\.attn\.proj\.": ".self_attn.projection.",
+}
+
+# The head's linear layers by their numbers in the file. What is in between are dropouts.
+LAYERS = (0, 2, 4, 6, 7)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlipJudge:
+    """
+    What an [`ImageReward`] loads.
+
+    Args:
+        vision (`BlipVisionModel`), text (`BlipTextModel`):
+            The image encoder, and the text encoder that looks at its output.
+        tokenizer (`Any`):
+            BERT's.
+        head (`list[tuple[torch.Tensor, torch.Tensor]]`):
+            Weight and bias of each linear layer, float32. There is no activation in between.
+    """
+
+    vision: Any
+    text: Any
+    tokenizer: Any
+    head: list[tuple[Tensor, Tensor]]
+
+    def judge(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
+        """`(B,)` float32, standardised."""
+        tokens = self.tokenizer(
+            list(prompts), padding="max_length", truncation=True, max_length=MAX_TOKENS, return_tensors="pt"
+        ).to(self.vision.device)
+        pixels = torch.stack([as_pixels(image) for image in images]).to(self.vision.device, self.vision.dtype)
+        hidden = self.text(
+            input_ids=tokens["input_ids"],
+            attention_mask=tokens["attention_mask"],
+            encoder_hidden_states=self.vision(pixel_values=pixels).last_hidden_state,
+        ).last_hidden_state
+        values = hidden[:, 0].float()
+        for weight, bias in self.head:
+            values = linear(values, weight, bias)
+        return (values.squeeze(1) - MEAN) / STD
+
+
+class ImageReward(RewardModel[BlipJudge]):
+    """
+    Which images of a prompt people prefer, by how well they fit it and by how they look.
+
+    ImageReward of [Xu et al. 2023](https://huggingface.co/papers/2304.05977): BLIP's text encoder reads the prompt and
+    looks at the image, as a ViT-L/16 sees it, by cross-attention. Five linear layers without activations rate what is
+    at its first token, [CLS]. It was trained on comparisons by experts. Scores are standardised, so that the authors'
+    have mean 0 and standard deviation 1: mostly in -2.3 to 2, without bounds.
+
+    Source: [ImageReward](https://github.com/THUDM/ImageReward), code and weights Apache-2.0. The architecture is that
+    of [BLIP](https://github.com/salesforce/BLIP), BSD-3-Clause, in transformers.
+
+    Args:
+        model (`str`, *optional*, defaults to `"THUDM/ImageReward"`):
+            The weights under the names of the original: a file (`.safetensors`, `.pth`, `.pt` or `.bin`), or the id of
+            a Hub repository with an `ImageReward.pt`. The head stays in float32.
+        tokenizer (`str`, *optional*, defaults to `"google-bert/bert-base-uncased"`):
+            Hub id or folder of the tokenizer. Prompts of more than 35 tokens are cut off.
+        kwargs:
+            `device`, `dtype` and `batch_size` of [`RewardModel`].
+
+    Raises:
+        `ValueError`: If the model is a file that does not exist, or, when it is loaded, holds something else.
+    """
+
+    def __init__(
+        self,
+        model: str = "THUDM/ImageReward",
+        *,
+        tokenizer: str = "google-bert/bert-base-uncased",
+        **kwargs: Any,
+    ):
+        super().__init__(**kwargs)
+        check_weights("model", model)
+        self.model = model
+        self.tokenizer = tokenizer
+
+    def load(self, device: torch.device) -> BlipJudge:
+        weights = read_weights(self.model, FILENAME)
+        missing = [name for name in (f"{VISION}cls_token", "mlp.layers.7.weight") if name not in weights]
+        if missing:
+            raise ValueError(
+                f"model is {self.model!r}, which lacks {missing}; give the weights of ImageReward under the names "
+                "that they have in ImageReward.pt."
+            )
+        vision, text = vision_model(weights), text_model(weights)
+        return BlipJudge(
+            vision=vision.to(device, self.dtype).eval(),
+            text=text.to(device, self.dtype).eval(),
+            tokenizer=AutoTokenizer.from_pretrained(self.tokenizer),
+            head=[
+                (
+                    weights[f"mlp.layers.{layer}.weight"].to(device).float(),
+                    weights[f"mlp.layers.{layer}.bias"].to(device).float(),
+                )
+                for layer in LAYERS
+            ],
+        )
+
+    def score(
+        self, loaded: BlipJudge, images: list[Image.Image], prompts: Sequence[str], metadata: Sequence[Any]
+    ) -> Tensor:
+        return loaded.judge(images, prompts)
+
+
+def as_pixels(image: Image.Image) -> Tensor:
+    """
+    An image as the original prepares it, `(3, 224, 224)` float32: the shorter side to 224, its centre, normalised.
+
+    Not by a processor of transformers: where an odd number of rows or columns is cut off, torchvision, which the
+    original uses, leaves the odd one on the other side half of the time.
+    """
+    width, height = (SIDE * side // min(image.size) for side in image.size)
+    resized = image.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = round((width - SIDE) / 2), round((height - SIDE) / 2)
+    pixels = np.asarray(resized.crop((left, top, left + SIDE, top + SIDE)), dtype=np.float32) / 255
+    normalised = (torch.from_numpy(pixels) - torch.tensor(PIXEL_MEAN)) / torch.tensor(PIXEL_STD)
+    return normalised.permute(2, 0, 1)
+
+
+def vision_model(weights: Mapping[str, Tensor]) -> Any:
+    """The image encoder of weights under the original's names, as wide and deep as they are; it has 16 heads."""
+    qkv = [name for name in weights if name.startswith(VISION) and name.endswith(".attn.qkv.weight")]
+    intermediate, width = weights[f"{VISION}blocks.0.mlp.fc1.weight"].shape
+    config = BlipVisionConfig(
+        hidden_size=width,
+        intermediate_size=intermediate,
+        num_hidden_layers=len(qkv),
+        num_attention_heads=16,
+        image_size=SIDE,
+        patch_size=weights[f"{VISION}patch_embed.proj.weight"].shape[-1],
+        layer_norm_eps=1e-6,
+    )
+    model = BlipVisionModel(config)
+    model.load_state_dict({_renamed(name): value for name, value in _below(VISION, weights).items()})
+    return model
+
+
+def text_model(weights: Mapping[str, Tensor]) -> Any:
+    """The text encoder of weights under the original's names, as wide and deep as they are; it has 12 heads."""
+    own = _below(TEXT, weights)
+    dense = [name for name in own if name.endswith(".intermediate.dense.weight")]
+    words, width = own["embeddings.word_embeddings.weight"].shape
+    config = BlipTextConfig(
+        vocab_size=words,
+        hidden_size=width,
+        encoder_hidden_size=own["encoder.layer.0.crossattention.self.key.weight"].shape[1],
+        intermediate_size=own[dense[0]].shape[0],
+        num_hidden_layers=len(dense),
+        num_attention_heads=12,
+        max_position_embeddings=own["embeddings.position_embeddings.weight"].shape[0],
+    )
+    model = BlipTextModel(config, add_pooling_layer=False)
+    # Positions are numbers from 0 upwards, which older files hold too.
+    model.load_state_dict({name: value for name, value in own.items() if name != "embeddings.position_ids"})
+    return model
+
+
+def _below(prefix: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+
+
+def _renamed(name: str) -> str:
+    for pattern, replacement in VISION_NAMES.items():
+        name = re.sub(pattern, replacement, name)
+    return name
