@@ -32,14 +32,16 @@ from ddpo_trl.scoring import RewardScorer
 
 
 TOKEN = "correct-horse"
-COMMAND = [sys.executable, "-m", "ddpo_trl.cli", "serve-reward"]
-# Like that of a user: the directory of the served module is the working directory, not on the path.
+# The served module is in the working directory, which, as for the installed command, is not on the path (-P).
+COMMAND = [sys.executable, "-P", "-m", "ddpo_trl.cli", "serve-reward"]
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(autouse=True)
-def no_token_from_outside(monkeypatch):
+def own_surroundings(monkeypatch):
+    """No token from outside, and what the command adds to the path is taken off again."""
     monkeypatch.delenv("DDPO_TRL_REWARD_TOKEN", raising=False)
+    monkeypatch.setattr(sys, "path", list(sys.path))
 
 
 def free_port() -> int:
