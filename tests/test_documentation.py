@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from ddpo_trl import rewards
+
 
 ROOT = Path(__file__).parents[1]
 
@@ -27,6 +29,12 @@ def test_the_examples_of_the_documentation_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for code in snippets(page.read_text()):
         exec(compile(code, page.name, "exec"), {})
+
+
+def test_every_reward_is_on_its_page():
+    page = (ROOT / "docs" / "rewards.md").read_text()
+    missing = [name for name in rewards.__all__ if f"`{name}`" not in page and f"`{name}(" not in page]
+    assert missing == []
 
 
 def test_the_readmes_example_runs_and_plain_diffusers_loads_what_it_saves(tmp_path, monkeypatch):
@@ -65,7 +73,7 @@ def test_the_example_script_runs(tmp_path, monkeypatch):
     assert (tmp_path / "out" / "reward.png").is_file()
 
 
-@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "docs/trust.md"])
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "docs/trust.md", "docs/rewards.md"])
 def test_the_documents_name_files_and_commands_that_exist(document):
     text = (ROOT / document).read_text()
     for target in re.findall(r"\]\(((?!http)[^)#]+)\)", text):
