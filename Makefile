@@ -8,7 +8,7 @@ READY := $(VENV)/ready
 # With two cores, spinning OpenMP threads of one process starve the other.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test learning torture conformance check format emoji emoji-quality clean
+.PHONY: demo test learning torture conformance check format emoji emoji-quality emoji-alignment clean
 
 demo: $(READY)  ## the main job: DDPO on the embedded pipeline, results in outputs/demo
 	TRANSFORMERS_VERBOSITY=error $(BIN)/ddpo-trl demo  # it warns of a missing torchvision, which nothing here needs
@@ -39,6 +39,10 @@ emoji: $(READY)  ## rebuild the embedded pipeline from the npm packages; hours, 
 
 emoji-quality: $(READY)  ## share of samples that show what their caption says; last line is the share
 	$(BIN)/python tools/emoji/quality.py
+
+emoji-alignment: $(READY)  ## train the small CLIP of the reward emoji_alignment, and measure it; 20 minutes
+	$(BIN)/python tools/emoji/alignment.py
+	$(BIN)/python tools/emoji/alignment.py --measure
 
 clean:
 	rm -rf $(VENV) build dist outputs

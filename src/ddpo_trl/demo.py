@@ -9,10 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from diffusers.models.attention_processor import AttnProcessor
 from peft import LoraConfig
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import TrlParser
 
@@ -33,9 +35,55 @@ PROMPTS = [
     "tropical fish", "pancakes", "evergreen tree", "candy", "honeybee", "potted plant", "sushi", "lollipop",
 ]  # fmt: skip
 
-REWARDS: dict[str, RewardFunction] = {
-    "jpeg_compressibility": rewards.jpeg_compressibility,
-    "jpeg_incompressibility": rewards.jpeg_incompressibility,
+# The pipeline learned from bare captions. With an article before them, these are drawn right now and then: in one to
+# three of four images with other seeds than the demo's.
+NOW_AND_THEN = [
+    "sandwich", "takeout box", "cup with straw", "spouting whale", "taco", "kissing face with smiling eyes",
+    "beer mug", "birthday cake", "hedgehog", "roasted sweet potato", "t-rex", "sad but relieved face", "pretzel",
+    "mouse face", "rooster", "blowfish",
+]  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """
+    What the demo can train for.
+
+    Args:
+        reward (`Callable`):
+            The reward function.
+        unit (`str`):
+            Of the reward, for headings.
+        captions (`list[str]`):
+            What the images should show.
+        article (`str`, *optional*, defaults to `""`):
+            What stands before a caption in its prompt.
+        defaults (`dict[str, Any]`, *optional*):
+            What differs from [`DEFAULTS`] and the defaults of [`DemoArguments`].
+    """
+
+    reward: RewardFunction
+    unit: str
+    captions: list[str]
+    article: str = ""
+    defaults: dict[str, Any] = field(default_factory=dict)
+
+    def prompts(self) -> list[str]:
+        """One for each caption."""
+        return [f"{self.article}{caption}" for caption in self.captions]
+
+
+TASKS = {
+    "jpeg_compressibility": Task(reward=rewards.jpeg_compressibility, unit="kB", captions=PROMPTS),
+    "jpeg_incompressibility": Task(reward=rewards.jpeg_incompressibility, unit="kB", captions=PROMPTS),
+    "emoji_alignment": Task(
+        reward=rewards.emoji_alignment,
+        unit="nats",
+        captions=NOW_AND_THEN,
+        article="a ",
+        # No guidance, which makes up for part of what is to be learned; and the reward, a log-probability, ends at 0.
+        defaults={"guidance_scale": 1.0, "stop_at_gain": 1.0},
+    ),
 }
 
 # The evaluation repeats every prompt this often, each time with another seed.
@@ -77,7 +125,8 @@ class DemoArguments:
 
     Args:
         reward (`str`, *optional*, defaults to `"jpeg_compressibility"`):
-            What the images are trained for: that, or `"jpeg_incompressibility"`.
+            What the images are trained for: that, `"jpeg_incompressibility"`, or `"emoji_alignment"`, for which the
+            prompts are other than the captions that the pipeline knows: "a hedgehog" in place of "hedgehog".
         lora_rank (`int`, *optional*, defaults to `16`):
             Rank of the adapter. The higher it is, the smaller the steps may be, and the less the weights wander at
             random: with rank 4 and larger steps shuffled rewards moved the evaluation by up to 7 %.
@@ -85,10 +134,10 @@ class DemoArguments:
             Whether to shuffle the rewards of each round among its images: the control, which must not learn.
         stop_at_gain (`float`, *optional*, defaults to `0.18`):
             Training stops when the reward of a round is better than the first round's by this share of its magnitude.
-            Left to run, compressibility ends in blank images.
+            Left to run, compressibility ends in blank images. `emoji_alignment` has no need of it: its default is 1.
     """
 
-    reward: Literal["jpeg_compressibility", "jpeg_incompressibility"] = field(
+    reward: Literal["jpeg_compressibility", "jpeg_incompressibility", "emoji_alignment"] = field(
         default="jpeg_compressibility", metadata={"help": "What the images are trained for."}
     )
     lora_rank: int = field(default=16, metadata={"help": "Rank of the adapter."})
@@ -145,10 +194,14 @@ def parse_arguments(argv: Sequence[str]) -> tuple[DemoArguments, DDPOConfig]:
     """Reads the command line of `ddpo-trl demo`: its own arguments and any field of [`DDPOConfig`]."""
     parser = TrlParser([DemoArguments, DDPOConfig], prog="ddpo-trl demo")
     parser.set_defaults(**DEFAULTS)
-    estimator = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    estimator.add_argument("--loss_type", "--loss-type")
-    if estimator.parse_known_args(argv)[0].loss_type == "sf":
+    choices = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    choices.add_argument("--loss_type", "--loss-type")
+    choices.add_argument("--reward")
+    chosen = choices.parse_known_args(argv)[0]
+    if chosen.loss_type == "sf":
         parser.set_defaults(**SCORE_FUNCTION_DEFAULTS)
+    if chosen.reward in TASKS:  # what is not, the parser refuses
+        parser.set_defaults(**TASKS[chosen.reward].defaults)
     try:
         arguments, config = parser.parse_args_and_config(argv)
     except ValueError as error:
@@ -169,16 +222,16 @@ def run_demo(arguments: DemoArguments, config: DDPOConfig) -> dict[str, Any]:
     Returns:
         `dict`: What `summary.json` holds.
     """
-    reward_fn = REWARDS[arguments.reward]
+    task = TASKS[arguments.reward]
     pipeline = load_emoji_pipeline()
     pipeline.unet.set_attn_processor(AttnProcessor())  # fused attention is slower on a CPU, backwards above all
     trainer = DDPOTrainer(
         config,
-        reward_fn,
-        PROMPTS,
+        task.reward,
+        task.prompts(),
         pipeline,
         peft_config=demo_lora_config(arguments.lora_rank) if config.use_lora else None,
-        eval_prompts=PROMPTS * EVAL_SEEDS,
+        eval_prompts=task.prompts() * EVAL_SEEDS,
         callbacks=[StopAtGain(arguments.stop_at_gain)],
     )
     if arguments.shuffle_rewards:
@@ -191,9 +244,9 @@ def run_demo(arguments: DemoArguments, config: DDPOConfig) -> dict[str, Any]:
 
     output = Path(config.output_dir)
     trainer.save_model()
-    save_reward_curve(trainer.state.log_history, output / "reward.png", f"{arguments.reward} [kB]")
+    save_reward_curve(trainer.state.log_history, output / "reward.png", f"{arguments.reward} [{task.unit}]")
     save_before_after(before, after, output / "before_after.png")
-    summary = summarise(trainer, before, after, seconds)
+    summary = summarise(trainer, task, before, after, seconds)
     (output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     return summary
 
@@ -208,9 +261,23 @@ def save_before_after(before: Samples, after: Samples, path: Path) -> None:
     save_comparison(rows, before.prompts[shown], path)
 
 
-def summarise(trainer: DDPOTrainer, before: Samples, after: Samples, seconds: float) -> dict[str, Any]:
-    """The figures of a run; the standard error is that of the mean of the paired gains."""
-    gain = (after.rewards - before.rewards)[:, 0]
+def mean_and_stderr(gains: Tensor) -> tuple[float, float]:
+    """Of `(N,)` paired gains."""
+    return gains.mean().item(), gains.std(correction=1).item() / math.sqrt(len(gains))
+
+
+def recognised(samples: Samples, captions: list[str]) -> Tensor:
+    """1 for each image that is nearest to its own subject, else 0: `(N,)`. The captions may be fewer and recur."""
+    subjects = captions * (len(samples.images) // len(captions))
+    pairs = zip(samples.images, subjects, strict=True)
+    return torch.tensor([recognised_share(image[None], [caption]) for image, caption in pairs])
+
+
+def summarise(trainer: DDPOTrainer, task: Task, before: Samples, after: Samples, seconds: float) -> dict[str, Any]:
+    """The figures of a run; the standard errors are those of the means of the paired gains."""
+    gain, stderr = mean_and_stderr((after.rewards - before.rewards)[:, 0])
+    hits = [recognised(samples, task.captions) for samples in (before, after)]
+    recognised_gain, recognised_stderr = mean_and_stderr(hits[1] - hits[0])
     logs = [log for log in trainer.state.log_history if "reward" in log]
     sampling = sum(log["time/sampling"] for log in logs)
     waiting = sum(log["time/waiting_for_rewards"] for log in logs)
@@ -219,10 +286,12 @@ def summarise(trainer: DDPOTrainer, before: Samples, after: Samples, seconds: fl
         "reward_queries": int(logs[-1]["episode"]) if logs else 0,
         "eval_reward_before": before.rewards.mean().item(),
         "eval_reward_after": after.rewards.mean().item(),
-        "eval_reward_gain": gain.mean().item(),
-        "eval_reward_gain_stderr": gain.std(correction=1).item() / math.sqrt(len(gain)),
-        "recognised_before": recognised_share(before.images, before.prompts),
-        "recognised_after": recognised_share(after.images, after.prompts),
+        "eval_reward_gain": gain,
+        "eval_reward_gain_stderr": stderr,
+        "recognised_before": hits[0].mean().item(),
+        "recognised_after": hits[1].mean().item(),
+        "recognised_gain": recognised_gain,
+        "recognised_gain_stderr": recognised_stderr,
         "seconds": {
             "sampling": sampling,
             "scoring": sum(log["time/scoring"] for log in logs),  # in worker threads, while sampling goes on
@@ -233,13 +302,13 @@ def summarise(trainer: DDPOTrainer, before: Samples, after: Samples, seconds: fl
     }
 
 
-def print_summary(summary: dict[str, Any], output_dir: str) -> None:
+def print_summary(summary: dict[str, Any], unit: str, output_dir: str) -> None:
     """Shows the figures as a table."""
     table = Table(title=f"{summary['reward']}: {summary['reward_queries']} reward queries")
     for heading in ("", "before", "after", "gain"):
         table.add_column(heading, justify="left" if heading == "" else "right")
     table.add_row(
-        "evaluation reward [kB]",
+        f"evaluation reward, {unit}",
         f"{summary['eval_reward_before']:.3f}",
         f"{summary['eval_reward_after']:.3f}",
         f"{summary['eval_reward_gain']:+.3f} ± {summary['eval_reward_gain_stderr']:.3f}",
@@ -248,7 +317,7 @@ def print_summary(summary: dict[str, Any], output_dir: str) -> None:
         "subjects recognised",
         f"{summary['recognised_before']:.0%}",
         f"{summary['recognised_after']:.0%}",
-        "",
+        f"{summary['recognised_gain']:+.0%} ± {summary['recognised_gain_stderr']:.0%}",
     )
     seconds = summary["seconds"]
     console = Console()
@@ -263,4 +332,4 @@ def print_summary(summary: dict[str, Any], output_dir: str) -> None:
 def main(argv: Sequence[str]) -> None:
     """`ddpo-trl demo`."""
     arguments, config = parse_arguments(argv)
-    print_summary(run_demo(arguments, config), config.output_dir)
+    print_summary(run_demo(arguments, config), TASKS[arguments.reward].unit, config.output_dir)

@@ -1,0 +1,394 @@
+"""Trains a small CLIP on the emoji and their captions: the reward `emoji_alignment`.
+
+    python tools/emoji/alignment.py             # first without a fifth of the 3d drawings, then with everything
+    python tools/emoji/alignment.py --measure   # the shipped model on what the embedded pipeline draws
+
+The first run says how well such a model names drawings that it never saw; the second model is the one that ships.
+"""
+
+import argparse
+import io
+import json
+import math
+import random
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from PIL import Image
+from torch import Tensor
+from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
+
+from autoencoder import decode, encode_mean
+from data import IMAGE_SIZE, STYLES, Concept, load_dataset
+from ddpo_trl.emoji import EMOJI_PATH, emoji_captions, load_emoji_pipeline, nearest_captions
+from ddpo_trl.rewards import EmojiAlignment
+from text import MAX_LENGTH, styled, tokenize
+
+
+ROOT = Path(__file__).parents[2]
+TARGET = ROOT / "src" / "ddpo_trl" / "assets" / "emoji_alignment"
+
+# One concept in so many has its 3d drawing held out in the first run.
+HELD_OUT_EVERY = 5
+HELD_OUT_STYLE = STYLES.index("3d")
+
+WIDTH = 96
+PEAK_LEARNING_RATE = 1e-3
+WARMUP_STEPS = 100
+CONCEPTS_PER_BATCH = 64
+
+# Words that may stand around a caption; half of the texts have none. Few, because a text has only 14 tokens.
+PHRASES = ("a {}", "an {}", "the {}", "one {}", "my {}", "some {}", "{} emoji", "emoji of {}", "{}, please")
+
+# Standard deviations of the noise that is added to latents of unit variance before they are decoded.
+LATENT_NOISE = (0.0, 0.25, 0.5)
+
+
+class Drawing(NamedTuple):
+    """One training image.
+
+    Attributes:
+        concept: Its index among the concepts.
+        style: Its index in [`STYLES`].
+    """
+
+    concept: int
+    style: int
+
+
+def create_model(tokenizer: CLIPTokenizer) -> CLIPModel:
+    """Builds the untrained model: patches of 8x8 pixels, 1.3 M parameters, of which a third are the text tower's."""
+    text = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": WIDTH,
+        "intermediate_size": 4 * WIDTH,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 3,
+        "max_position_embeddings": MAX_LENGTH,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    vision = {
+        "hidden_size": 128,
+        "intermediate_size": 512,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "image_size": IMAGE_SIZE,
+        "patch_size": 8,
+    }
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=WIDTH))
+    # PyTorch's fused attention is slow backwards on a CPU: the plain one makes a whole step twice as fast.
+    model.set_attn_implementation("eager")
+    return model
+
+
+def decoded_variants(images: Tensor) -> Tensor:
+    """What the embedded autoencoder makes of `(N, 3, 64, 64)` images in [-1, 1] and of noisy latents of them.
+
+    Returns:
+        `(1 + len(LATENT_NOISE), N, 3, 64, 64)` in [0, 1], the images themselves first.
+    """
+    autoencoder = AutoencoderKL.from_pretrained(EMOJI_PATH / "vae", torch_dtype=torch.float32).eval()
+    generator = torch.Generator().manual_seed(0)
+    variants = [images]
+    with torch.no_grad():
+        latents = torch.cat([encode_mean(autoencoder, batch) for batch in images.split(64)])
+        for sigma in LATENT_NOISE:
+            noisy = latents + sigma * torch.randn(latents.shape, generator=generator)
+            variants.append(torch.cat([decode(autoencoder, batch) for batch in noisy.split(64)]))
+    return (torch.stack(variants) / 2 + 0.5).clamp(0, 1)
+
+
+def moved(images: Tensor) -> Tensor:
+    """Mirrors, turns by up to 12 degrees, scales by 0.8 to 1.2 and shifts by up to 6 pixels; white comes in."""
+    count = len(images)
+    angle = (torch.rand(count) * 2 - 1) * math.radians(12)
+    scale = 0.8 + 0.4 * torch.rand(count)
+    mirror = torch.where(torch.rand(count) < 0.5, -1.0, 1.0)
+    shift = (torch.rand(count, 2) * 2 - 1) * 2 * 6 / IMAGE_SIZE
+    rows = [
+        torch.stack([mirror * angle.cos() / scale, -angle.sin() / scale, shift[:, 0]], dim=1),
+        torch.stack([mirror * angle.sin() / scale, angle.cos() / scale, shift[:, 1]], dim=1),
+    ]
+    grid = F.affine_grid(torch.stack(rows, dim=1), list(images.shape), align_corners=False)
+    return 1 - F.grid_sample(1 - images, grid, align_corners=False)
+
+
+def faded(images: Tensor) -> Tensor:
+    """Changes contrast against white and brightness, and blurs half of the images."""
+    count = len(images)
+    images = 1 - (1 - images) * (0.55 + 0.55 * torch.rand(count, 1, 1, 1))
+    images = images + 0.1 * torch.randn(count, 1, 1, 1) + 0.03 * torch.randn(count, 3, 1, 1)
+    size = int(torch.randint(12, 40, ()))
+    blurred = F.interpolate(F.interpolate(images, size=size, mode="area"), size=IMAGE_SIZE, mode="bilinear")
+    return torch.where(torch.rand(count, 1, 1, 1) < 0.5, blurred, images)
+
+
+def noisy(images: Tensor) -> Tensor:
+    """Adds noise of up to 0.15 to each pixel, and as much in coarse spots."""
+    count = len(images)
+    fine = torch.randn_like(images) * torch.rand(count, 1, 1, 1) * 0.15
+    spots = F.interpolate(torch.randn(count, 3, 16, 16), size=IMAGE_SIZE, mode="bilinear")
+    return (images + fine + spots * torch.rand(count, 1, 1, 1) * 0.15).clamp(0, 1)
+
+
+def as_jpeg(image: Tensor, quality: int) -> Tensor:
+    """A `(3, H, W)` image in [0, 1] as it comes out of a JPEG file."""
+    pixels = (image * 255).round().byte().permute(1, 2, 0).numpy()
+    Image.fromarray(pixels).save(buffer := io.BytesIO(), format="JPEG", quality=quality)
+    return torch.from_numpy(np.array(Image.open(buffer))).permute(2, 0, 1) / 255
+
+
+def augmented(images: Tensor, rng: random.Random) -> Tensor:
+    """What the pipeline might draw in place of these `(B, 3, 64, 64)` images in [0, 1]; a quarter are JPEGs."""
+    images = noisy(faded(moved(images)))
+    return torch.stack([as_jpeg(image, rng.randint(20, 90)) if rng.random() < 0.25 else image for image in images])
+
+
+def normalised(images: Tensor) -> Tensor:
+    """From [0, 1] to [-1, 1], as the image processor that is shipped does it."""
+    return images * 2 - 1
+
+
+def image_features(model: CLIPModel, images: Tensor) -> Tensor:
+    """`(B, WIDTH)` unit vectors of `(B, 3, 64, 64)` images in [0, 1]."""
+    hidden = model.vision_model(pixel_values=normalised(images)).pooler_output
+    return F.normalize(model.visual_projection(hidden).float(), dim=-1)
+
+
+def all_image_features(model: CLIPModel, images: Tensor) -> Tensor:
+    """The same for any number of images."""
+    return torch.cat([image_features(model, batch) for batch in images.split(64)])
+
+
+def text_features(model: CLIPModel, tokenizer: CLIPTokenizer, texts: Sequence[str]) -> Tensor:
+    """`(B, WIDTH)` unit vectors of B texts."""
+    hidden = model.text_model(input_ids=tokenize(tokenizer, list(texts))).pooler_output
+    return F.normalize(model.text_projection(hidden).float(), dim=-1)
+
+
+def contrastive_loss(similarity: Tensor, drawings: list[Drawing], concepts: list[int]) -> Tensor:
+    """CLIP's loss in both directions, where a caption without a style word means every drawing of its concept.
+
+    Captions with a style word compete with each other, and those without do, but not the ones with the others.
+
+    Args:
+        similarity: `(len(drawings), 3 * len(concepts))` logits; of each concept a column without style, then one for
+            each of [`STYLES`].
+        drawings: What the rows show.
+        concepts: What the columns say.
+    """
+    place = {concept: index for index, concept in enumerate(concepts)}
+    concept = torch.tensor([place[drawing.concept] for drawing in drawings])
+    style = torch.tensor([drawing.style for drawing in drawings])
+    columns = similarity.unflatten(1, (len(concepts), 1 + len(STYLES)))
+    unstyled, with_style = columns[:, :, 0], columns[:, :, 1:].flatten(1)
+    shown = len(STYLES) * concept + style
+    means = F.one_hot(concept, len(concepts)).T.float()
+    losses = [
+        F.cross_entropy(unstyled, concept),
+        F.cross_entropy(with_style, shown),
+        F.cross_entropy(unstyled.T, means / means.sum(1, keepdim=True)),
+        F.cross_entropy(with_style.T[shown], torch.arange(len(drawings))),
+    ]
+    return torch.stack(losses).mean()
+
+
+def batch_texts(concepts: list[Concept], rng: random.Random) -> list[str]:
+    """Three texts for each concept: its caption or, in one case of six, a keyword, without and with the styles.
+
+    All three are in the same one of [`PHRASES`], or in none.
+    """
+    texts = []
+    for concept in concepts:
+        words = rng.choice(concept.keywords) if concept.keywords and rng.random() < 1 / 6 else concept.caption
+        phrase = rng.choice(PHRASES) if rng.random() < 1 / 2 else "{}"
+        texts += [phrase.format(form) for form in (words, *(styled(words, style) for style in range(len(STYLES))))]
+    return texts
+
+
+def train(
+    model: CLIPModel,
+    tokenizer: CLIPTokenizer,
+    concepts: list[Concept],
+    variants: Tensor,
+    known: set[Drawing],
+    steps: int,
+) -> CLIPModel:
+    """Trains on a cosine after a warm-up.
+
+    Args:
+        variants: `(V, concepts, styles, 3, 64, 64)` in [0, 1], see [`decoded_variants`].
+        known: The drawings to train on.
+    """
+    rng = random.Random(0)
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.1)
+    start, losses = time.monotonic(), []
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            warmup = min(1.0, (step + 1) / WARMUP_STEPS)
+            group["lr"] = PEAK_LEARNING_RATE * warmup * 0.5 * (1 + math.cos(math.pi * step / steps))
+        chosen = rng.sample(range(len(concepts)), CONCEPTS_PER_BATCH)
+        drawings = [Drawing(c, s) for c in chosen for s in range(len(STYLES)) if Drawing(c, s) in known]
+        images = torch.stack([variants[(rng.randrange(len(variants)), *drawing)] for drawing in drawings])
+        with torch.autocast("cpu", torch.bfloat16):
+            pictures = image_features(model, augmented(images, rng))
+            words = text_features(model, tokenizer, batch_texts([concepts[c] for c in chosen], rng))
+        loss = contrastive_loss(model.logit_scale.exp() * pictures @ words.T, drawings, chosen)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        with torch.no_grad():
+            model.logit_scale.clamp_(max=math.log(100))  # as CLIP does
+        losses.append(loss.item())
+        if (step + 1) % 100 == 0:
+            mean_loss, losses = sum(losses) / len(losses), []
+            print(
+                f"step {step + 1}/{steps} loss {mean_loss:.3f} {(time.monotonic() - start) / 60:.1f} minutes",
+                flush=True,
+            )
+    return model.eval()
+
+
+@torch.no_grad()
+def retrieval(
+    model: CLIPModel, tokenizer: CLIPTokenizer, concepts: list[Concept], images: Tensor, drawings: list[Drawing]
+) -> tuple[float, float]:
+    """How often the right one of all the captions comes first, and how often among the first five.
+
+    Args:
+        images: `(len(drawings), 3, 64, 64)` in [0, 1].
+    """
+    words = text_features(model, tokenizer, [concept.caption for concept in concepts])
+    best = (all_image_features(model, images) @ words.T).topk(5).indices
+    right = best == torch.tensor([drawing.concept for drawing in drawings])[:, None]
+    return right[:, 0].float().mean().item(), right.any(1).float().mean().item()
+
+
+def export(model: CLIPModel, tokenizer: CLIPTokenizer, target: Path) -> None:
+    """Writes what plain transformers loads: the model in half precision, tokenizer, image processor, credits."""
+    shutil.rmtree(target, ignore_errors=True)
+    model.half().save_pretrained(target)
+    tokenizer.save_pretrained(target)
+    grey = [0.5] * 3
+    side = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    CLIPImageProcessorPil(
+        size={"shortest_edge": IMAGE_SIZE}, crop_size=side, image_mean=grey, image_std=grey
+    ).save_pretrained(target)
+    # Told float16, transformers would compute in half precision, which is slow on a CPU.
+    config = json.loads((target / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps({**config, "dtype": "float32"}, indent=2) + "\n")
+    for file in target.iterdir():
+        file.chmod(0o644)
+    shutil.copy(Path(__file__).parent / "NOTICE", target)
+    size = sum(file.stat().st_size for file in target.iterdir())
+    print(f"{target}: {size / 1e6:.2f} MB")
+
+
+def build(work_dir: Path, steps: int, only: str | None, begin: Path | None) -> None:
+    """Trains on the split, says what the held-out drawings are taken for, trains on everything, and exports.
+
+    Args:
+        steps: Of each of the two trainings.
+        only: `"split"` or `"everything"` to do only that one.
+        begin: A folder with a model to go on from, in place of an untrained one.
+    """
+    concepts, arrays = load_dataset(work_dir)
+    images = torch.from_numpy(arrays).permute(0, 1, 4, 2, 3).float()
+    tokenizer = CLIPTokenizer.from_pretrained(EMOJI_PATH / "tokenizer")
+    variants = decoded_variants(images.flatten(0, 1) / 127.5 - 1).unflatten(1, images.shape[:2])
+    everything = [Drawing(c, s) for c in range(len(concepts)) for s in range(len(STYLES))]
+    shuffled = random.Random(1).sample(range(len(concepts)), len(concepts))
+    unseen = [Drawing(c, HELD_OUT_STYLE) for c in shuffled[::HELD_OUT_EVERY]]
+    for name, held_out in (("split", unseen), ("everything", [])):
+        if only not in (None, name):
+            continue
+        seen = [drawing for drawing in everything if drawing not in held_out]
+        torch.manual_seed(0)
+        model = create_model(tokenizer)
+        if begin is not None:
+            model.load_state_dict(CLIPModel.from_pretrained(begin, dtype=torch.float32).state_dict())
+        model = train(model, tokenizer, concepts, variants, set(seen), steps)
+        for kind, drawings in (("seen", seen), ("held-out", held_out)):
+            if drawings:
+                shown = torch.stack([variants[(0, *drawing)] for drawing in drawings])
+                first, five = retrieval(model, tokenizer, concepts, shown, drawings)
+                print(f"{len(drawings)} {kind} drawings: top-1 {first:.3f}, top-5 {five:.3f} of {len(concepts)}")
+        if not held_out:
+            export(model, tokenizer, TARGET)
+
+
+# How the samples of the measurement are drawn: around the caption, steps, guidance scale.
+SAMPLERS = (("{}", 10, 2.5), ("{}", 2, 1.0), ("a {}", 5, 2.5))
+
+
+@torch.no_grad()
+def measure() -> None:
+    """Draws every caption once in each of three ways and compares the reward with the nearest-image measure."""
+    pipeline = load_emoji_pipeline()
+    pipeline.set_progress_bar_config(disable=True)
+    captions = emoji_captions()
+    reward = EmojiAlignment()
+    tokenizer = CLIPTokenizer.from_pretrained(TARGET)
+    model = CLIPModel.from_pretrained(TARGET).eval()
+    words = text_features(model, tokenizer, captions)
+    for phrase, steps, guidance_scale in SAMPLERS:
+        prompts = [phrase.format(caption) for caption in captions]
+        generators = [torch.Generator().manual_seed(seed) for seed in range(len(prompts))]
+        batches = [
+            pipeline(
+                prompts[first : first + 64],
+                num_inference_steps=steps,
+                guidance_scale=guidance_scale,
+                generator=generators[first : first + 64],
+                output_type="pt",
+            ).images
+            for first in range(0, len(prompts), 64)
+        ]
+        images = torch.cat(batches)
+        named = [captions[best] for best in (all_image_features(model, images) @ words.T).argmax(1).tolist()]
+        nearest = [name.split(" ", 1)[1] for name in nearest_captions(images)]
+        hit = torch.tensor([name == caption for name, caption in zip(nearest, captions, strict=True)])
+        rewards = torch.tensor(reward(images, prompts, prompts))
+        above = (rewards[hit][:, None] > rewards[~hit]).float().mean().item()
+        print(
+            f"{phrase!r}, {steps} steps, guidance {guidance_scale}: {share(nearest, captions)} nearest to their own "
+            f"drawing, {share(named, captions)} named by the reward model, agreement {share(named, nearest)}; reward "
+            f"{rewards[hit].mean():.2f} for the former, {rewards[~hit].mean():.2f} for the others, right order in "
+            f"{above:.3f} of pairs",
+            flush=True,
+        )
+
+
+def share(names: list[str], others: list[str]) -> str:
+    """How many are equal."""
+    return f"{sum(a == b for a, b in zip(names, others, strict=True)) / len(names):.3f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work-dir", type=Path, default=ROOT / "build" / "emoji", help="where the packages are")
+    parser.add_argument("--steps", type=int, default=1800, help="of each of the two trainings")
+    parser.add_argument("--only", choices=("split", "everything"), help="do only one of them")
+    parser.add_argument("--begin", type=Path, help="a folder with a model to go on from")
+    parser.add_argument("--measure", action="store_true", help="train nothing, measure the model that ships")
+    args = parser.parse_args()
+    if args.measure:
+        measure()
+        return
+    args.work_dir.mkdir(parents=True, exist_ok=True)
+    build(args.work_dir, args.steps, args.only, args.begin)
+
+
+if __name__ == "__main__":
+    main()
