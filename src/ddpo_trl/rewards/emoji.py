@@ -53,9 +53,13 @@ class EmojiAlignment(RewardModel[AlignmentModel]):
     compete with the same captions and may come out slightly above 0. What all faces share cancels, as it does not in
     the cosine: an image gains nothing by looking like any emoji.
 
-    The model is made for 64x64 emoji on white and knows nothing else. 1.3 M parameters, Apache-2.0; it learned from
-    Noto Emoji (Apache-2.0), Fluent Emoji (MIT) and emojibase (MIT) by `tools/emoji/alignment.py`. Plain transformers
-    loads it: `CLIPModel.from_pretrained(ddpo_trl.rewards.emoji.EMOJI_ALIGNMENT_PATH)`.
+    The model is made for 64x64 emoji on white and knows nothing else: of 412 captions it puts the right one first for
+    78 % of the drawings it learned from, and for 5 % of those in a style that it never saw of their concept. Training
+    can please it with colours alone: watch [`~ddpo_trl.emoji.recognised_share`] beside it.
+
+    1.25 M parameters, Apache-2.0; it learned from Noto Emoji (Apache-2.0), Fluent Emoji (MIT) and emojibase (MIT) by
+    `tools/emoji/alignment.py`. Plain transformers loads it:
+    `CLIPModel.from_pretrained(ddpo_trl.rewards.emoji.EMOJI_ALIGNMENT_PATH)`.
 
     Args:
         device (`str` or `torch.device`, *optional*):
