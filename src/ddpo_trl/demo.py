@@ -81,8 +81,9 @@ TASKS = {
         unit="nats",
         captions=NOW_AND_THEN,
         article="a ",
-        # No guidance, which makes up for part of what is to be learned; and the reward, a log-probability, ends at 0.
-        defaults={"guidance_scale": 1.0, "stop_at_gain": 1.0},
+        # No guidance, which makes up for part of what is to be learned. At a learning rate of 1e-3 shuffled rewards
+        # cost half of the subjects. The reward, a log-probability, ends at 0.
+        defaults={"guidance_scale": 1.0, "learning_rate": 3e-4, "stop_at_gain": 1.0},
     ),
 }
 
