@@ -31,6 +31,7 @@ from ddpo_trl.emoji import EMOJI_PATH
 from ddpo_trl.rewards import (
     AestheticPredictorV25,
     CLIPScore,
+    EmojiAlignment,
     HPSv2,
     ImageReward,
     LaionAesthetic,
@@ -110,7 +111,7 @@ def rewards() -> list[RewardModel]:
     ]
     for reward, loaded in ready:
         reward._loaded = loaded
-    return [*(reward for reward, _ in ready), OCRAccuracy(), NSFWGate()]
+    return [*(reward for reward, _ in ready), OCRAccuracy(), NSFWGate(), EmojiAlignment()]
 
 
 def seconds_per_image(reward: RewardModel, images: Tensor) -> float:
