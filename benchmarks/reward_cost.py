@@ -42,6 +42,7 @@ from ddpo_trl.rewards import (
 )
 from ddpo_trl.rewards.aesthetic import AestheticPredictor
 from ddpo_trl.rewards.clip import Clip
+from ddpo_trl.rewards.head import Head
 from ddpo_trl.rewards.image_reward import MAX_TOKENS, BlipJudge
 from ddpo_trl.rewards.siglip import SiglipPredictor
 
@@ -74,7 +75,7 @@ def clip(vision: dict[str, int], text: dict[str, int], projection: int) -> Clip:
     )
 
 
-def head(width: int) -> list[tuple[Tensor, Tensor]]:
+def head(width: int) -> Head:
     sizes = [width, 1024, 128, 64, 16, 1]
     return [(torch.randn(after, before), torch.zeros(after)) for before, after in zip(sizes, sizes[1:], strict=False)]
 

@@ -101,14 +101,6 @@ def _check_parts(pipeline: DiffusionPipeline, config: DDPOConfig) -> None:
         )
 
 
-def decode_by_parts(vae: AutoencoderMixin, config: DDPOConfig) -> None:
-    """Has images decoded piece by piece where that is asked for. (Encoded too, so it holds in replay as well.)"""
-    if config.vae_slicing:
-        vae.enable_slicing()
-    if config.vae_tiling:
-        vae.enable_tiling()
-
-
 def move(pipeline: DiffusionPipeline, device: torch.device, config: DDPOConfig) -> None:
     """Moves a pipeline to a device, but for what waits in CPU memory."""
     if not (config.offload_text_encoders or config.offload_vae):

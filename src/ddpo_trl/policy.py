@@ -15,7 +15,7 @@ from ddpo_trl.conditions import SettingOwners, conditions, setting_owners, setti
 from ddpo_trl.config import DDPOConfig
 from ddpo_trl.gaussian import kl_divergence, log_prob
 from ddpo_trl.lora import adapters_off, denoiser_name, describe_adapter, load_adapter, save_adapter
-from ddpo_trl.pipelines import call_with_grad, check_call, decode_by_parts, policy_copy, quiet_copy, with_denoiser
+from ddpo_trl.pipelines import call_with_grad, check_call, policy_copy, quiet_copy, with_denoiser
 from ddpo_trl.processes import is_sharded
 from ddpo_trl.schedulers import Replay, Sampling, StepReplayed, policy_scheduler
 from ddpo_trl.types import Conditions, Context, SampledBatch
@@ -97,8 +97,10 @@ class Policy(nn.Module):
         self.pipeline: Any = quiet_copy(pipeline)  # runs with its own, deterministic or not, scheduler
         if config.offload_vae:
             self.pipeline.vae.to("cpu")
-        if config.vae_slicing or config.vae_tiling:
-            decode_by_parts(self.pipeline.vae, config)
+        if config.vae_slicing:  # for good: images that are encoded in replay have to be as they were in sampling
+            self.pipeline.vae.enable_slicing()
+        if config.vae_tiling:
+            self.pipeline.vae.enable_tiling()
         # FSDP shards by these blocks: one at a time is whole.
         self._no_split_modules = present_classes(self.denoiser, self.denoiser._no_split_modules or ())
         if "encode_prompt" in vars(self.policy_pipeline):  # the same cache for both

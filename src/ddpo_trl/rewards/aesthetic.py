@@ -9,14 +9,15 @@ from PIL import Image
 from torch import Tensor
 
 from ddpo_trl.rewards.clip import Clip, load_clip
+from ddpo_trl.rewards.head import Head, check_head, head_of, rate
 from ddpo_trl.rewards.model import RewardModel
 from ddpo_trl.rewards.weights import check_weights, read_weights
 
 
 FILENAME = "aesthetic-model.pth"
 
-# Its linear layers by their numbers in the file. The dropouts between them, 1, 3 and 5, do nothing after training.
-LAYERS = (0, 2, 4, 6, 7)
+# Its linear layers as the file names them. The dropouts between them, 1, 3 and 5, do nothing after training.
+LAYERS = ["layers.0", "layers.2", "layers.4", "layers.6", "layers.7"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,12 +28,12 @@ class AestheticPredictor:
     Args:
         clip (`Clip`):
             The model.
-        head (`list[tuple[torch.Tensor, torch.Tensor]]`):
-            Weight and bias of each linear layer, float32. There is no activation in between.
+        head (`Head`):
+            What rates them.
     """
 
     clip: Clip
-    head: list[tuple[Tensor, Tensor]]
+    head: Head
 
 
 class LaionAesthetic(RewardModel[AestheticPredictor]):
@@ -75,34 +76,17 @@ class LaionAesthetic(RewardModel[AestheticPredictor]):
 
     def load(self, device: torch.device) -> AestheticPredictor:
         weights = read_weights(self.head, FILENAME)
-        names = {f"layers.{layer}.{part}" for layer in LAYERS for part in ("weight", "bias")}
-        if weights.keys() != names:
-            raise ValueError(
-                f"head is {self.head!r}, which holds {sorted(weights)}; a head of this predictor holds "
-                f"{sorted(names)}."
-            )
+        check_head(weights, LAYERS, self.head)
         clip = load_clip(self.model, self.model, device, self.dtype)
-        width = weights["layers.0.weight"].shape[1]
+        width = weights[f"{LAYERS[0]}.weight"].shape[1]
         if width != clip.network.config.projection_dim:
             raise ValueError(
                 f"head is {self.head!r} and takes {width} numbers per image, but model, {self.model!r}, gives "
                 f"{clip.network.config.projection_dim}; give the CLIP model that the head was trained on."
             )
-        return AestheticPredictor(
-            clip=clip,
-            head=[
-                (
-                    weights[f"layers.{layer}.weight"].to(device).float(),
-                    weights[f"layers.{layer}.bias"].to(device).float(),
-                )
-                for layer in LAYERS
-            ],
-        )
+        return AestheticPredictor(clip=clip, head=head_of(weights, LAYERS, device))
 
     def score(
         self, loaded: AestheticPredictor, images: list[Image.Image], prompts: Sequence[str], metadata: Sequence[Any]
     ) -> Tensor:
-        values = loaded.clip.embed_images(images)
-        for weight, bias in loaded.head:
-            values = torch.nn.functional.linear(values, weight, bias)
-        return values.squeeze(1)
+        return rate(loaded.head, loaded.clip.embed_images(images))

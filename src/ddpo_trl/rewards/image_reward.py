@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn.functional import linear
 from transformers import AutoTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
+from ddpo_trl.rewards.head import Head, head_of, rate
 from ddpo_trl.rewards.model import RewardModel
 from ddpo_trl.rewards.weights import check_weights, read_weights
 
@@ -42,8 +42,8 @@ VISION_NAMES = {
     r"\.attn\.proj\.": ".self_attn.projection.",
 }
 
-# The head's linear layers by their numbers in the file. What is in between are dropouts.
-LAYERS = (0, 2, 4, 6, 7)
+# The head's linear layers as the file names them. What is in between are dropouts.
+LAYERS = ["mlp.layers.0", "mlp.layers.2", "mlp.layers.4", "mlp.layers.6", "mlp.layers.7"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,14 +56,14 @@ class BlipJudge:
             The image encoder, and the text encoder that looks at its output.
         tokenizer (`Any`):
             BERT's.
-        head (`list[tuple[torch.Tensor, torch.Tensor]]`):
-            Weight and bias of each linear layer, float32. There is no activation in between.
+        head (`Head`):
+            What rates them.
     """
 
     vision: Any
     text: Any
     tokenizer: Any
-    head: list[tuple[Tensor, Tensor]]
+    head: Head
 
     def judge(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
         """`(B,)` float32, standardised."""
@@ -76,10 +76,7 @@ class BlipJudge:
             attention_mask=tokens["attention_mask"],
             encoder_hidden_states=self.vision(pixel_values=pixels).last_hidden_state,
         ).last_hidden_state
-        values = hidden[:, 0].float()
-        for weight, bias in self.head:
-            values = linear(values, weight, bias)
-        return (values.squeeze(1) - MEAN) / STD
+        return (rate(self.head, hidden[:, 0].float()) - MEAN) / STD
 
 
 class ImageReward(RewardModel[BlipJudge]):
@@ -132,13 +129,7 @@ class ImageReward(RewardModel[BlipJudge]):
             vision=vision.to(device, self.dtype).eval(),
             text=text.to(device, self.dtype).eval(),
             tokenizer=AutoTokenizer.from_pretrained(self.tokenizer),
-            head=[
-                (
-                    weights[f"mlp.layers.{layer}.weight"].to(device).float(),
-                    weights[f"mlp.layers.{layer}.bias"].to(device).float(),
-                )
-                for layer in LAYERS
-            ],
+            head=head_of(weights, LAYERS, device),
         )
 
     def score(

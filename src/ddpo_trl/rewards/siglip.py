@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn.functional import linear, normalize
+from torch.nn.functional import normalize
 from transformers import AutoImageProcessor, SiglipVisionModel
 
+from ddpo_trl.rewards.head import Head, check_head, head_of, rate
 from ddpo_trl.rewards.model import RewardModel
 from ddpo_trl.rewards.weights import check_weights, read_weights
 
@@ -22,8 +23,8 @@ HEAD = (
     + FILENAME
 )
 
-# Its linear layers by their numbers in the file. The dropouts between them, 1, 3, 5 and 7, do nothing after training.
-LAYERS = (0, 2, 4, 6, 8)
+# Its linear layers as the file names them. The dropouts between them, 1, 3, 5 and 7, do nothing after training.
+LAYERS = ["scoring_head.0", "scoring_head.2", "scoring_head.4", "scoring_head.6", "scoring_head.8"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,22 +37,19 @@ class SiglipPredictor:
             On its device, in its dtype.
         processor (`Any`):
             Its image processor: resizes to a square whatever the shape was, normalises to [-1, 1].
-        head (`list[tuple[torch.Tensor, torch.Tensor]]`):
-            Weight and bias of each linear layer, float32. There is no activation in between.
+        head (`Head`):
+            What rates them.
     """
 
     network: Any
     processor: Any
-    head: list[tuple[Tensor, Tensor]]
+    head: Head
 
     def rate(self, images: Sequence[Image.Image]) -> Tensor:
         """`(B,)` float32, about 1 to 10."""
         pixels = self.processor(images=list(images), return_tensors="pt")["pixel_values"]
         pooled = self.network(pixel_values=pixels.to(self.network.device, self.network.dtype)).pooler_output
-        values = normalize(pooled.float(), dim=-1)
-        for weight, bias in self.head:
-            values = linear(values, weight, bias)
-        return values.squeeze(1)
+        return rate(self.head, normalize(pooled.float(), dim=-1))
 
 
 class AestheticPredictorV25(RewardModel[SiglipPredictor]):
@@ -90,9 +88,9 @@ class AestheticPredictorV25(RewardModel[SiglipPredictor]):
         self.head = head
 
     def load(self, device: torch.device) -> SiglipPredictor:
-        head = self._read_head()
+        weights = self._read_head()
         network = SiglipVisionModel.from_pretrained(self.model, dtype=self.dtype).to(device).eval()
-        width = head[0][0].shape[1]
+        width = weights[f"{LAYERS[0]}.weight"].shape[1]
         if width != network.config.hidden_size:
             raise ValueError(
                 f"head is {self.head!r} and takes {width} numbers per image, but model, {self.model!r}, gives "
@@ -102,21 +100,16 @@ class AestheticPredictorV25(RewardModel[SiglipPredictor]):
             network=network,
             # Left to itself, transformers takes torchvision wherever it is installed, and a reward would depend on it.
             processor=AutoImageProcessor.from_pretrained(self.model, backend="pil"),
-            head=[(weight.to(device).float(), bias.to(device).float()) for weight, bias in head],
+            head=head_of(weights, LAYERS, device),
         )
 
-    def _read_head(self) -> list[tuple[Tensor, Tensor]]:
+    def _read_head(self) -> dict[str, Tensor]:
         if self.head.startswith("https://"):
             weights = torch.hub.load_state_dict_from_url(self.head, map_location="cpu", weights_only=True)
         else:
             weights = read_weights(self.head, FILENAME)
-        names = [(f"scoring_head.{layer}.weight", f"scoring_head.{layer}.bias") for layer in LAYERS]
-        expected = sorted(name for pair in names for name in pair)
-        if sorted(weights) != expected:
-            raise ValueError(
-                f"head is {self.head!r}, which holds {sorted(weights)}; a head of this predictor holds {expected}."
-            )
-        return [(weights[weight], weights[bias]) for weight, bias in names]
+        check_head(weights, LAYERS, self.head)
+        return weights
 
     def score(
         self, loaded: SiglipPredictor, images: list[Image.Image], prompts: Sequence[str], metadata: Sequence[Any]
