@@ -14,7 +14,7 @@ demo: $(READY)  ## the main job: DDPO on the embedded pipeline, results in outpu
 	TRANSFORMERS_VERBOSITY=error $(BIN)/ddpo-trl demo  # it warns of a missing torchvision, which nothing here needs
 
 test: $(READY)  ## the test suite, under 8 minutes on two cores
-	$(BIN)/pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2  # a core each
 
 learning: $(READY)  ## the slow proof that the demo learns, and that its control does not
 	$(BIN)/pytest -q -m slow -s
