@@ -17,7 +17,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from ddpo_trl import DDPOConfig
+from ddpo_trl import DDPOConfig, DDPOTrainer  # noqa: F401 (which imports all that is to be frozen)
 
 
 # The Trainer collects garbage at the end of each run, half of a tiny run's time; what was imported is none.
@@ -110,6 +110,7 @@ def make_config(tmp_path) -> Callable[..., DDPOConfig]:
                 "disable_tqdm": True,
                 "report_to": "none",
                 "save_strategy": "no",
+                "log_images_rounds": 0,
                 "num_train_epochs": 1,
                 "num_inference_steps": 4,
                 "guidance_scale": 3.0,

@@ -8,6 +8,7 @@ from safetensors import safe_open
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from ddpo_trl import cli, demo
+from ddpo_trl.cli.demo import parse_arguments
 
 
 SHORT = [
@@ -52,7 +53,7 @@ def test_the_demo_saves_weights_pictures_and_figures(tmp_path, capsys):
     ],
 )
 def test_every_config_field_is_a_flag(tmp_path, flags, field, value):
-    _, config = demo.parse_arguments(["--output_dir", str(tmp_path), *flags])
+    _, config = parse_arguments(["--output_dir", str(tmp_path), *flags])
     assert vars(config)[field] == value
     assert config.num_inference_steps == demo.DEFAULTS["num_inference_steps"]
 
@@ -75,9 +76,7 @@ def test_training_stops_once_the_reward_has_improved_enough(tmp_path):
 
 
 def test_the_other_direction_is_a_flag(tmp_path):
-    arguments, config = demo.parse_arguments(
-        ["--reward", "jpeg_incompressibility", "--output_dir", str(tmp_path), *SHORT]
-    )
+    arguments, config = parse_arguments(["--reward", "jpeg_incompressibility", "--output_dir", str(tmp_path), *SHORT])
     assert demo.run_demo(arguments, config)["eval_reward_before"] > 0
 
 

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from PIL import Image
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
-from ddpo_trl import demo, load_emoji_pipeline
+from ddpo_trl import cli, demo, load_emoji_pipeline
+from ddpo_trl.cli.demo import parse_arguments
 from ddpo_trl.emoji import EMOJI_PATH, emoji_captions
 from ddpo_trl.rewards import EmojiAlignment, emoji_alignment
 from ddpo_trl.rewards.emoji import EMOJI_ALIGNMENT_PATH
@@ -152,7 +153,7 @@ def test_the_demo_trains_with_it_on_prompts_that_the_pipeline_does_not_know(tmp_
     monkeypatch.setattr(demo, "EVAL_SEEDS", 1)
     flags = ["--total_episodes", "16", "--num_sample_batches", "1", "--num_inference_steps", "3"]
     flags += ["--num_mini_batches", "1", "--disable_tqdm", "true", "--output_dir", str(tmp_path)]
-    demo.main(["--reward", "emoji_alignment", *flags])
+    cli.main(["demo", "--reward", "emoji_alignment", *flags])
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["reward"] == "emoji_alignment"
     assert summary["eval_reward_before"] < 0
@@ -163,9 +164,9 @@ def test_the_demo_trains_with_it_on_prompts_that_the_pipeline_does_not_know(tmp_
 
 def test_the_demos_other_rewards_keep_their_defaults(tmp_path):
     for reward in ("jpeg_compressibility", "jpeg_incompressibility"):
-        arguments, config = demo.parse_arguments(["--output_dir", str(tmp_path), "--reward", reward])
+        arguments, config = parse_arguments(["--output_dir", str(tmp_path), "--reward", reward])
         assert arguments.stop_at_gain == 0.18
-        plain = demo.parse_arguments(["--output_dir", str(tmp_path)])[1]
+        plain = parse_arguments(["--output_dir", str(tmp_path)])[1]
         assert config.to_dict() == plain.to_dict()
         assert (config.guidance_scale, config.num_train_epochs) == (2.5, 14)
         assert demo.TASKS[reward].prompts() == demo.PROMPTS

@@ -13,15 +13,16 @@ ROOT = Path(ddpo_trl.__file__).parent
 
 # From the ground up. Modules of one layer do not import each other.
 LAYERS = [
-    {"emoji", "processes"},
+    {"emoji", "importing", "processes"},
     {
-        "advantages", "callbacks", "checkpoints", "config", "encoding", "gaussian", "lora", "plots",
+        "advantages", "callbacks", "checkpoints", "config", "encoding", "environment", "gaussian", "lora", "plots",
         "rewards", "seeding", "target_kl", "types", "workers",
     },
-    {"conditions", "model_card", "objectives", "plan", "prompts", "schedulers", "scoring"},
+    {"conditions", "hub", "objectives", "plan", "prompts", "record", "schedulers", "scoring"},
     {"pipelines", "reward_server"},
     {"policy"},
-    {"evaluation", "guard", "loader"},
+    {"evaluation", "guard", "loader", "model_card"},
+    {"tracking"},
     {"doctor", "trainer"},
     {"__init__", "demo"},
     {"cli"},
@@ -118,5 +119,8 @@ def test_modules_are_named_after_what_they_hold(path):
 
 def test_the_public_names_are_few_and_exist():
     assert {"DDPOConfig", "DDPOTrainer"} <= set(ddpo_trl.__all__)
-    assert all(name in vars(ddpo_trl) for name in ddpo_trl.__all__)
+    assert [getattr(ddpo_trl, name).__name__ for name in ddpo_trl.__all__] == ddpo_trl.__all__
+    assert set(ddpo_trl.__all__) <= set(dir(ddpo_trl))
+    with pytest.raises(AttributeError, match="DDPOTrainr"):
+        getattr(ddpo_trl, "DDPOTrainr")  # noqa: B009 (mypy knows that there is none)
     assert len(ddpo_trl.__all__) <= 12

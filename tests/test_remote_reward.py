@@ -420,7 +420,7 @@ def test_a_module_that_fails_shows_where(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "broken_rewards.py").write_text("import a_module_that_is_missing")
     with pytest.raises(RuntimeError, match="'broken_rewards' could not be imported") as caught:
-        cli.main(["serve-reward", "broken_rewards:f"])
+        cli.main(["serve-reward", "broken_rewards:f", "--debug"])
     assert "a_module_that_is_missing" in str(caught.value.__cause__)
 
 

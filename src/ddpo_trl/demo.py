@@ -1,10 +1,8 @@
 """The main job, for real: DDPO with LoRA on the embedded pipeline, in a few minutes on two cores."""
 
-import argparse
 import json
 import math
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -16,14 +14,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from trl import TrlParser
 
 from ddpo_trl import rewards
 from ddpo_trl.advantages import shuffled
 from ddpo_trl.config import DDPOConfig
 from ddpo_trl.emoji import load_emoji_pipeline, recognised_share
 from ddpo_trl.evaluation import Samples
-from ddpo_trl.plots import ImageRow, save_comparison, save_reward_curve
 from ddpo_trl.seeding import Stream, generator
 from ddpo_trl.trainer import DDPOTrainer
 from ddpo_trl.types import RewardFunction
@@ -90,9 +86,6 @@ TASKS = {
 # The evaluation repeats every prompt this often, each time with another seed.
 EVAL_SEEDS = 2
 
-# Prompts whose first evaluation image is in before_after.png.
-SHOWN = 10
-
 # Guidance above 1 keeps what belongs to the caption: at 1 the whole image fades, which compresses well too. The last
 # two of five steps have a tiny σ, and their gradient would outweigh the others'.
 DEFAULTS: dict[str, Any] = {
@@ -112,6 +105,7 @@ DEFAULTS: dict[str, Any] = {
     "save_strategy": "no",
     "report_to": "none",
     "disable_tqdm": False,
+    "num_logged_images": 10,
     "seed": 0,
 }
 
@@ -191,28 +185,9 @@ def demo_lora_config(rank: int) -> LoraConfig:
     )
 
 
-def parse_arguments(argv: Sequence[str]) -> tuple[DemoArguments, DDPOConfig]:
-    """Reads the command line of `ddpo-trl demo`: its own arguments and any field of [`DDPOConfig`]."""
-    parser = TrlParser([DemoArguments, DDPOConfig], prog="ddpo-trl demo")
-    parser.set_defaults(**DEFAULTS)
-    choices = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    choices.add_argument("--loss_type", "--loss-type")
-    choices.add_argument("--reward")
-    chosen = choices.parse_known_args(argv)[0]
-    if chosen.loss_type == "sf":
-        parser.set_defaults(**SCORE_FUNCTION_DEFAULTS)
-    if chosen.reward in TASKS:  # what is not, the parser refuses
-        parser.set_defaults(**TASKS[chosen.reward].defaults)
-    try:
-        arguments, config = parser.parse_args_and_config(argv)
-    except ValueError as error:
-        parser.error(str(error))
-    return arguments, config
-
-
 def run_demo(arguments: DemoArguments, config: DDPOConfig) -> dict[str, Any]:
     """
-    Trains, compares before and after on fixed prompts and seeds, and saves weights, pictures and `summary.json`.
+    Trains, compares before and after on fixed prompts and seeds, and saves weights and `summary.json`.
 
     Args:
         arguments ([`DemoArguments`]):
@@ -243,23 +218,10 @@ def run_demo(arguments: DemoArguments, config: DDPOConfig) -> dict[str, Any]:
     seconds = time.perf_counter() - start
     after = trainer.generate_samples()
 
-    output = Path(config.output_dir)
     trainer.save_model()
-    save_reward_curve(trainer.state.log_history, output / "reward.png", f"{arguments.reward} [{task.unit}]")
-    save_before_after(before, after, output / "before_after.png")
     summary = summarise(trainer, task, before, after, seconds)
-    (output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    Path(config.output_dir, "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     return summary
-
-
-def save_before_after(before: Samples, after: Samples, path: Path) -> None:
-    """The same prompts and seeds before and after training, one row each."""
-    shown = slice(0, SHOWN)
-    rows = [
-        ImageRow(title=title, images=samples.images[shown], rewards=samples.rewards[shown, 0])
-        for title, samples in (("before", before), ("after", after))
-    ]
-    save_comparison(rows, before.prompts[shown], path)
 
 
 def mean_and_stderr(gains: Tensor) -> tuple[float, float]:
@@ -328,9 +290,3 @@ def print_summary(summary: dict[str, Any], unit: str, output_dir: str) -> None:
         f"(scoring {seconds['scoring']:.1f} s meanwhile). Saved in {output_dir}: the weights, reward.png, "
         "before_after.png, summary.json"
     )
-
-
-def main(argv: Sequence[str]) -> None:
-    """`ddpo-trl demo`."""
-    arguments, config = parse_arguments(argv)
-    print_summary(run_demo(arguments, config), TASKS[arguments.reward].unit, config.output_dir)

@@ -2,16 +2,13 @@
 
 import asyncio
 import contextlib
-import importlib
 import inspect
 import itertools
 import logging
 import math
 import operator
-import os
 import secrets
 import socket
-import sys
 import threading
 from collections import deque
 from collections.abc import Awaitable, Sequence
@@ -22,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ddpo_trl.importing import import_object
 from ddpo_trl.rewards.remote import MEGABYTE, checked_token, unpack
 from ddpo_trl.scoring import RewardScorer, as_rewards
 from ddpo_trl.types import RewardFunction
@@ -32,48 +30,6 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
 
 logger = logging.getLogger(__name__)
-
-
-def load_reward(spec: str) -> RewardFunction:
-    """
-    Imports a reward function, from the working directory too.
-
-    Args:
-        spec (`str`):
-            `module:name` of a function, of an object that can be called, or of a class, which is made without
-            arguments.
-
-    Raises:
-        `ValueError`: If there is no such thing, or if it is a class that needs arguments.
-        `RuntimeError`: If the module raises an error when it is imported.
-    """
-    module_name, _, name = spec.partition(":")
-    if not (module_name and name):
-        raise ValueError(f"{spec!r} is no module:function; give one, such as my_rewards:score.")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:
-        if isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{error.name}."):
-            raise ValueError(
-                f"There is no module {error.name!r}, neither installed nor in {os.getcwd()}, to take {spec!r} from."
-            ) from error
-        raise RuntimeError(f"The module {module_name!r} could not be imported.") from error
-    try:
-        reward: Any = operator.attrgetter(name)(module)
-    except AttributeError as error:
-        raise ValueError(f"{spec!r} does not exist: {error}.") from error
-    if inspect.isclass(reward):
-        try:
-            inspect.signature(reward).bind()
-        except TypeError as error:
-            raise ValueError(
-                f"{spec!r} is a class that can't be made without arguments ({error}); give an instance: "
-                f"my_reward = {name}(...) in a module of yours, and module:my_reward."
-            ) from error
-        reward = reward()
-    return reward
 
 
 @dataclass(frozen=True, eq=False)
@@ -259,7 +215,7 @@ def serve(
 
     Args:
         spec (`str`):
-            See [`load_reward`].
+            See [`~ddpo_trl.importing.import_object`].
         host, port:
             Where to listen; port 0 is any that is free.
         token (`str`, *optional*):
@@ -283,7 +239,7 @@ def serve(
     if not max_request_mb > 0:
         raise ValueError(f"max_request_mb is {max_request_mb}; give a number above 0.")
     token = checked_token(token)
-    batcher = Batcher(load_reward(spec), batch_size, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    batcher = Batcher(import_object(spec), batch_size, device or ("cuda" if torch.cuda.is_available() else "cpu"))
     app = create_app(batcher, token, round(max_request_mb * MEGABYTE))
     if token is None and host not in ("127.0.0.1", "localhost", "::1"):
         logger.warning("No token: whoever reaches this machine can use `%s`.", batcher.name)

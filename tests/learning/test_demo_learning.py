@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from ddpo_trl import demo
+from ddpo_trl.cli.demo import parse_arguments
 
 
 pytestmark = pytest.mark.slow
@@ -14,7 +15,7 @@ LARGEST_FALL = 1 / 3
 
 
 def run(tmp_path, *flags: str) -> dict[str, Any]:
-    summary = demo.run_demo(*demo.parse_arguments(["--output_dir", str(tmp_path), "--disable_tqdm", "true", *flags]))
+    summary = demo.run_demo(*parse_arguments(["--output_dir", str(tmp_path), "--disable_tqdm", "true", *flags]))
     before, gain = abs(summary["eval_reward_before"]), summary["eval_reward_gain"]
     print(
         f"\n{' '.join(flags):<60} gain {gain:+.3f} kB = {gain / before:+.0%} = "

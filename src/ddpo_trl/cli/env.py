@@ -1,0 +1,14 @@
+"""`ddpo-trl env`."""
+
+from collections.abc import Sequence
+
+from ddpo_trl.cli.arguments import CommandParser
+from ddpo_trl.environment import environment
+
+
+def main(argv: Sequence[str]) -> int:
+    """Prints a list to be pasted into an issue."""
+    CommandParser([], "ddpo-trl env", "Print versions and hardware, for a bug report.").parse(argv)
+    for name, value in environment().items():
+        print(f"- {name}: {value}")
+    return 0

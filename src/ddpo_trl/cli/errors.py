@@ -1,0 +1,64 @@
+"""What a user reads when something is wrong: one line, with what was probably meant."""
+
+import difflib
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+
+# `TrainingArguments` has a field `debug`, whose flag takes one of these.
+DEBUG_OPTIONS = ("underflow_overflow", "tpu_metrics_debug")
+
+
+class UsageError(Exception):
+    """The command was called with something wrong. Its cause, if there is one, is the error that told so."""
+
+
+@contextmanager
+def usage_errors() -> Iterator[None]:
+    """
+    For what makes things from arguments: the errors with which it refuses them become a [`UsageError`].
+
+    Example:
+
+    ```python
+    from ddpo_trl.cli.errors import UsageError, usage_errors
+
+    try:
+        with usage_errors():
+            int("ten")
+    except UsageError as error:
+        assert "ten" in str(error)
+    ```
+    """
+    try:
+        yield
+    except (ImportError, OSError, TypeError, ValueError) as error:
+        raise UsageError(one_line(error)) from error
+
+
+def one_line(error: BaseException) -> str:
+    """An error's message and those of its causes, without line breaks."""
+    message = " ".join(str(error).split()) or type(error).__name__
+    cause = error.__cause__
+    if isinstance(error, UsageError) or cause is None:
+        return message
+    return f"{message} {type(cause).__name__}: {one_line(cause)}"
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """A question to put behind a sentence, or nothing if nothing known is like the word."""
+    similar = difflib.get_close_matches(word, sorted(known), n=1)
+    return f" Did you mean {similar[0]}?" if similar else ""
+
+
+def debug_position(argv: Sequence[str]) -> int | None:
+    """Where `--debug` stands that asks for tracebacks, and is not the flag of `TrainingArguments`."""
+    for position, word in enumerate(argv):
+        if word == "--debug" and argv[position + 1 : position + 2] not in [[option] for option in DEBUG_OPTIONS]:
+            return position
+    return None
+
+
+def wants_debug(argv: Sequence[str]) -> bool:
+    """Whether a command line asks for tracebacks."""
+    return debug_position(argv) is not None
