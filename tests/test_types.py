@@ -33,7 +33,13 @@ def numbered(first: int) -> SampledBatch:
 
 def rollout() -> Rollout:
     advantages = torch.arange(6, dtype=torch.float32) / 10
-    return Rollout(round=0, batches=[numbered(0), numbered(3)], rewards=torch.zeros(6), advantages=advantages)
+    return Rollout(
+        round=0,
+        batches=[numbered(0), numbered(3)],
+        rewards=torch.zeros(6),
+        scores=torch.zeros(6, 1),
+        advantages=advantages,
+    )
 
 
 @pytest.mark.parametrize("samples", [[0, 1, 2], [4, 0, 5], [3], [5, 4, 3, 2, 1, 0]])

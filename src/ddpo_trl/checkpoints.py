@@ -8,6 +8,8 @@ from typing import Any
 from transformers.trainer_utils import get_last_checkpoint
 
 
+CONFIG_NAME = "ddpo_config.json"  # the settings, beside the weights
+
 # Beside the checkpoints; a name that is not theirs, so that no one takes what is in it for one.
 STAGING_NAME = ".unfinished"
 

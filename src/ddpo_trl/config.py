@@ -169,6 +169,15 @@ class DDPOConfig(TrainingArguments):
             Figure of the evaluation that `load_best_model_at_end`, `save_strategy="best"` and
             [`~transformers.EarlyStoppingCallback`] go by; `"eval_reward"` for the first two if it is not set. The
             higher the better, unless `greater_is_better=False`.
+        log_images_rounds (`int`, *optional*, defaults to `10`):
+            Rounds from one set of sample images to the next, in the trackers of `report_to` and in `output_dir`. There
+            is one before the first round and one after the last, too. Each costs `num_logged_images` images and their
+            rewards, which are no part of `episode`, and draws no random number that training would draw. 0 makes no
+            pictures at all.
+        num_logged_images (`int`, *optional*, defaults to `8`):
+            Prompts whose images are logged every time, with the same seeds and the pipeline's own scheduler: the first
+            of `eval_prompts`, or those that training begins with. With them go half as many each of the best, the
+            median and the worst samples of the round.
         logging_strategy (`str`, *optional*, defaults to `"epoch"`):
             When to log: `"epoch"` is once a round, `"steps"` every `logging_steps` updates.
         save_strategy (`str`, *optional*, defaults to `"epoch"`):
@@ -298,12 +307,18 @@ class DDPOConfig(TrainingArguments):
         default=True, metadata={"help": "Train a LoRA adapter, or else the denoiser's own weights."}
     )
 
-    # Parameters that control evaluation
+    # Parameters that control evaluation and logging
     eval_rounds: int = field(
         default=1, metadata={"help": "Rounds from one evaluation to the next with eval_strategy='epoch'."}
     )
     metric_for_best_model: str | None = field(
         default=None, metadata={"help": "Figure of the evaluation that decides which checkpoint is the best."}
+    )
+    log_images_rounds: int = field(
+        default=10, metadata={"help": "Rounds from one set of logged images to the next; 0 makes no pictures."}
+    )
+    num_logged_images: int = field(
+        default=8, metadata={"help": "Prompts whose images are logged every time, with the same seeds."}
     )
 
     def __post_init__(self):
@@ -328,13 +343,15 @@ class DDPOConfig(TrainingArguments):
             "num_inference_steps", "per_device_sample_batch_size", "num_sample_batches", "num_images_per_prompt",
             "per_device_train_batch_size", "num_ppo_epochs", "num_mini_batches", "max_workers",
             "per_prompt_stat_tracking_buffer_size", "per_prompt_stat_tracking_min_count", "sde_window_interval",
-            "eval_rounds",
+            "eval_rounds", "num_logged_images",
         ):  # fmt: skip
             if (value := vars(self)[name]) < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1.")
         for name in ("advantage_clip", "cliprange"):
             if not (value := vars(self)[name]) > 0:
                 raise ValueError(f"{name} is {value}; it must be above 0.")
+        if self.log_images_rounds < 0:
+            raise ValueError(f"log_images_rounds is {self.log_images_rounds}; it must be 0 (no pictures) or above.")
         if not self.kl_coef >= 0:
             raise ValueError(f"kl_coef is {self.kl_coef}; it must be 0 (no KL) or above.")
         for name in ("total_episodes", "sde_window_size"):

@@ -104,6 +104,10 @@ class Evaluator:
         images, (rewards,) = self._make_and_score(pairs, self.policy.generate, [self.scorer])
         return Samples([prompt for prompt, _ in pairs], images, rewards)
 
+    def image_seed(self, index: int) -> int:
+        """Seed of the image of the prompt with this index."""
+        return derived_seed(self.seed, Stream.EVALUATION, index)
+
     def metrics(self, pairs: Sequence[PromptPair], noisy_steps: Sequence[int] | None, prefix: str) -> dict[str, float]:
         """
         Everything that an evaluation measures, see [`~DDPOTrainer.evaluate`].
@@ -165,7 +169,7 @@ class Evaluator:
         scorers: Sequence[RewardScorer],
     ) -> tuple[Tensor, list[PendingRewards]]:
         prompts, metadata = zip(*(pairs[index] for index in indices), strict=True)
-        seeds = [derived_seed(self.seed, Stream.EVALUATION, index) for index in indices]
+        seeds = [self.image_seed(index) for index in indices]
         with self.accelerator.autocast():
             images = make(self.policy.context(prompts, metadata, seeds))
         pending = [scorer.submit(images, prompts, metadata, when="evaluation") for scorer in scorers]

@@ -128,6 +128,7 @@ class RolloutLoader:
             round=self.round,
             batches=batches,
             rewards=self._own_share(totals),
+            scores=rewards,
             advantages=self._own_share(advantages).float().to(self.accelerator.device),
             metrics={
                 **self._reward_metrics(gathered, totals, prompts),

@@ -40,6 +40,7 @@ from ddpo_trl.prompts import PromptFunction, PromptPair, prompt_pairs, prompt_so
 from ddpo_trl.scoring import RewardScorer, first_problem
 from ddpo_trl.seeding import Stream, derived_seed
 from ddpo_trl.target_kl import TargetKL
+from ddpo_trl.tracking import RunRecorder, fixed_prompts
 from ddpo_trl.types import Context, Objective, RewardFunction, Rollout, Transition
 
 
@@ -194,6 +195,9 @@ class DDPOTrainer(Trainer):
         self._warned_of_rounding = False
         self._staging: str | None = None  # where a checkpoint is being written
         self._try_reward_function(trial, metadata)
+        fixed = fixed_prompts(args, self.eval_prompts, self.prompts, self.plan.prompts_per_round)
+        self.recorder = RunRecorder(lambda: self._evaluator, fixed, self.callback_handler.callbacks)
+        self.add_callback(self.recorder)
 
     # ---- The round ----
 
@@ -293,7 +297,7 @@ class DDPOTrainer(Trainer):
         return self.accelerator.unwrap_model(self.model)
 
     def _start_optimising(self, rollout: Rollout) -> None:
-        self.rollout = rollout
+        self.rollout = self.recorder.rollout = rollout
         self._target_kl.begin_round()
         for name, value in rollout.metrics.items():
             self._metrics[name].append(value)

@@ -156,6 +156,8 @@ class Rollout:
             The sampled batches, all of the same size; sample i is row `i % B` of batch `i // B`.
         rewards (`torch.Tensor` of shape `(N,)`):
             Weighted sum of the reward functions, float64; NaN where it is not valid.
+        scores (`torch.Tensor` of shape `(N, F)`):
+            A column per reward function, float64 on the CPU; NaN where one is not valid.
         advantages (`torch.Tensor` of shape `(N,)`):
             Normalised rewards, float32; 0 where the reward is not valid.
         metrics (`dict[str, float]`):
@@ -165,6 +167,7 @@ class Rollout:
     round: int
     batches: Sequence[SampledBatch]
     rewards: Tensor
+    scores: Tensor
     advantages: Tensor
     metrics: dict[str, float] = field(default_factory=dict)
 

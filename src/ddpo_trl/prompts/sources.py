@@ -67,8 +67,8 @@ class FunctionPrompts(PromptSource):
         return pairs + [self._call() for _ in range(count - len(pairs))]
 
     def preview(self, count: int) -> list[PromptPair]:
-        self.previewed = [self._call() for _ in range(count)]
-        return self.previewed
+        self.previewed += [self._call() for _ in range(count - len(self.previewed))]
+        return self.previewed[:count]
 
     def state_dict(self) -> dict[str, Any]:
         return self.prompt_fn.state_dict() if isinstance(self.prompt_fn, StatefulPromptFunction) else {}

@@ -1,0 +1,53 @@
+"""What a run ran on: versions, platform and device, for reports and for questions to the maintainers."""
+
+import platform
+from importlib.metadata import version
+
+import torch
+
+
+PACKAGES = (
+    "ddpo_trl",
+    "torch",
+    "diffusers",
+    "transformers",
+    "peft",
+    "accelerate",
+    "trl",
+    "datasets",
+    "huggingface_hub",
+)
+
+
+def environment(device: torch.device | None = None) -> dict[str, str]:
+    """
+    Versions, platform and device.
+
+    Args:
+        device (`torch.device`, *optional*):
+            The device that is used; by default the machine's accelerator, or else its CPU.
+
+    Returns:
+        `dict[str, str]`: By name: `python`, the packages as they are imported, `platform`, `device`, and `cuda` on an
+            NVIDIA GPU.
+    """
+    if device is None:
+        device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    found = {
+        "python": platform.python_version(),
+        **{package: version(package) for package in PACKAGES},
+        "platform": platform.platform(),
+        "device": device_name(device),
+    }
+    if device.type == "cuda" and torch.version.cuda is not None:
+        found["cuda"] = torch.version.cuda
+    return found
+
+
+def device_name(device: torch.device) -> str:
+    """`"NVIDIA A100-SXM4-80GB"`, or for what has no name of its own its type: `"cpu (16 threads, AVX512)"`."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type == "cpu":
+        return f"cpu ({torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()})"
+    return device.type
