@@ -13,18 +13,18 @@ ROOT = Path(ddpo_trl.__file__).parent
 
 # From the ground up. Modules of one layer do not import each other.
 LAYERS = [
-    {"emoji", "importing", "processes"},
+    {"emoji", "importing", "processes", "trl_config"},
     {
         "advantages", "callbacks", "checkpoints", "config", "encoding", "environment", "gaussian", "lora", "plots",
         "rewards", "seeding", "target_kl", "types", "workers",
     },
-    {"conditions", "hub", "objectives", "plan", "prompts", "record", "schedulers", "scoring"},
+    {"conditions", "objectives", "plan", "prompts", "record", "schedulers", "scoring"},
     {"pipelines", "reward_server"},
     {"policy"},
-    {"evaluation", "guard", "loader", "model_card"},
+    {"evaluation", "guard", "hub", "loader", "model_card"},
     {"tracking"},
     {"doctor", "trainer"},
-    {"__init__", "demo"},
+    {"__init__", "demo", "trl_0_23"},
     {"cli"},
 ]  # fmt: skip
 DEPTH = {module: depth for depth, modules in enumerate(LAYERS) for module in modules}

@@ -1,10 +1,14 @@
 """DDPOConfig: every setting of a run, as a `transformers.TrainingArguments`."""
 
+import dataclasses
 import math
+import warnings
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal, Self
 
 from transformers import TrainingArguments
+
+from ddpo_trl import trl_config
 
 
 WindowStrategy = Literal["fixed", "progressive", "random"]
@@ -332,6 +336,40 @@ class DDPOConfig(TrainingArguments):
         self._check_target_kl()
         self._check_pipeline_kwargs()
         self._check_round_boundaries()
+
+    @classmethod
+    def from_trl(cls, **old: Any) -> Self:
+        """
+        The config that does what TRL 0.23's `DDPOConfig(**old)` did.
+
+        TRL's names have TRL's meanings, and TRL's defaults where they are left out: among them fp16, one image at a
+        time and seed 0. `docs/migration.md` has all of them. A name for which there is nothing here gives a warning.
+
+        Args:
+            old:
+                Fields of TRL's config, and of ours that TRL's did not have (`output_dir`, `use_lora`, ...). The latter
+                win where they mean the same.
+
+        Raises:
+            `ValueError`: For names that are neither, and for values that TRL refused as well.
+
+        Example:
+
+        ```python
+        from ddpo_trl import DDPOConfig
+
+        config = DDPOConfig.from_trl(
+            sample_batch_size=6, sample_num_batches_per_epoch=4, train_batch_size=3, mixed_precision="no"
+        )
+        assert config.num_mini_batches == 8  # 24 images a round, an optimizer step for every 3
+        ```
+        """
+        trl_config.check_names(old, [field.name for field in dataclasses.fields(cls)])
+        theirs = {name: value for name, value in old.items() if name in trl_config.NAMES}
+        ours = {name: value for name, value in old.items() if name not in trl_config.NAMES}
+        for name, remedy in trl_config.without_counterpart(theirs):
+            warnings.warn(f"TRL's {name} has no counterpart: {remedy}.", stacklevel=2)
+        return cls(**{**trl_config.converted(trl_config.TRLConfig(**theirs)), **ours})
 
     @property
     def updates_per_round(self) -> int:
