@@ -1,7 +1,6 @@
 """DDPOTrainer: the round, its arithmetic, what it logs, saves and refuses."""
 
 import asyncio
-import json
 from typing import Any, cast
 
 import numpy as np
@@ -633,26 +632,6 @@ def test_a_reward_function_that_fails_in_a_round_is_named_and_leaves_the_checkpo
     resumed = DDPOTrainer(config, brightness, PROMPTS, tiny_pipeline())
     resumed.train(resume_from_checkpoint=True)
     assert resumed.state.global_step == 2
-
-
-# ---- The model card ----
-
-
-def test_the_model_card_is_valid_hub_metadata_and_shows_the_reward(make_config, tmp_path):
-    from huggingface_hub import ModelCard
-
-    trainer = DDPOTrainer(make_config(), brightness, PROMPTS, tiny_pipeline())
-    trainer.train()
-    trainer.save_model()
-    trainer.create_model_card(model_name="me/brighter", tags="bright")
-    card = ModelCard.load(tmp_path / "run" / "README.md")
-    assert card.data.library_name == "diffusers"
-    assert card.data.pipeline_tag == "text-to-image"
-    assert card.data.tags == ["trl", "ddpo", "lora", "diffusers", "bright"]
-    assert 'pipeline.load_lora_weights("me/brighter")' in card.text
-    assert f"{reward_logs(trainer)[0]['reward']:.4g}" in card.text
-    settings = json.loads((tmp_path / "run" / "ddpo_config.json").read_text())
-    assert settings["guidance_scale"] == 3.0
 
 
 # ---- What is refused at construction ----

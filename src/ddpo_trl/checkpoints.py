@@ -8,10 +8,11 @@ from typing import Any
 from transformers.trainer_utils import get_last_checkpoint
 
 
-CONFIG_NAME = "ddpo_config.json"  # the settings, beside the weights
+# Beside the checkpoints; a name that is not theirs, so that no one takes what is in it for one. Trainer leaves names
+# that begin so out of what it pushes to the Hub.
+STAGING_NAME = "_unfinished"
 
-# Beside the checkpoints; a name that is not theirs, so that no one takes what is in it for one.
-STAGING_NAME = ".unfinished"
+CONFIG_NAME = "ddpo_config.json"  # the settings, beside the weights
 
 # Parts of the batch plan that may change on resume, with what then is no longer equal to the bit.
 HARMLESS_CHANGES = {

@@ -79,6 +79,7 @@ class Policy(nn.Module):
     def __init__(self, pipeline: DiffusionPipeline, config: DDPOConfig, adapter: str | None):
         super().__init__()
         self.settings = config  # not `config`: Trainer takes that for a transformers model's and writes to it
+        self.model_tags: Sequence[str] = ()  # of the model card; Trainer's callbacks put theirs here
         self.adapter = adapter
         pipeline_kwargs = config.pipeline_kwargs or {}
         assert isinstance(pipeline_kwargs, dict), "DDPOConfig parses strings"

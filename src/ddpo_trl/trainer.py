@@ -20,11 +20,13 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import register_fsdp_forward_method
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerControl, set_seed
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, rotate_checkpoints
 from transformers.utils import logging
+from transformers.utils.hub import PushInProgress
 
-from ddpo_trl import advantages, checkpoints
+from ddpo_trl import advantages, checkpoints, hub
 from ddpo_trl.callbacks import RoundProgress
+from ddpo_trl.checkpoints import CONFIG_NAME
 from ddpo_trl.config import DDPOConfig
 from ddpo_trl.evaluation import EvaluationRounds, Evaluator, Samples, check_evaluation, reward_names
 from ddpo_trl.guard import replay_problem
@@ -49,7 +51,6 @@ logger = logging.get_logger(__name__)
 PROMPT_STATISTICS_NAME = "prompt_statistics.json"
 PROMPTS_NAME = "prompts.pt"
 PLAN_NAME = "batch_plan.json"
-CONFIG_NAME = "ddpo_config.json"
 
 
 class DDPOTrainer(Trainer):
@@ -194,6 +195,7 @@ class DDPOTrainer(Trainer):
         self._target_kl = TargetKL(math.inf if args.target_kl is None else args.target_kl)
         self._warned_of_rounding = False
         self._staging: str | None = None  # where a checkpoint is being written
+        self._example_prompt = prompt
         self._try_reward_function(trial, metadata)
         fixed = fixed_prompts(args, self.eval_prompts, self.prompts, self.plan.prompts_per_round)
         self.recorder = RunRecorder(lambda: self._evaluator, fixed, self.callback_handler.callbacks)
@@ -469,9 +471,9 @@ class DDPOTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """
-        Saves what is trained, for plain diffusers to load, with the settings.
+        Saves what is trained, for plain diffusers to load, with the settings; and pushes it if `args.push_to_hub`.
 
-        All processes have to call it; one of them writes.
+        All processes have to call it; one of them writes. A push that fails is an error in the log, and no exception.
 
         Args:
             output_dir (`str`, *optional*):
@@ -484,7 +486,8 @@ class DDPOTrainer(Trainer):
             with open(os.path.join(directory, CONFIG_NAME), "w") as file:
                 file.write(self.args.to_json_string())
         if self.args.push_to_hub and not _internal_call:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+            with hub.failures_logged():
+                self.push_to_hub(commit_message="Model save")
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self.is_fsdp_enabled:
@@ -536,10 +539,6 @@ class DDPOTrainer(Trainer):
     def _get_output_dir(self, trial: Any) -> str:
         return self._staging or super()._get_output_dir(trial)
 
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if self._staging is None:  # Trainer would upload while the folder is being renamed
-            super()._push_from_checkpoint(checkpoint_folder)
-
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self._policy.load(resume_from_checkpoint)
 
@@ -582,6 +581,78 @@ class DDPOTrainer(Trainer):
     def _load_best_model(self) -> None:
         self._policy.load(self.state.best_model_checkpoint)
 
+    # ---- The Hub ----
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Makes the repository; Trainer does so at construction, so that what is refused is refused there."""
+        if self.is_world_process_zero():
+            self.hub_model_id = hub.open_repository(self.args, token, private)
+            self.push_in_progress: PushInProgress | None = None
+
+    def push_to_hub(
+        self,
+        commit_message: str = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """
+        Saves to `output_dir`, and pushes that to the Hub, but for the checkpoints: weights, model card, pictures,
+        settings. All processes have to call it.
+
+        Args:
+            commit_message (`str`, *optional*, defaults to `"End of training"`):
+                Message of the commit.
+            blocking (`bool`, *optional*, defaults to `True`):
+                Whether to wait until everything has arrived. If not, a failure is a warning in the log.
+            token (`str`, *optional*):
+                A token that may write; `args.hub_token` or the one you are logged in with by default.
+            revision (`str`, *optional*):
+                The branch, `args.hub_revision` or `"main"` by default.
+            private (`bool`, *optional*):
+                Whether the repository is private if it has to be made, `args.hub_private_repo` by default.
+            kwargs:
+                Arguments of [`~DDPOTrainer.create_model_card`].
+
+        Returns:
+            [`~huggingface_hub.CommitInfo`], a future of it if not `blocking`, or `None` on processes that don't push.
+
+        Raises:
+            [`~ddpo_trl.hub.PushError`]: If something did not arrive. It says where the model is on the disk.
+        """
+        self.save_model(_internal_call=True)  # before all else: whatever comes, it is on the disk
+        with hub.failures_explained(self.args, self.hub_model_id):
+            self.callback_handler.on_push_begin(self.args, self.state, self.control)
+            if not self.is_world_process_zero():
+                return None
+            if self.hub_model_id is None:
+                self.init_hf_repo(token, private)
+            self.create_model_card(**kwargs)
+            self._finish_current_push()
+            push = hub.upload(
+                self.args, self.hub_model_id, commit_message, token=token, revision=revision, watched=not blocking
+            )
+            return push.result() if blocking else push
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """As Trainer's, which does not know our files, and pushes `training_args.bin` with the token in it."""
+        if self._staging is not None or not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
+            return  # while staging, the folder is about to be renamed
+        busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
+        if busy and not self.args.hub_always_push:
+            return
+        message = f"Training in progress, round {round(self.state.epoch)}"
+        with hub.failures_logged(), hub.failures_explained(self.args, self.hub_model_id):
+            self.callback_handler.on_push_begin(self.args, self.state, self.control)
+            hub.take_model(checkpoint_folder, self.args.output_dir)
+            self.create_model_card()
+            pushes = [hub.upload(self.args, self.hub_model_id, message)]
+            if self.args.hub_strategy != HubStrategy.EVERY_SAVE:
+                pushes.append(hub.upload(self.args, self.hub_model_id, message, checkpoint=checkpoint_folder))
+            self.push_in_progress = PushInProgress(pushes)  # after earlier ones, which need not be waited for
+
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
     ) -> None:
@@ -597,15 +668,22 @@ class DDPOTrainer(Trainer):
                 Tags beside the trainer's own.
         """
         if self.is_world_process_zero():
+            name = self.hub_model_id or model_name or hub.wanted_name(self.args)
+            given = [tags] if isinstance(tags, str) else tags or []
+            held_out = [] if self.eval_scorer is None else self.eval_scorer.names
             write_model_card(
-                os.path.join(self.args.output_dir, "README.md"),
-                model_name=model_name or os.path.basename(os.path.normpath(self.args.output_dir)),
-                base_model=self.pipeline.name_or_path,
-                pipeline_class=type(self.pipeline).__name__,
-                tags=[*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])],
+                self.args.output_dir,
+                model_name=model_name or name.split("/")[-1],
+                repo_id=name,
+                policy=self._policy,
+                config=self.args,
+                prompt=self._example_prompt,
+                tags=[*self._tag_names, *self._policy.model_tags, *given],
                 dataset_name=dataset_name,
-                reward_names=self.scorer.names,
+                rewards={
+                    **dict(zip(self.scorer.names, self.scorer.weights.tolist(), strict=True)),
+                    **dict.fromkeys(held_out),
+                },
                 log_history=self.state.log_history,
-                settings=self.args,
                 paper=self._paper,
             )
