@@ -1,27 +1,72 @@
 """The pictures show what they are given."""
 
 import numpy as np
-import torch
+import pytest
+from matplotlib.font_manager import FontProperties
 from PIL import Image
 
-from ddpo_trl.plots import ImageRow, save_comparison, save_reward_curve
+from ddpo_trl.plots import (
+    CAPTION_LINES,
+    ImageRow,
+    Picture,
+    caption_text,
+    save_comparison,
+    save_reward_curve,
+    save_sheet,
+    text_width,
+)
 
 
-def pixels(path) -> np.ndarray:
-    return np.asarray(Image.open(path).convert("RGB")).reshape(-1, 3)
+COLOURS = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 0, 255)]
+SQUARES = [Image.new("RGB", (8, 8), colour) for colour in COLOURS]
+
+LONG = "a lighthouse on a cliff at dusk, in the style of an old engraving, with a ship and seven gulls " * 3
+PROMPTS = [LONG, "灯台" * 60, "W" * 200, "$\\frac{1 costs $5", "", "a\nb"]
+
+
+def share(path, colour: tuple[int, int, int]) -> float:
+    """Of a picture's pixels."""
+    shown = np.asarray(Image.open(path).convert("RGB")).reshape(-1, 3)
+    return (shown == colour).all(1).mean()
 
 
 def test_the_comparison_shows_every_image_of_both_rows(tmp_path):
-    colours = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 1], [1, 0, 1]])
-    images = colours[:, :, None, None].expand(4, 3, 8, 8)
     rows = [
-        ImageRow(title="before", images=images[:2], rewards=torch.zeros(2)),
-        ImageRow(title="after", images=images[2:], rewards=torch.ones(2)),
+        ImageRow(title="before", images=SQUARES[:2], rewards=[0.0, 0.0]),
+        ImageRow(title="after", images=SQUARES[2:], rewards=[1.0, None]),
     ]
     save_comparison(rows, ["a", "b"], tmp_path / "rows.png")
-    shown = pixels(tmp_path / "rows.png")
-    for colour in colours:
-        assert (shown == (colour * 255).int().numpy()).all(1).mean() > 0.02
+    assert all(share(tmp_path / "rows.png", colour) > 0.02 for colour in COLOURS)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (48, 16), (16, 48)])
+def test_the_sheet_shows_every_image_whatever_its_shape(tmp_path, size):
+    pictures = [Picture(image=square.resize(size), prompt="a", reward=1.0) for square in SQUARES]
+    save_sheet({"fixed": pictures[:3], "best": pictures[3:]}, "Round 1", tmp_path / "sheet.png")
+    assert all(share(tmp_path / "sheet.png", colour) > 0.02 for colour in COLOURS)
+
+
+def test_pictures_of_prompts_in_any_script_are_made_without_a_warning(tmp_path, recwarn):
+    pictures = [Picture(image=SQUARES[0], prompt=prompt, reward=None) for prompt in PROMPTS]
+    save_sheet({"fixed": pictures}, "Round 1", tmp_path / "sheet.png")
+    row = ImageRow(title="before", images=[SQUARES[0]] * len(PROMPTS), rewards=[None] * len(PROMPTS))
+    save_comparison([row], PROMPTS, tmp_path / "rows.png")
+    assert [str(warning.message) for warning in recwarn] == []
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+@pytest.mark.parametrize("width", [1.3, 2.0])
+def test_a_caption_stays_below_its_image(prompt, width):
+    lines = caption_text(prompt, fontsize=9, width=width).split("\n")
+    assert len(lines) <= CAPTION_LINES
+    assert all(text_width(line, FontProperties(size=9)) <= 72 * width for line in lines)
+
+
+def test_a_short_prompt_is_shown_whole_and_of_a_long_one_the_beginning():
+    assert caption_text("cat face", fontsize=9, width=1.3) == "cat face"
+    shown = caption_text(LONG, fontsize=9, width=2.0)
+    assert shown.replace("\n", " ").startswith("a lighthouse on a cliff at dusk")
+    assert shown.endswith("…")
 
 
 def test_the_reward_curve_draws_rising_and_falling_rewards_differently(tmp_path):
