@@ -1,5 +1,6 @@
 """`ddpo-trl demo`: the whole job, short."""
 
+import dataclasses
 import json
 
 import pytest
@@ -19,7 +20,8 @@ SHORT = [
 
 @pytest.fixture(autouse=True)
 def one_evaluation_image_per_prompt(monkeypatch):
-    monkeypatch.setattr(demo, "EVAL_SEEDS", 1)
+    for name, task in demo.TASKS.items():
+        monkeypatch.setitem(demo.TASKS, name, dataclasses.replace(task, eval_seeds=1))
 
 
 def test_the_demo_saves_weights_pictures_and_figures(tmp_path, capsys):

@@ -1,5 +1,6 @@
-"""The reward `emoji_alignment` as it ships: its files, what it knows, and that the demo trains with it."""
+"""The reward EmojiAlignment as it ships: its files, what it knows, and that the demo trains with it."""
 
+import dataclasses
 import json
 import pickle
 
@@ -12,7 +13,7 @@ from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 from ddpo_trl import cli, demo, load_emoji_pipeline
 from ddpo_trl.cli.demo import parse_arguments
 from ddpo_trl.emoji import EMOJI_PATH, emoji_captions
-from ddpo_trl.rewards import EmojiAlignment, emoji_alignment
+from ddpo_trl.rewards import EmojiAlignment
 from ddpo_trl.rewards.emoji import EMOJI_ALIGNMENT_PATH
 
 
@@ -32,7 +33,7 @@ def samples():
 
 
 def rewards_of(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
-    return torch.tensor(emoji_alignment(images, prompts, [{}] * len(prompts)))
+    return torch.tensor(EmojiAlignment()(images, prompts, [{}] * len(prompts)))
 
 
 def training_drawings() -> tuple[torch.Tensor, list[str]]:
@@ -146,16 +147,16 @@ def test_it_loads_late_and_a_pickled_copy_scores_the_same(samples):
     assert reward._loaded is None
     scores = reward(samples, SAMPLED, [{}] * len(SAMPLED))
     assert pickle.loads(pickle.dumps(reward))(samples, SAMPLED, [{}] * len(SAMPLED)) == scores
-    assert pickle.loads(pickle.dumps(emoji_alignment)) is emoji_alignment
 
 
 def test_the_demo_trains_with_it_on_prompts_that_the_pipeline_does_not_know(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(demo, "EVAL_SEEDS", 1)
+    task = dataclasses.replace(demo.TASKS["emoji_alignment"], eval_seeds=1)
+    monkeypatch.setitem(demo.TASKS, "emoji_alignment", task)
     flags = ["--total_episodes", "16", "--num_sample_batches", "1", "--num_inference_steps", "3"]
     flags += ["--num_mini_batches", "1", "--disable_tqdm", "true", "--output_dir", str(tmp_path)]
     cli.main(["demo", "--reward", "emoji_alignment", *flags])
     summary = json.loads((tmp_path / "summary.json").read_text())
-    assert summary["reward"] == "emoji_alignment"
+    assert summary["reward"] == "EmojiAlignment"
     assert summary["eval_reward_before"] < 0
     assert 0 < summary["recognised_before"] < 0.9
     assert summary["recognised_gain"] == pytest.approx(summary["recognised_after"] - summary["recognised_before"])

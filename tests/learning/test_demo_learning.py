@@ -18,7 +18,7 @@ def run(tmp_path, *flags: str) -> dict[str, Any]:
     summary = demo.run_demo(*parse_arguments(["--output_dir", str(tmp_path), "--disable_tqdm", "true", *flags]))
     before, gain = abs(summary["eval_reward_before"]), summary["eval_reward_gain"]
     print(
-        f"\n{' '.join(flags):<60} gain {gain:+.3f} kB = {gain / before:+.0%} = "
+        f"\n{' '.join(flags):<60} gain {gain:+.3f} = {gain / before:+.0%} = "
         f"{gain / summary['eval_reward_gain_stderr']:+.1f} standard errors, recognised "
         f"{summary['recognised_before']:.0%} -> {summary['recognised_after']:.0%}, "
         f"{summary['reward_queries']} reward queries"
@@ -46,6 +46,26 @@ def test_shuffled_rewards_teach_the_demo_nothing(tmp_path, seed):
 def test_the_demo_goes_the_other_way_too(tmp_path):
     summary = run(tmp_path, "--reward", "jpeg_incompressibility")
     assert summary["eval_reward_gain"] >= 4 * summary["eval_reward_gain_stderr"]
+
+
+def alignment(tmp_path, *flags: str) -> dict[str, Any]:
+    summary = run(tmp_path, "--reward", "emoji_alignment", *flags)
+    print(f"nearest to their own drawing {summary['recognised_gain']:+.1%} ± {summary['recognised_gain_stderr']:.1%}")
+    return summary
+
+
+@pytest.mark.parametrize("seed", ["0", "1", "2"])
+def test_alignment_makes_more_images_recognisable_to_a_judge_that_is_not_the_reward(tmp_path, seed):
+    summary = alignment(tmp_path, "--seed", seed)
+    assert summary["eval_reward_gain"] >= 4 * summary["eval_reward_gain_stderr"]
+    assert summary["recognised_gain"] >= 3 * summary["recognised_gain_stderr"]
+
+
+@pytest.mark.parametrize("seed", ["0", "1"])
+def test_shuffled_alignment_rewards_make_no_image_recognisable(tmp_path, seed):
+    summary = alignment(tmp_path, "--shuffle_rewards", "true", "--seed", seed)
+    assert summary["eval_reward_gain"] <= 2 * summary["eval_reward_gain_stderr"]
+    assert summary["recognised_gain"] <= 2 * summary["recognised_gain_stderr"]
 
 
 def test_the_score_function_estimator_learns_too(tmp_path):

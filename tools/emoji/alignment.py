@@ -157,6 +157,20 @@ def augmented(images: Tensor, rng: random.Random) -> Tensor:
     return torch.stack([as_jpeg(image, rng.randint(20, 90)) if rng.random() < 0.25 else image for image in images])
 
 
+def scrambled(images: Tensor) -> Tensor:
+    """Images with the colours of these `(B, 3, 64, 64)` ones and no drawing: tiles of 16 pixels in any order, or blobs.
+
+    A policy that is trained on the reward would offer them next, if they were taken for what they are made of.
+    """
+    tiles = images.unflatten(3, (4, 16)).unflatten(2, (4, 16)).permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
+    order = torch.rand(len(images), 16).argsort(1)
+    tiles = tiles[torch.arange(len(images))[:, None], order].unflatten(1, (4, 4))
+    puzzles = tiles.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
+    size = int(torch.randint(3, 7, ()))
+    blobs = F.interpolate(F.interpolate(images, size=size, mode="area"), size=IMAGE_SIZE, mode="bilinear")
+    return torch.where(torch.rand(len(images), 1, 1, 1) < 0.5, puzzles, blobs)
+
+
 def normalised(images: Tensor) -> Tensor:
     """From [0, 1] to [-1, 1], as the image processor that is shipped does it."""
     return images * 2 - 1
@@ -179,7 +193,9 @@ def text_features(model: CLIPModel, tokenizer: CLIPTokenizer, texts: Sequence[st
     return F.normalize(model.text_projection(hidden).float(), dim=-1)
 
 
-def contrastive_loss(similarity: Tensor, drawings: list[Drawing], concepts: list[int]) -> Tensor:
+def contrastive_loss(
+    similarity: Tensor, drawings: list[Drawing], concepts: list[int], of_nothing: Tensor
+) -> Tensor:
     """CLIP's loss in both directions, where a caption without a style word means every drawing of its concept.
 
     Captions with a style word compete with each other, and those without do, but not the ones with the others.
@@ -189,12 +205,14 @@ def contrastive_loss(similarity: Tensor, drawings: list[Drawing], concepts: list
             each of [`STYLES`].
         drawings: What the rows show.
         concepts: What the columns say.
+        of_nothing: `(M, 3 * len(concepts))` logits of images that show nothing: any caption is as likely.
     """
     place = {concept: index for index, concept in enumerate(concepts)}
     concept = torch.tensor([place[drawing.concept] for drawing in drawings])
     style = torch.tensor([drawing.style for drawing in drawings])
     columns = similarity.unflatten(1, (len(concepts), 1 + len(STYLES)))
     unstyled, with_style = columns[:, :, 0], columns[:, :, 1:].flatten(1)
+    nothing = of_nothing.unflatten(1, (len(concepts), 1 + len(STYLES)))[:, :, 0]
     shown = len(STYLES) * concept + style
     means = F.one_hot(concept, len(concepts)).T.float()
     losses = [
@@ -202,6 +220,7 @@ def contrastive_loss(similarity: Tensor, drawings: list[Drawing], concepts: list
         F.cross_entropy(with_style, shown),
         F.cross_entropy(unstyled.T, means / means.sum(1, keepdim=True)),
         F.cross_entropy(with_style.T[shown], torch.arange(len(drawings))),
+        F.cross_entropy(nothing, torch.full_like(nothing, 1 / len(concepts))),
     ]
     return torch.stack(losses).mean()
 
@@ -244,10 +263,12 @@ def train(
         chosen = rng.sample(range(len(concepts)), CONCEPTS_PER_BATCH)
         drawings = [Drawing(c, s) for c in chosen for s in range(len(STYLES)) if Drawing(c, s) in known]
         images = torch.stack([variants[(rng.randrange(len(variants)), *drawing)] for drawing in drawings])
+        shown = augmented(images, rng)
         with torch.autocast("cpu", torch.bfloat16):
-            pictures = image_features(model, augmented(images, rng))
+            pictures = image_features(model, torch.cat([shown, scrambled(shown[::4])]))
             words = text_features(model, tokenizer, batch_texts([concepts[c] for c in chosen], rng))
-        loss = contrastive_loss(model.logit_scale.exp() * pictures @ words.T, drawings, chosen)
+        logits = model.logit_scale.exp() * pictures @ words.T
+        loss = contrastive_loss(logits[: len(shown)], drawings, chosen, of_nothing=logits[len(shown) :])
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

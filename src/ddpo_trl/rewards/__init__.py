@@ -2,7 +2,7 @@
 
 from ddpo_trl.rewards.aesthetic import LaionAesthetic
 from ddpo_trl.rewards.clip import CLIPScore, PickScore
-from ddpo_trl.rewards.emoji import EmojiAlignment, emoji_alignment
+from ddpo_trl.rewards.emoji import EmojiAlignment
 from ddpo_trl.rewards.hps import HPSv2
 from ddpo_trl.rewards.image_reward import ImageReward
 from ddpo_trl.rewards.model import RewardModel
@@ -29,7 +29,6 @@ __all__ = [
     "VLMJudge",
     "brightness",
     "colorfulness",
-    "emoji_alignment",
     "jpeg_compressibility",
     "jpeg_incompressibility",
     "redness",

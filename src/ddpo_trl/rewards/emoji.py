@@ -54,8 +54,9 @@ class EmojiAlignment(RewardModel[AlignmentModel]):
     the cosine: an image gains nothing by looking like any emoji.
 
     The model is made for 64x64 emoji on white and knows nothing else: of 412 captions it puts the right one first for
-    78 % of the drawings it learned from, and for 5 % of those in a style that it never saw of their concept. Training
-    can please it with colours alone: watch [`~ddpo_trl.emoji.recognised_share`] beside it.
+    84 % of the drawings it learned from, and for 5 % of those in a style that it never saw of their concept. It was
+    shown images of the right colours and no drawing too, and told that they mean nothing. Large steps please it with
+    colours all the same: watch [`~ddpo_trl.emoji.recognised_share`] beside it.
 
     1.25 M parameters, Apache-2.0; it learned from Noto Emoji (Apache-2.0), Fluent Emoji (MIT) and emojibase (MIT) by
     `tools/emoji/alignment.py`. Plain transformers loads it:
@@ -111,27 +112,6 @@ class EmojiAlignment(RewardModel[AlignmentModel]):
         competition = {has_style: (pictures @ texts.T).logsumexp(1) for has_style, texts in loaded.captions.items()}
         has_style = torch.tensor([any(style in prompt.lower().split() for style in _STYLES) for prompt in prompts])
         return rewards - torch.where(has_style.to(rewards.device), competition[True], competition[False])
-
-
-def emoji_alignment(images: Tensor, prompts: Sequence[str], metadata: Sequence[Any]) -> list[float]:
-    """
-    [`EmojiAlignment`] as a function, with a model that all callers share.
-
-    Args:
-        images (`torch.Tensor` of shape `(B, 3, H, W)`):
-            Values in [0, 1].
-        prompts (`Sequence[str]` of length `B`):
-            What the images should show.
-        metadata (`Sequence` of length `B`):
-            Not used.
-
-    Returns:
-        `list[float]` of length B, about -20 to 0.
-    """
-    return _SHARED(images, prompts, metadata)
-
-
-_SHARED = EmojiAlignment()
 
 
 def image_vectors(clip: CLIPModel, images: Sequence[Image.Image]) -> Tensor:
