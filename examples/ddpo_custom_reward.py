@@ -10,7 +10,6 @@ python examples/ddpo_custom_reward.py --total_episodes 1024 --loss_type sf --out
 from trl import TrlParser
 
 from ddpo_trl import DDPOConfig, DDPOTrainer, load_emoji_pipeline
-from ddpo_trl.plots import save_reward_curve
 
 
 PROMPTS = ["cat face", "pizza", "tulip", "octopus", "frog", "penguin", "hamburger", "cactus"]
@@ -41,7 +40,6 @@ def main() -> None:
     trainer = DDPOTrainer(config, redness, PROMPTS, load_emoji_pipeline())
     trainer.train()
     trainer.save_model()
-    save_reward_curve(trainer.state.log_history, f"{config.output_dir}/reward.png", "redness")
 
 
 if __name__ == "__main__":

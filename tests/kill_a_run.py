@@ -83,6 +83,7 @@ def make_trainer(directory: Path, rounds: int, **overrides: Any) -> DDPOTrainer:
         "advantage_normalization": "prompt",
         "per_prompt_stat_tracking_min_count": 2,
         "save_total_limit": 2,
+        "log_images_rounds": 0,
     }
     config = DDPOConfig(**{**settings, **overrides})
     return DDPOTrainer(config, brightness, Prompts(), tiny_pipeline(), eval_prompts=["cat", "dog"])

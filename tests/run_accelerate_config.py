@@ -37,6 +37,8 @@ def make_config(output_dir: str, num_rounds: int, precision: str, use_lora: bool
         use_lora=use_lora,
         disable_tqdm=True,
         report_to="none",
+        log_images_rounds=1,
+        num_logged_images=2,
         num_train_epochs=num_rounds,
         num_inference_steps=3,
         guidance_scale=3.0,

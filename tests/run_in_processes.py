@@ -36,6 +36,8 @@ def make_config(output_dir: str, num_processes: int, **settings: Any) -> DDPOCon
         use_cpu=True,
         disable_tqdm=True,
         report_to="none",
+        log_images_rounds=2,
+        num_logged_images=3,
         num_train_epochs=2,
         num_inference_steps=3,
         per_device_sample_batch_size=2,

@@ -1,13 +1,16 @@
 """Two real processes (gloo), started by `accelerate launch`, train as one does."""
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from accelerate import DistributedType
 from diffusers import UNet2DConditionModel
+from PIL import Image
 
 from conftest import tiny_pipeline
 from ddpo_trl.processes import check_wrapping
@@ -99,6 +102,22 @@ def test_evaluation_is_split_between_processes_and_gathered_in_order(runs):
     for rank in ranks:
         assert rank["evaluation"][0] == alone["evaluation"][0]
         assert torch.allclose(rank["evaluation"][1], alone["evaluation"][1], atol=1e-5)
+
+
+def test_the_images_that_are_logged_are_those_of_all_processes(runs, folder):
+    """`runs` has written them: the fixed ones are made by both processes, the best may be on either."""
+    logged = {}
+    for name in ("one", "two"):
+        samples = folder / name / "plain" / "samples" / "round-0002"
+        entries = json.loads((samples / "samples.json").read_text())
+        logged[name] = [
+            (entry["kind"], entry["prompt"], entry["seed"], np.asarray(Image.open(samples / entry["file"])))
+            for entry in entries
+        ]
+    assert len(logged["one"]) == 3 + 3 * 1
+    for alone, together in zip(logged["one"], logged["two"], strict=True):
+        assert alone[:3] == together[:3]
+        assert np.abs(alone[3].astype(int) - together[3]).max() <= 1
 
 
 def test_one_process_writes_the_checkpoints(runs, folder):

@@ -65,6 +65,7 @@ def config(case: Case, **overrides: Any) -> DDPOConfig:
         "num_sample_batches": 1,
         "per_device_train_batch_size": 2,
         "learning_rate": 1e-2,
+        "log_images_rounds": 0,
     }
     return DDPOConfig(**{**settings, **overrides})
 
