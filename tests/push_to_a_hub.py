@@ -216,6 +216,19 @@ def other_forms(runs: Runs) -> Observations:
     }
 
 
+def the_page(runs: Runs) -> Observations:
+    """The examples of docs/hub.md, in the order in which they stand there."""
+    from test_documentation import ROOT, snippets
+
+    os.chdir(runs.directory)
+    codes = snippets((ROOT / "docs" / "hub.md").read_text())
+    names: list[Observations] = [{} for _ in codes]
+    for code, of in zip(codes, names, strict=True):
+        exec(compile(code, "hub.md", "exec"), of)
+    repository = runs.hub.repositories["me/simple-emoji"]
+    return {"files": sorted(repository.files()), "image": list(names[-1]["image"].size)}
+
+
 def private_branch(runs: Runs) -> Observations:
     trainer = runs.trainer("branch", hub_revision="second-try", hub_private_repo=True, num_train_epochs=1)
     trainer.train()
@@ -265,6 +278,7 @@ def failing_pushes(runs: Runs) -> Observations:
     command[0] = str(Path(sys.executable).with_name("hf"))
     advised = subprocess.run(command, capture_output=True, text=True)
     by_command = runs.hub.repositories["me/failing"].files()
+    on_the_disk = (runs.directory / "failing" / "pytorch_lora_weights.safetensors").read_bytes()
     trainer.push_to_hub()
     return {
         "steps": trainer.state.global_step,
@@ -274,8 +288,7 @@ def failing_pushes(runs: Runs) -> Observations:
         "local": local,
         "advised": f"{advised.returncode} {advised.stderr}",
         "pushed_by_the_advised_command": sorted(by_command),
-        "weights_are_those_on_the_disk": by_command["pytorch_lora_weights.safetensors"]
-        == (runs.directory / "failing" / "pytorch_lora_weights.safetensors").read_bytes(),
+        "weights_are_those_on_the_disk": by_command["pytorch_lora_weights.safetensors"] == on_the_disk,
         "messages": runs.hub.repositories["me/failing"].messages(),
     }
 
@@ -299,7 +312,7 @@ def main(directory: Path) -> None:
     with running(hub):
         os.environ["HF_ENDPOINT"] = hub.endpoint
         runs = Runs(hub, directory)
-        parts = [strategies, pictures_card_and_loading, other_forms, private_branch, refused_at_construction]
+        parts = [strategies, pictures_card_and_loading, other_forms, the_page, private_branch, refused_at_construction]
         found = {part.__name__: part(runs) for part in [*parts, failing_pushes, by_the_newer_protocol]}
         trainer = runs.trainer("lost", hub_strategy="end", num_train_epochs=1)
         trainer.train()

@@ -119,6 +119,12 @@ def test_a_branch_of_a_private_repository_is_made_and_filled(found):
     assert seen["again"] == "nothing was raised"
 
 
+def test_the_examples_of_the_page_run(found):
+    pictures = {"reward.png", "before_after.png", "samples/round-0000.png"}
+    assert set(found["the_page"]["files"]) > LORA | below("last-checkpoint") | pictures
+    assert found["the_page"]["image"] == [64, 64]
+
+
 def test_the_client_with_xet_commits_as_well(found):
     assert set(found["by_the_newer_protocol"]["files"]) == LORA
 
@@ -177,7 +183,10 @@ def test_the_licence_of_the_base_model_goes_with_its_adapter(found):
         ("someone else", "ValueError: The model is to be pushed to 'stabilityai/ours', but the Hub answers 403"),
         ("server error", "RuntimeError: The model is to be pushed to 'me/a', but the Hub answers 500"),
         ("name", "ValueError: hub_model_id is 'me/my model!', which can't be the name of a repository"),
-        ("name of the folder", "ValueError: hub_model_id is not set, and the output folder is named 'my model', which"),
+        (
+            "name of the folder",
+            "ValueError: hub_model_id is not set, and the output folder is named 'my model'",
+        ),
     ],
 )
 def test_what_cannot_be_pushed_is_refused_at_construction(found, case, message):

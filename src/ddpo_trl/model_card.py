@@ -231,7 +231,7 @@ def take_gallery(directory: Path) -> list[tuple[str, str]]:
 
 def hub_name(pipeline: DiffusionPipeline) -> str | None:
     """The Hub id that a pipeline was loaded by. A path on this machine means nothing to others."""
-    name: str = pipeline.name_or_path or ""
+    name = str(pipeline.name_or_path or "")
     try:
         validate_repo_id(name)
     except HFValidationError:
@@ -279,15 +279,17 @@ def example(policy: Policy, config: DDPOConfig, repo_id: str, prompt: str, task:
         imports = [f"from diffusers import {pipeline_class}, {model_class}"]
         arguments = f', {component}={model_class}.from_pretrained({where}, subfolder="{component}")'
     elif has_lora_loader(pipeline):
-        after = [f"pipeline.load_lora_weights({where})"]
+        after.append(f"pipeline.load_lora_weights({where})")
     else:
         imports.append("from peft import PeftModel")
-        after = [f"PeftModel.from_pretrained(pipeline.{component}, {where})  # adds the adapter in place"]
-    if pipeline.name_or_path == str(EMOJI_PATH):
+        after.append(f"PeftModel.from_pretrained(pipeline.{component}, {where})  # adds the adapter in place")
+    base = f'"{hub_name(pipeline) or "path/to/the/base/pipeline"}"'
+    if str(pipeline.name_or_path) == str(EMOJI_PATH):
         imports.append("from ddpo_trl.emoji import EMOJI_PATH")
         base = "EMOJI_PATH"
-    else:
-        base = f'"{hub_name(pipeline) or "path/to/the/base/pipeline"}"'
+    if pictures := [name for name in config.pipeline_inputs or () if name.endswith("image")]:
+        imports.append("from diffusers.utils import load_image")
+        after += [f'{name} = load_image("{name}.png")' for name in pictures]
     load = f"pipeline = {pipeline_class}.from_pretrained({base}{arguments})"
     return "\n".join([*imports, "", load, *after, call(config, prompt, task)])
 
