@@ -51,7 +51,7 @@ class ImageRow:
         images (`Sequence[PIL.Image.Image]` of length `N`):
             RGB.
         rewards (`Sequence[float | None]` of length `N`):
-            Printed below the images.
+            Printed below the images; nothing is, if all are `None`.
     """
 
     title: str
@@ -122,7 +122,8 @@ def save_comparison(rows: Sequence[ImageRow], captions: Sequence[str], path: str
     for row, line in zip(rows, grid, strict=True):
         for column, axes in enumerate(line):
             show_image(axes, row.images[column])
-            axes.set_xlabel(reward_text(row.rewards[column]), fontsize=9)
+            if any(reward is not None for reward in row.rewards):
+                axes.set_xlabel(reward_text(row.rewards[column]), fontsize=9)
         line[0].set_ylabel(row.title, fontsize=11)
     for axes, title in zip(grid[0], titles, strict=True):
         axes.set_title(title, fontsize=9, parse_math=False)

@@ -5,6 +5,7 @@ Nothing heavy is imported here, so that `ddpo-trl --help` and a mistyped command
 """
 
 import argparse
+import logging
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -58,8 +59,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(command: str, argv: Sequence[str]) -> int:
+    logging.getLogger("transformers.utils.import_utils").addFilter(_is_no_chatter)
     status: int = import_module(f"{__name__}.{command.replace('-', '_')}").main(argv)
     return status
+
+
+def _is_no_chatter(record: logging.LogRecord) -> bool:
+    """False for warnings that image processors can do without torchvision, which nothing here needs."""
+    return "requires torchvision" not in record.getMessage()
 
 
 def _command(argv: list[str]) -> tuple[str, list[str]]:

@@ -160,10 +160,13 @@ class CommandParser(TrlParser):
         """The help with every flag, by the class that has the field."""
         groups: dict[str, list[str]] = {}
         for dataclass_type in self.dataclass_types:
-            for field in dataclasses.fields(dataclass_type):
-                owners = [one for one in dataclass_type.__mro__ if field.name in vars(one).get("__annotations__", {})]
-                groups.setdefault(owners[0].__name__, []).append(field.name)
-        return self._format_groups(groups, FullFormatter(self.prog))
+            names = [field.name for field in dataclasses.fields(dataclass_type) if field.init]
+            for owner in dataclass_type.__mro__:
+                groups[owner.__name__] = [name for name in names if name in vars(owner).get("__annotations__", ())]
+                names = [name for name in names if name not in groups[owner.__name__]]
+        return self._format_groups(
+            {name: fields for name, fields in groups.items() if fields}, FullFormatter(self.prog)
+        )
 
     def _format_groups(self, groups: Mapping[str, Sequence[str]], formatter: FullFormatter) -> str:
         actions = {flag.removeprefix("--"): action for flag, action in self._option_string_actions.items()}

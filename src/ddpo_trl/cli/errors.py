@@ -37,10 +37,11 @@ def usage_errors() -> Iterator[None]:
 
 
 def one_line(error: BaseException) -> str:
-    """An error's message and those of its causes, without line breaks."""
-    message = " ".join(str(error).split()) or type(error).__name__
+    """An error's message and those of its causes, without line breaks. A table below a sentence is left out."""
+    first = str(error).strip().partition("\n")[0]
+    message = first if first.endswith(".") else " ".join(str(error).split()) or type(error).__name__
     cause = error.__cause__
-    if isinstance(error, UsageError) or cause is None:
+    if isinstance(error, UsageError) or cause is None or str(cause) in message:
         return message
     return f"{message} {type(cause).__name__}: {one_line(cause)}"
 
@@ -54,7 +55,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 def debug_position(argv: Sequence[str]) -> int | None:
     """Where `--debug` stands that asks for tracebacks, and is not the flag of `TrainingArguments`."""
     for position, word in enumerate(argv):
-        if word == "--debug" and argv[position + 1 : position + 2] not in [[option] for option in DEBUG_OPTIONS]:
+        if word == "--debug" and (*argv, "")[position + 1] not in DEBUG_OPTIONS:
             return position
     return None
 

@@ -148,16 +148,20 @@ def train(arguments: TrainArguments, config: DDPOConfig, settings: Mapping[str, 
             What of them was given, to be kept beside the results.
     """
     with usage_errors():
-        pipeline = load_model(arguments.model, arguments.dtype)
+        rewards = [load_reward(name) for name in arguments.reward]
+        held_out = [load_reward(name) for name in arguments.eval_reward or ()]
         where = (arguments.prompt_column, arguments.prompt_split)
+        prompts = load_prompt_source(arguments.prompts, *where)
+        eval_prompts = arguments.eval_prompts and load_prompt_source(arguments.eval_prompts, *where)
+        pipeline = load_model(arguments.model, arguments.dtype)  # last: it may take minutes
         trainer = DDPOTrainer(
             config,
-            [load_reward(name) for name in arguments.reward],
-            load_prompt_source(arguments.prompts, *where),
+            rewards,
+            prompts,
             pipeline,
             peft_config=lora_config(arguments, pipeline),
-            eval_prompts=arguments.eval_prompts and load_prompt_source(arguments.eval_prompts, *where),
-            eval_reward_fns=[load_reward(name) for name in arguments.eval_reward or ()] or None,
+            eval_prompts=eval_prompts,
+            eval_reward_fns=held_out or None,
         )
     if trainer.is_world_process_zero():
         os.makedirs(config.output_dir, exist_ok=True)

@@ -4,7 +4,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, load_dataset
+from datasets import Dataset, load_dataset, load_from_disk
+from datasets.config import DATASET_STATE_JSON_FILENAME
 
 
 # What `datasets` reads a file with, and its options, by the file's ending.
@@ -20,7 +21,7 @@ READERS: dict[str, tuple[str, dict[str, Any]]] = {
 
 def load_prompts(source: str | os.PathLike[str], column: str | None = None, split: str = "train") -> Dataset:
     """
-    Loads prompts for [`DDPOTrainer`] from a file or from a dataset on the Hub.
+    Loads prompts for [`DDPOTrainer`] from a file, a folder or a dataset on the Hub.
 
     PartiPrompts, for instance, are `load_prompts("nateraw/parti-prompts", column="Prompt")`, and the CSV file in which
     DrawBench was published is read with `column="Prompts"`.
@@ -28,11 +29,12 @@ def load_prompts(source: str | os.PathLike[str], column: str | None = None, spli
     Args:
         source (`str` or `os.PathLike`):
             A `.txt` file with a prompt per line (empty lines are left out); a `.csv`, `.tsv`, `.json`, `.jsonl` or
-            `.parquet` file; or the id of a dataset on the Hub.
+            `.parquet` file; a folder of such files, or one that `Dataset.save_to_disk` wrote; or the id of a dataset
+            on the Hub.
         column (`str`, *optional*):
             The column with the prompts, `"prompt"` by default. Not for text files.
         split (`str`, *optional*, defaults to `"train"`):
-            The split of a dataset on the Hub.
+            The split of a folder or of a dataset on the Hub.
 
     Returns:
         `datasets.Dataset` with a `prompt` column. The other columns are the metadata of each prompt.
@@ -47,7 +49,9 @@ def load_prompts(source: str | os.PathLike[str], column: str | None = None, spli
             raise FileNotFoundError(f"source is {str(source)!r}, and there is no such file.")
         reader, options = READERS[ending]
         dataset = load_dataset(reader, data_files=str(source), split="train", **options)
-    elif Path(source).exists():
+    elif Path(source, DATASET_STATE_JSON_FILENAME).is_file():
+        dataset = load_from_disk(str(source))
+    elif Path(source).is_file():
         raise ValueError(f"source is {str(source)!r}; prompts are read from files that end in {', '.join(READERS)}.")
     else:
         dataset = load_dataset(str(source), split=split)
