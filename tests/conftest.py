@@ -118,6 +118,7 @@ def make_config(tmp_path) -> Callable[..., DDPOConfig]:
                 "num_sample_batches": 2,
                 "per_device_train_batch_size": 4,
                 "learning_rate": 1e-2,
+                "one_pass": False,  # most tests look at the second; tests/test_one_pass.py has the others
                 **overrides,
             }
         )

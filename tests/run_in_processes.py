@@ -54,7 +54,7 @@ def weights(trainer: DDPOTrainer) -> dict[str, torch.Tensor]:
     return {name: p.detach() for name, p in trainer.model.named_parameters() if p.requires_grad}
 
 
-def plain_run(output_dir: str, num_processes: int) -> dict[str, Any]:
+def plain_run(output_dir: str, num_processes: int, one_pass: bool) -> dict[str, Any]:
     """Two rounds with plain gradient descent, whose steps show the gradients as they are."""
     config = make_config(
         output_dir,
@@ -63,6 +63,7 @@ def plain_run(output_dir: str, num_processes: int) -> dict[str, Any]:
         per_prompt_stat_tracking_min_count=2,
         max_grad_norm=0.0,
         optim="sgd",
+        one_pass=one_pass,
     )
     recorder = FirstUpdate()
     trainer = DDPOTrainer(config, brightness, PROMPTS, tiny_pipeline(), callbacks=[recorder], eval_prompts=PROMPTS)
@@ -111,7 +112,8 @@ def decisions(trainer: DDPOTrainer) -> list[bool]:
 
 def main(output_dir: str, num_processes: int) -> None:
     results = {
-        "plain": plain_run(f"{output_dir}/plain", num_processes),
+        "plain": plain_run(f"{output_dir}/plain", num_processes, one_pass=False),
+        "one_pass": plain_run(f"{output_dir}/one_pass", num_processes, one_pass=True),
         "stopped": stopped_run(f"{output_dir}/stopped", num_processes),
     }
     rank = torch.distributed.get_rank() if num_processes > 1 else 0

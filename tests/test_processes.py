@@ -73,6 +73,13 @@ def test_two_processes_have_the_gradient_of_one(runs):
         assert largest_difference(alone["gradients"], rank["gradients"]) < 1e-6
 
 
+def test_one_pass_on_two_processes_has_the_gradient_and_weights_of_two_passes_on_one(both):
+    alone, ranks = both
+    for rank in ranks:
+        for what in ("gradients", "weights"):
+            assert largest_difference(alone["plain"][what], rank["one_pass"][what]) < 1e-6
+
+
 def test_two_processes_end_with_the_weights_of_one(runs):
     alone, (first, _) = runs
     assert largest_difference(alone["weights"], first["weights"]) < 1e-6

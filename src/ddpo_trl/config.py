@@ -6,6 +6,7 @@ import warnings
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
+from accelerate.utils import parse_flag_from_env
 from transformers import TrainingArguments
 
 from ddpo_trl import trl_config
@@ -132,6 +133,12 @@ class DDPOConfig(TrainingArguments):
         kl_coef (`float`, *optional*, defaults to `0.0`):
             Weight of the KL divergence to the pipeline without its adapter (or, with `use_lora=False`, as it was at
             the start), in the loss. Above 0 it costs one more forward pass per transition.
+        one_pass (`bool`, *optional*):
+            Whether gradients are taken while images are sampled, one for each sample, for the rewards to weigh
+            afterwards: no step is run a second time, and no trajectory is kept, but a gradient for each sample of the
+            round. It is the same gradient. `None` does so where it is exact and possible: with one update per round
+            (`"sf"`, or `"is"` whose ratios then are 1), without KL, checkpointing, fp16 or sharding, on linear layers
+            and convolutions; the batch plan at the start says why not. `True` makes that an error.
         target_kl (`float`, *optional*):
             Ends a round's updates at the first one that finds the policy farther than this from the one that sampled
             the round: by `policy/approxkl_avg`, ½·(log r)², averaged over the update's micro-batches and over
@@ -293,6 +300,10 @@ class DDPOConfig(TrainingArguments):
         default="mean", metadata={"help": "How log-probabilities and KL are reduced over the latent dimensions."}
     )
     kl_coef: float = field(default=0.0, metadata={"help": "Weight of the KL to the pipeline without its adapter."})
+    one_pass: bool | None = field(
+        default=None,
+        metadata={"help": "Take gradients while sampling, and run no step again. Wherever that is exact, by default."},
+    )
     target_kl: float | None = field(
         default=None, metadata={"help": "Ends a round's updates once `policy/approxkl_avg` exceeds it."}
     )
@@ -334,6 +345,7 @@ class DDPOConfig(TrainingArguments):
         self._check_ranges()
         self._check_objective()
         self._check_target_kl()
+        self._check_one_pass()
         self._check_pipeline_kwargs()
         self._check_round_boundaries()
 
@@ -462,6 +474,31 @@ class DDPOConfig(TrainingArguments):
                 "multi_objective_aggregation is 'normalize_then_sum', but advantage_normalization='none' says that "
                 "nothing is to be normalised. Set it to 'batch', 'prompt' or 'group'."
             )
+
+    @property
+    def reason_for_two_passes(self) -> str | None:
+        """
+        Why these settings need every step run again in training; `None` if they don't.
+
+        One pass is exact where the whole gradient of a round is taken by the policy that sampled it.
+        """
+        sample_size, train_size = self.per_device_sample_batch_size, self.per_device_train_batch_size
+        reasons = {
+            f"a round has {self.updates_per_round} updates": self.updates_per_round > 1,
+            f"kl_coef is {self.kl_coef:g}": self.kl_coef > 0,
+            f"timestep_fraction is {self.timestep_fraction:g}": self.timestep_fraction < 1,
+            "gradient_checkpointing is on": self.gradient_checkpointing,
+            "fp16 scales the loss": self.fp16,
+            "the weights are sharded": bool(self.fsdp) or parse_flag_from_env("ACCELERATE_USE_FSDP"),
+            "DeepSpeed takes the gradients": self.deepspeed_plugin is not None,
+            f"per_device_sample_batch_size ({sample_size}) is above per_device_train_batch_size ({train_size}), the "
+            "samples that a backward pass may hold": sample_size > train_size,
+        }
+        return next((reason for reason, applies in reasons.items() if applies), None)
+
+    def _check_one_pass(self) -> None:
+        if self.one_pass and (reason := self.reason_for_two_passes):
+            raise ValueError(f"one_pass is True, but {reason}. Change that, or leave one_pass out to take two passes.")
 
     def _check_target_kl(self) -> None:
         if self.target_kl is None:

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from ddpo_trl.plan import BatchPlan
 from ddpo_trl.policy import Policy
 from ddpo_trl.processes import gather
 from ddpo_trl.prompts import PromptPair, PromptSource
+from ddpo_trl.sample_gradients import TrainedLayer
 from ddpo_trl.scoring import PendingRewards, RewardScorer, first_problem
 from ddpo_trl.seeding import Stream, derived_seed, generator
 from ddpo_trl.types import Rollout, SampledBatch
@@ -36,14 +37,14 @@ class MicroBatch:
     Args:
         samples (`list[int]`):
             Indices of samples on this process.
-        step (`int`):
-            Index of the denoising step.
+        step (`int`, *optional*):
+            Index of the denoising step; `None` for all, in one pass.
         on_policy (`bool`):
             Whether it belongs to the first optimizer step after sampling.
     """
 
     samples: list[int]
-    step: int
+    step: int | None
     on_policy: bool
 
 
@@ -73,6 +74,8 @@ class RolloutLoader:
             Largest magnitude of an advantage; `inf` for none.
         plan ([`~ddpo_trl.plan.BatchPlan`]):
             The sizes.
+        gradient_layers (`Mapping[torch.nn.Module, int]`):
+            In one pass, the layers that are trained; see [`~ddpo_trl.one_pass.choose_passes`].
         seed (`int`):
             Seed of the run.
         accelerator ([`~accelerate.Accelerator`]):
@@ -92,6 +95,7 @@ class RolloutLoader:
     drop_invalid: bool
     advantage_clip: float
     plan: BatchPlan
+    gradient_layers: Mapping[TrainedLayer, int]
     seed: int
     accelerator: Accelerator
     progress: RoundProgress
@@ -160,7 +164,10 @@ class RolloutLoader:
             seeds = [derived_seed(self.seed, Stream.SAMPLE, self.round, offset + row) for row in range(size)]
             context = self.policy.context(prompts, metadata, seeds)
             with self.accelerator.autocast():
-                batch = self.policy.sample(context, record=steps, stochastic=noisy)
+                if self.plan.one_pass:
+                    batch = self.policy.sample_with_gradients(context, steps, self.gradient_layers, noisy)
+                else:
+                    batch = self.policy.sample(context, record=steps, stochastic=noisy)
             batches.append(batch)
             pending.append(self.scorer.submit(batch.images, prompts, metadata, when=f"round {self.round}"))
             self.progress.sampled(size, [self.scorer.total(scores.marked()) for scores in pending if scores.done()])
@@ -213,6 +220,9 @@ class RolloutLoader:
     def _micro_batches(self) -> Iterator[MicroBatch]:
         """Shuffles the samples in every pass and gives each micro-batch of samples its own random order of steps."""
         plan = self.plan
+        if plan.one_pass:  # all is done but to weigh the gradients
+            yield MicroBatch(samples=list(range(plan.samples_per_process)), step=None, on_policy=True)
+            return
         recorded_steps = plan.trained_steps(self.round, self.seed)
         random = generator(self.seed, Stream.MICRO_BATCHES, self.round, self.accelerator.process_index)
         for ppo_epoch in range(plan.num_ppo_epochs):

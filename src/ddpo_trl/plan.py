@@ -39,6 +39,12 @@ class BatchPlan:
             Share of them that each sample is trained on.
         state_bytes (`int`):
             Memory of one sample's state x_t.
+        one_pass (`bool`):
+            Whether gradients are taken while sampling.
+        two_passes_because (`str`, *optional*):
+            Why not.
+        gradient_bytes (`int`):
+            Memory of one sample's gradient.
 
     Raises:
         `ValueError`: If the sizes do not divide. The message holds the whole plan.
@@ -57,6 +63,9 @@ class BatchPlan:
     window_interval: int = 25
     timestep_fraction: float
     state_bytes: int = 0
+    one_pass: bool = False
+    two_passes_because: str | None = None
+    gradient_bytes: int = 0
 
     def __post_init__(self):
         unit = self.num_mini_batches * self.per_device_train_batch_size
@@ -122,7 +131,12 @@ class BatchPlan:
 
     @property
     def micro_batches_per_update(self) -> int:
-        """Micro-batches that accumulate into one optimizer step: the derived `gradient_accumulation_steps`."""
+        """
+        Micro-batches that accumulate into one optimizer step: the derived `gradient_accumulation_steps`. In one pass
+        the whole round counts as one.
+        """
+        if self.one_pass:
+            return 1
         return self.samples_per_mini_batch // self.per_device_train_batch_size * self.transitions_per_sample
 
     @property
@@ -137,7 +151,12 @@ class BatchPlan:
 
     @property
     def rollout_bytes(self) -> int:
-        """Memory of the recorded states of a round on one process: those of the steps trained on, and one more."""
+        """
+        Memory of a round on one process: of its gradients in one pass, else of its recorded states: those of the steps
+        trained on, and one more.
+        """
+        if self.one_pass:
+            return self.samples_per_process * self.gradient_bytes
         steps = self.window_size or len(self.trainable_steps)
         return self.samples_per_process * (steps + 1) * self.state_bytes
 
@@ -173,13 +192,32 @@ class BatchPlan:
             (
                 "samples an optimizer step",
                 f"{self.samples_per_process / self.num_mini_batches * self.num_processes:g}, in micro-batches of "
-                f"{self.per_device_train_batch_size} on each process",
+                f"{self._samples_at_once} on each process",
             ),
+            *self._rows_of_passes(),
+        ]
+
+    @property
+    def _samples_at_once(self) -> int:
+        """Those of a backward pass."""
+        return self.per_device_sample_batch_size if self.one_pass else self.per_device_train_batch_size
+
+    def _rows_of_passes(self) -> list[tuple[str, str]]:
+        memory = f"{self.rollout_bytes / 2**20:.3g} MiB on each process"
+        if self.one_pass:
+            each = f"{self.samples_per_process} x {self.gradient_bytes / 2**20:.3g} MiB"
+            return [
+                ("passes", "one: gradients are taken while sampling"),
+                ("memory of the samples' gradients", f"{memory} = {each}"),
+            ]
+        because = f", because {self.two_passes_because}" if self.two_passes_because else ""
+        return [
+            ("passes", f"two: sampling and training{because}"),
             (
                 "micro-batches an optimizer step",
                 f"{self.micro_batches_per_update} (the derived gradient_accumulation_steps)",
             ),
-            ("memory of the recorded steps", f"{self.rollout_bytes / 2**20:.3g} MiB on each process"),
+            ("memory of the recorded steps", memory),
         ]
 
     def __str__(self) -> str:

@@ -17,8 +17,9 @@ from ddpo_trl.gaussian import kl_divergence, log_prob
 from ddpo_trl.lora import adapters_off, denoiser_name, describe_adapter, load_adapter, save_adapter
 from ddpo_trl.pipelines import call_with_grad, check_call, policy_copy, quiet_copy, with_denoiser
 from ddpo_trl.processes import is_sharded
-from ddpo_trl.schedulers import Replay, Sampling, StepReplayed, policy_scheduler
-from ddpo_trl.types import Conditions, Context, SampledBatch
+from ddpo_trl.sample_gradients import SampleGradients, TrainedLayer
+from ddpo_trl.schedulers import DifferentiatedSampling, Replay, Sampling, StepReplayed, policy_scheduler
+from ddpo_trl.types import Conditions, Context, Gradients, SampledBatch
 
 
 class Survey(NamedTuple):
@@ -203,20 +204,65 @@ class Policy(nn.Module):
             max_steps (`int`, *optional*):
                 Stop denoising after so many steps; all by default.
         """
-        generators = seeded(context)
-        source = Sampling(generators, record, self.settings.log_prob_reduction, stochastic, max_steps)
-        with self.scheduler.acting(source):
-            images = self._run_to_images(self.policy_pipeline, context, generators)
+        source = Sampling(seeded(context), record, self.settings.log_prob_reduction, stochastic, max_steps)
+        images = self._sample_from(source, context)
         steps = source.steps
+        self._check_all_run(source, list(steps))
+        if self.settings.offload_rollout:
+            steps = {index: step.to("cpu") for index, step in steps.items()}
+        return SampledBatch(context=context, images=images, steps=steps, conditions=self.conditions(stochastic))
+
+    @torch.no_grad()
+    def sample_with_gradients(
+        self,
+        context: Context,
+        record: Collection[int],
+        layers: Mapping[TrainedLayer, int],
+        stochastic: Collection[int] | None = None,
+    ) -> SampledBatch:
+        """
+        Draws the images that [`~Policy.sample`] draws, and takes the gradients of their log-probabilities meanwhile.
+
+        Args:
+            context ([`~ddpo_trl.types.Context`] of length `B`):
+                What they are made from.
+            record (`Collection[int]`):
+                Indices of the denoising steps that are trained on.
+            layers (`Mapping[torch.nn.Module, int]`):
+                See [`~ddpo_trl.sample_gradients.SampleGradients`].
+            stochastic (`Collection[int]`, *optional*):
+                Indices of the steps that get noise, all by default.
+        """
+        gradients = SampleGradients(layers, len(context))
+        source = DifferentiatedSampling(
+            gradients.add,
+            generators=seeded(context),
+            record=record,
+            reduction=self.settings.log_prob_reduction,
+            stochastic=stochastic,
+        )
+        with gradients.watching():
+            images = self._sample_from(source, context)
+        self._check_all_run(source, source.differentiated)
+        device = "cpu" if self.settings.offload_rollout else self.denoiser.device
+        taken = Gradients(
+            log_probs=torch.stack(source.log_probs, dim=1), weights=[each.to(device) for each in gradients.sums]
+        )
+        return SampledBatch(context=context, images=images, steps={}, gradients=taken)
+
+    def _sample_from(self, source: Sampling, context: Context) -> Tensor:
+        with self.scheduler.acting(source):
+            return self._run_to_images(self.policy_pipeline, context, source.generators)
+
+    def _check_all_run(self, source: Sampling, run: Sequence[int]) -> None:
         noisy = [step for step, std in enumerate(self.scheduler.stds) if std > 0 and source.is_stochastic(step)]
-        if never_run := [step for step in noisy if max_steps is None and step in record and step not in steps]:
+        if never_run := [
+            step for step in noisy if source.max_steps is None and step in source.record and step not in run
+        ]:
             raise RuntimeError(
                 f"{type(self.pipeline).__name__} ended without running the steps {never_run} of its schedule. Leave "
                 "them out with train_timestep_range, or take denoising_end and the like out of pipeline_kwargs."
             )
-        if self.settings.offload_rollout:
-            steps = {index: step.to("cpu") for index, step in steps.items()}
-        return SampledBatch(context=context, images=images, steps=steps, conditions=self.conditions(stochastic))
 
     def conditions(self, stochastic: Collection[int] | None) -> Conditions:
         """

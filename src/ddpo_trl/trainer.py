@@ -34,11 +34,13 @@ from ddpo_trl.loader import RolloutLoader
 from ddpo_trl.lora import freeze_all_but_denoiser, put_on_adapter
 from ddpo_trl.model_card import write_model_card
 from ddpo_trl.objectives import importance_sampling, score_function
+from ddpo_trl.one_pass import choose_passes, policy_gradient
 from ddpo_trl.pipelines import move
 from ddpo_trl.plan import plan_batches
 from ddpo_trl.policy import Policy
 from ddpo_trl.processes import check_wrapping
 from ddpo_trl.prompts import PromptFunction, PromptPair, prompt_pairs, prompt_source
+from ddpo_trl.sample_gradients import trained_weights
 from ddpo_trl.scoring import RewardScorer, first_problem
 from ddpo_trl.seeding import Stream, derived_seed
 from ddpo_trl.target_kl import TargetKL
@@ -164,7 +166,8 @@ class DDPOTrainer(Trainer):
         prompt, metadata = self.prompts.preview(1)[0]
         trial_seeds = [derived_seed(args.seed, Stream.EVALUATION, index) for index in range(2)]
         trial = policy.context([prompt] * 2, [metadata] * 2, trial_seeds)
-        self.plan = plan_batches(args, *policy.survey(trial))
+        plan = plan_batches(args, *policy.survey(trial))
+        self.plan, self._gradient_layers = choose_passes(args, policy, trial, plan)
         args.gradient_accumulation_steps = self.plan.micro_batches_per_update
         if args.total_episodes is not None:
             args.num_train_epochs = self.plan.rounds_for(args.total_episodes)
@@ -215,6 +218,7 @@ class DDPOTrainer(Trainer):
             drop_invalid=self.args.on_invalid_reward == "drop",
             advantage_clip=math.inf if self.args.advantage_normalization == "none" else self.args.advantage_clip,
             plan=self.plan,
+            gradient_layers=self._gradient_layers,
             seed=self.args.seed,
             accelerator=self.accelerator,
             progress=self.progress,
@@ -241,7 +245,12 @@ class DDPOTrainer(Trainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """Forward and backward pass of one micro-batch, or nothing once `target_kl` has ended the round's updates."""
+        """
+        Forward and backward pass of one micro-batch; or nothing once `target_kl` has ended the round's updates. In one
+        pass, the advantages weigh the gradients that sampling left.
+        """
+        if self.plan.one_pass:
+            return self._weigh_gradients()
         if self._target_kl.reached:
             loss = torch.zeros((), device=self.args.device)
         else:
@@ -249,6 +258,18 @@ class DDPOTrainer(Trainer):
         if self.accelerator.sync_gradients and self.args.target_kl is not None:  # the update's last micro-batch
             self._end_update(model)
         return loss
+
+    def _weigh_gradients(self) -> Tensor:
+        """Sets the gradient of the round, as the mean over processes, and returns the loss that it belongs to."""
+        rollout = self.rollout
+        weights = trained_weights(self._gradient_layers)
+        for weight, gradient in zip(weights, policy_gradient(rollout.batches, rollout.advantages), strict=True):
+            weight.grad = self.accelerator.reduce(gradient.to(weight), reduction="mean")
+        log_probs = rollout.log_probs
+        objective = self._objective(log_probs, log_probs, rollout.advantages[:, None].expand_as(log_probs))
+        for name, value in objective.metrics.items():
+            self._metrics[name].append(value)
+        return objective.loss
 
     def _end_update(self, model: nn.Module) -> None:
         """Leaves the update out if it goes beyond `target_kl`. Trainer counts the step and goes on."""
@@ -276,7 +297,10 @@ class DDPOTrainer(Trainer):
                 context=batch.context,
                 with_reference=self.args.kl_coef > 0,
             )
-        objective = self._objective(log_probs, batch)
+        # Before any update π_θ is π_old. Taking it from this very pass keeps the ratio at 1 where other kernels or
+        # half precision would move it.
+        old_log_probs = log_probs.detach() if batch.on_policy else batch.log_probs
+        objective = self._objective(log_probs, old_log_probs, batch.advantages)
         loss, metrics = objective.loss, dict(objective.metrics)
         if kl is not None:
             loss = loss + self.args.kl_coef * kl.mean()
@@ -323,13 +347,10 @@ class DDPOTrainer(Trainer):
             return normalizer.populations
         return advantages.groups if self.args.advantage_normalization == "group" else advantages.whole_round
 
-    def _objective(self, log_probs: Tensor, batch: Transition) -> Objective:
+    def _objective(self, log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor) -> Objective:
         if self.args.loss_type == "sf":
-            return score_function(log_probs, batch.advantages)
-        # Before any update π_θ is π_old. Taking it from this very pass keeps the ratio at 1 where other kernels or
-        # half precision would move it.
-        old_log_probs = log_probs.detach() if batch.on_policy else batch.log_probs
-        return importance_sampling(log_probs, old_log_probs, batch.advantages, self.args.cliprange)
+            return score_function(log_probs, advantages)
+        return importance_sampling(log_probs, old_log_probs, advantages, self.args.cliprange)
 
     def _ratio_deviation(self, log_probs: Tensor, batch: Transition, samples: Sequence[int]) -> Tensor:
         """Largest |ratio − 1| of replay to rollout before any update; in the first round a large one is an error."""

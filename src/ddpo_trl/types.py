@@ -89,6 +89,23 @@ class Conditions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Gradients:
+    """
+    What one pass keeps of a batch in place of its transitions.
+
+    Args:
+        log_probs (`torch.Tensor` of shape `(B, T)`):
+            log π_θ of the T trained steps of each sample.
+        weights (`list[torch.Tensor]`):
+            For each trained parameter a tensor of shape `(B, *parameter.shape)`, float32: the gradient of the sum of
+            a sample's log-probabilities. It is emptied when the gradients have been used.
+    """
+
+    log_probs: Tensor
+    weights: list[Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
 class SampledBatch:
     """
     The trajectories of the samples that were drawn at once.
@@ -102,12 +119,15 @@ class SampledBatch:
             The recorded transitions, by the index of their step in the sampler's schedule (0 is the noisiest).
         conditions ([`Conditions`], *optional*):
             Under which they were sampled.
+        gradients ([`Gradients`], *optional*):
+            In one pass only; `steps` is empty then.
     """
 
     context: Context
     images: Tensor
     steps: Mapping[int, Step]
     conditions: Conditions | None = None
+    gradients: Gradients | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,6 +198,11 @@ class Rollout:
     @property
     def images(self) -> Tensor:
         return torch.cat([batch.images for batch in self.batches])
+
+    @property
+    def log_probs(self) -> Tensor:
+        """In one pass, log π_θ of all samples and trained steps: `(N, T)`."""
+        return torch.cat([batch.gradients.log_probs for batch in self.batches if batch.gradients is not None])
 
     def origin(self, sample: int) -> SampledBatch:
         """The batch in which a sample was drawn."""

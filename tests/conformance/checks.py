@@ -21,7 +21,9 @@ from conformance.newer_pipelines import NEWER_CASES
 from ddpo_trl import DDPOConfig, DDPOTrainer, check_pipeline
 from ddpo_trl.encoding import text_encoders
 from ddpo_trl.lora import ADAPTER_NAME, denoiser_name, has_lora_loader, put_on_adapter, save_adapter
+from ddpo_trl.one_pass import layers_of_samples, policy_gradient
 from ddpo_trl.policy import Policy
+from ddpo_trl.sample_gradients import trained_weights
 from ddpo_trl.schedulers import Sampling
 from ddpo_trl.types import Context
 
@@ -250,6 +252,24 @@ def counted_encodings(pipeline: DiffusionPipeline) -> Iterator[list[str]]:
             hook.remove()
 
 
+def one_pass_is_exact(case: Case) -> None:
+    """Gradients taken while sampling, weighed by advantages, add up to that of replay; the images are the same."""
+    policy = make_policy(case)
+    batch = policy.sample(context(policy, case), record=range(STEPS))
+    layers = layers_of_samples(policy, batch.context, min(batch.steps))
+    taken = policy.sample_with_gradients(batch.context, sorted(batch.steps), layers)
+    assert torch.equal(taken.images, batch.images)
+    advantages = torch.tensor([1.0, -2.0])
+    for index, step in batch.steps.items():
+        log_probs, _ = policy(index, step.latents, step.next_latents, batch.context)
+        (-(advantages @ log_probs) / (len(advantages) * len(batch.steps))).backward()
+    wanted = [weight.grad for weight in trained_weights(layers)]
+    largest = max(grad.abs().max() for grad in wanted if grad is not None)
+    for own, grad in zip(policy_gradient([taken], advantages), wanted, strict=True):
+        expected = torch.zeros_like(own) if grad is None else grad
+        assert (own - expected).abs().max() < ROUNDING * largest
+
+
 def the_doctor_agrees(case: Case) -> None:
     """`check_pipeline` finds no problem, a replay difference of 0, and leaves the pipeline as it was."""
     pipeline = case.build(0)
@@ -276,5 +296,6 @@ CHECKS: dict[str, Callable[[Case], str | None]] = {
     "save, reload": saved_adapter_is_reloaded,
     "encoded once": prompts_are_encoded_once,
     "cache": cached_prompts_are_the_pipelines_own,
+    "one pass": one_pass_is_exact,
     "doctor": the_doctor_agrees,
 }

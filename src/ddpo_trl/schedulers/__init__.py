@@ -1,8 +1,16 @@
 """Diffusers schedulers whose steps are a Gaussian policy."""
 
-from ddpo_trl.schedulers.actions import ActionSource, Replay, Sampling, StepReplayed
+from ddpo_trl.schedulers.actions import ActionSource, DifferentiatedSampling, Replay, Sampling, StepReplayed
 from ddpo_trl.schedulers.convert import policy_scheduler
 from ddpo_trl.schedulers.policy import PolicyScheduler
 
 
-__all__ = ["ActionSource", "PolicyScheduler", "Replay", "Sampling", "StepReplayed", "policy_scheduler"]
+__all__ = [
+    "ActionSource",
+    "DifferentiatedSampling",
+    "PolicyScheduler",
+    "Replay",
+    "Sampling",
+    "StepReplayed",
+    "policy_scheduler",
+]

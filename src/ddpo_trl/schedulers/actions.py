@@ -1,7 +1,8 @@
 """Where the actions of a policy scheduler come from: drawn from the policy, or recorded ones replayed."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
@@ -94,15 +95,59 @@ class Sampling(ActionSource):
     def is_stochastic(self, index: int) -> bool:
         return self.stochastic is None or index in self.stochastic
 
-    def next_latents(self, index: int, latents: Tensor, mean: Tensor, std: float) -> Tensor:
+    def draw(self, latents: Tensor, mean: Tensor, std: float) -> Tensor:
+        """An action of N(mean, std² I), in the dtype of `latents`."""
         action = mean
         if std > 0:
             action = mean + std * randn_tensor(mean.shape, generator=self.generators, device=mean.device)
         # Rounded before the density is taken: in bf16 the rounding alone moves a log-probability by more than ε.
-        action = action.to(latents.dtype)
+        return action.to(latents.dtype)
+
+    def next_latents(self, index: int, latents: Tensor, mean: Tensor, std: float) -> Tensor:
+        action = self.draw(latents, mean, std)
         if std > 0 and index in self.record:
             log_probs = log_prob(action, mean, std, self.reduction)
             self.steps[index] = Step(latents=latents, next_latents=action, log_probs=log_probs)
+        return action
+
+
+class DifferentiatedSampling(Sampling):
+    """
+    Draws as [`Sampling`] does, and hands over the log-probabilities of the steps in `record` with their graph.
+
+    Grad mode is on while the network runs for such a step, and off otherwise.
+
+    Args:
+        on_log_probs (`Callable[[torch.Tensor], None]`):
+            Called within each recorded step with its log-probabilities, `(B,)`. The graph is let go of afterwards.
+        **kwargs:
+            Those of [`Sampling`].
+
+    Attributes:
+        differentiated (`list[int]`):
+            Indices of the recorded steps that were run.
+        log_probs (`list[torch.Tensor]`):
+            Their log-probabilities, `(B,)` each, without graph.
+    """
+
+    def __init__(self, on_log_probs: Callable[[Tensor], None], **kwargs: Any):
+        super().__init__(**kwargs)
+        self.on_log_probs = on_log_probs
+        self.differentiated: list[int] = []
+        self.log_probs: list[Tensor] = []
+
+    def schedule(self, timesteps: Tensor, skipped: int) -> Tensor:
+        torch.set_grad_enabled(0 in self.record)  # until the next step; whoever called the pipeline sets it back
+        return super().schedule(timesteps, skipped)
+
+    def next_latents(self, index: int, latents: Tensor, mean: Tensor, std: float) -> Tensor:
+        action = self.draw(latents, mean.detach(), std)
+        if std > 0 and index in self.record:
+            log_probs = log_prob(action, mean, std, self.reduction)
+            self.on_log_probs(log_probs)
+            self.differentiated.append(index)
+            self.log_probs.append(log_probs.detach())
+        torch.set_grad_enabled(index + 1 in self.record)
         return action
 
 

@@ -1,0 +1,196 @@
+"""The gradient of each sample's log-probability, taken while it is sampled: what one pass needs.
+
+The score-function gradient is linear in the advantages, g = −Σ_i A_i ∇log π(τ_i). With ∇log π(τ_i) kept for every
+sample, the rewards only have to weigh them, and no step has to be run a second time.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+TrainedLayer = nn.Linear | nn.Conv2d
+
+
+class Call(NamedTuple):
+    """
+    One call of a layer in a forward pass.
+
+    Args:
+        layer (`torch.nn.Linear` or `torch.nn.Conv2d`):
+            The layer.
+        inputs (`torch.Tensor` of shape `(R, ...)`):
+            What went in. The rows R are those of all samples: twice as many with classifier-free guidance, more where
+            a sample has several frames.
+        outputs (`torch.Tensor` of shape `(R, ...)`):
+            What came out, which requires a gradient.
+    """
+
+    layer: TrainedLayer
+    inputs: Tensor
+    outputs: Tensor
+
+
+class SampleGradients:
+    """
+    Sums up, for each sample of a batch, the gradient of its log-probability over the steps of its trajectory.
+
+    While [`~SampleGradients.watching`] is open, the trained layers leave their inputs and outputs here, and
+    [`~SampleGradients.add`] turns them into gradients. PyTorch goes back to the layers' outputs only; the product with
+    their inputs, which it would sum over the batch, is taken sample by sample.
+
+    Args:
+        layers (`Mapping[torch.nn.Module, int]`):
+            The layers whose weights are trained, each with the number of rows in a row that belong to one sample: 1,
+            or the number of frames. See [`row_layout`].
+        batch_size (`int`):
+            B.
+
+    Attributes:
+        calls (`list[Call]`):
+            What the layers have left since the last [`~SampleGradients.add`].
+        sums (`list[torch.Tensor]`):
+            A tensor of shape `(B, *weight.shape)` for each weight of [`trained_weights`], float32.
+    """
+
+    def __init__(self, layers: Mapping[TrainedLayer, int], batch_size: int):
+        self.layers = layers
+        self.batch_size = batch_size
+        self.calls: list[Call] = []
+        self._sums: dict[Tensor, Tensor] = {
+            weight: torch.zeros(batch_size, *weight.shape, device=weight.device) for weight in trained_weights(layers)
+        }
+
+    @property
+    def sums(self) -> list[Tensor]:
+        return list(self._sums.values())
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """The layers report their calls while the context is open and grad mode is on."""
+        hooks = [layer.register_forward_hook(self._remember) for layer in self.layers]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _remember(self, layer: Any, inputs: tuple[Tensor, ...], outputs: Tensor) -> None:
+        if torch.is_grad_enabled():
+            # Autocast may have cast the weight while grad mode was off: then nothing before this is in the graph.
+            outputs.requires_grad_()
+            self.calls.append(Call(layer, inputs[0].detach(), outputs))
+
+    def add(self, log_probs: Tensor) -> None:
+        """
+        Adds the gradients of a step's log-probabilities and forgets the calls that led to them.
+
+        Args:
+            log_probs (`torch.Tensor` of shape `(B,)`):
+                log π_θ of the step's actions. A sample's depends on its own rows only, so one backward pass of their
+                sum serves all.
+        """
+        calls, self.calls = self.calls, []
+        grads = torch.autograd.grad(log_probs.sum(), [call.outputs for call in calls], allow_unused=True)
+        for call, grad in zip(calls, grads, strict=True):
+            if grad is None:  # what the network makes of this output is not part of its prediction
+                continue
+            of_rows = weight_gradients(call.layer, call.inputs, grad)
+            inner = self.layers[call.layer]
+            for weight, gradient in of_rows.items():
+                by_sample = gradient.unflatten(0, (-1, self.batch_size, inner))
+                self._sums[weight] += by_sample.sum((0, 2))
+
+
+def trained_weights(layers: Mapping[TrainedLayer, int]) -> list[nn.Parameter]:
+    """The parameters of the layers that require a gradient."""
+    return [weight for layer in layers for weight in layer.parameters(recurse=False) if weight.requires_grad]
+
+
+def weight_gradients(layer: TrainedLayer, inputs: Tensor, grad: Tensor) -> dict[Tensor, Tensor]:
+    """
+    What each row of a batch contributes to the gradient of a layer's weight and bias.
+
+    Args:
+        layer (`torch.nn.Linear` or `torch.nn.Conv2d`):
+            The layer.
+        inputs (`torch.Tensor` of shape `(R, ..., in)` or `(R, C, H, W)`):
+            Its inputs.
+        grad (`torch.Tensor` of shape `(R, ..., out)` or `(R, out, H', W')`):
+            The gradient of its outputs.
+
+    Returns:
+        `dict`: A tensor of shape `(R, *parameter.shape)` for the weight and for the bias, if they require a gradient.
+    """
+    inputs = inputs.to(grad.dtype)  # as autocast had them
+    if isinstance(layer, nn.Conv2d):
+        columns = F.unfold(inputs, layer.kernel_size, layer.dilation, _padding(layer), layer.stride)
+        grad = grad.flatten(2)
+    else:
+        columns = inputs.reshape(len(inputs), -1, inputs.shape[-1]).transpose(1, 2)  # (R, in, positions)
+        grad = grad.reshape(len(grad), -1, grad.shape[-1]).transpose(1, 2)
+    gradients: dict[Tensor, Tensor] = {}
+    if layer.weight.requires_grad:
+        gradients[layer.weight] = (grad @ columns.transpose(1, 2)).float().unflatten(2, layer.weight.shape[1:])
+    if layer.bias is not None and layer.bias.requires_grad:
+        gradients[layer.bias] = grad.float().sum(2)
+    return gradients
+
+
+def _padding(layer: nn.Conv2d) -> tuple[int, ...]:
+    assert not isinstance(layer.padding, str), "`trained_layers` refuses named paddings"
+    return layer.padding
+
+
+def trained_layers(denoiser: nn.Module) -> list[TrainedLayer]:
+    """
+    The layers that hold what is trained in a denoiser.
+
+    Raises:
+        `ValueError`: If a trained parameter belongs to something else than a linear layer or a plain convolution.
+    """
+    layers = []
+    for name, module in denoiser.named_modules():
+        if not any(parameter.requires_grad for parameter in module.parameters(recurse=False)):
+            continue
+        if not _has_known_gradient(module):
+            raise ValueError(f"{name} is a {type(module).__name__}, whose gradient is not known sample by sample")
+        layers.append(module)
+    return layers
+
+
+def _has_known_gradient(module: nn.Module) -> bool:
+    if isinstance(module, nn.Conv2d):
+        return module.groups == 1 and module.padding_mode == "zeros" and not isinstance(module.padding, str)
+    return isinstance(module, nn.Linear)
+
+
+def row_layout(of_first: Tensor, of_second: Tensor) -> int:
+    """
+    How many rows in a row belong to one sample, told from a batch of two.
+
+    The rows of sample b are k·B·n + b·n + (0, ..., n − 1): for k = 0 without guidance, for k = 0, 1 with it, with n
+    rows for each, such as the frames of a video.
+
+    Args:
+        of_first, of_second (`torch.Tensor` of shape `(R, ...)`):
+            The gradients of the samples' log-probabilities. Each vanishes on the rows of the other, and may on some of
+            its own: keys of an empty negative prompt, all alike, get none.
+
+    Returns:
+        `int`: The smallest n that fits.
+
+    Raises:
+        `ValueError`: If none does.
+    """
+    first, second = (grad.flatten(1).abs().amax(1) > 0 for grad in (of_first, of_second))
+    rows = len(first)
+    for inner in range(1, rows // 2 + 1):
+        is_second = torch.arange(rows, device=first.device) // inner % 2 == 1
+        if rows % (2 * inner) == 0 and not (first & is_second).any() and not (second & ~is_second).any():
+            return inner
+    raise ValueError("which rows of its layers belong to which sample can't be told")

@@ -1,0 +1,251 @@
+"""One pass: the gradient of two passes, from the forward passes of sampling alone."""
+
+import psutil
+import pytest
+import torch
+from peft import LoraConfig
+from torch import nn
+
+from conftest import brightness, tiny_pipeline
+from ddpo_trl import DDPOTrainer
+from ddpo_trl.sample_gradients import row_layout, trained_layers, weight_gradients
+from test_trainer import PROMPTS, gradients_of_a_round, lora_weights, relative_difference
+
+
+def both(make_config, pipeline=tiny_pipeline, reward_fn=brightness, **settings):
+    """The first gradient in one pass and in two."""
+    settings = {"max_grad_norm": 0.0, "loss_type": "sf", **settings}
+    return (
+        gradients_of_a_round(make_config(one_pass=one_pass, **settings), pipeline(), reward_fn)
+        for one_pass in (True, False)
+    )
+
+
+@pytest.mark.parametrize("loss_type", ["sf", "is"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"guidance_scale": 1.0},
+        {"advantage_normalization": "prompt"},
+        {"advantage_normalization": "group", "num_images_per_prompt": 2},
+        {"log_prob_reduction": "sum"},
+        {"train_timestep_range": [0.25, 0.75]},
+        {"sde_window_size": 2, "sde_window_strategy": "random"},
+        {"per_device_sample_batch_size": 2, "num_sample_batches": 4, "offload_rollout": True},
+    ],
+    ids=lambda settings: ",".join(settings) or "default",
+)
+def test_the_gradient_is_that_of_two_passes(make_config, loss_type, settings):
+    one, two = both(make_config, loss_type=loss_type, **settings)
+    assert relative_difference(one, two) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "peft_config",
+    [
+        LoraConfig(r=2, init_lora_weights=False, target_modules=["conv1", "conv2", "conv_shortcut", "conv_in"]),
+        LoraConfig(r=2, init_lora_weights=False, target_modules=["to_q", "time_emb_proj", "linear_1", "proj_in"]),
+        LoraConfig(r=2, init_lora_weights=False, target_modules=["to_v", "ff.net.2"], lora_bias=True),
+    ],
+    ids=["convolutions", "time", "biases"],
+)
+def test_convolutions_time_embeddings_and_biases_are_taken_sample_by_sample_too(make_config, peft_config):
+    def pipeline():
+        adapted = tiny_pipeline()
+        adapted.unet.add_adapter(peft_config)
+        return adapted
+
+    one, two = both(make_config, pipeline)
+    assert relative_difference(one, two) < 1e-5
+
+
+@pytest.mark.parametrize("precision", ["bf16", "half_pipeline"])
+def test_half_precision_differs_by_its_rounding_only(make_config, precision):
+    def pipeline():
+        return tiny_pipeline() if precision == "bf16" else tiny_pipeline().to(torch.bfloat16)
+
+    one, two = both(make_config, pipeline, bf16=precision == "bf16")
+    difference = sum((one[name] - two[name]).square().sum() for name in one).sqrt()
+    assert difference < 0.05 * sum(gradient.square().sum() for gradient in two.values()).sqrt()
+
+
+def test_a_whole_run_ends_with_the_weights_of_two_passes(make_config):
+    ends = []
+    for one_pass in (True, False):
+        config = make_config(one_pass=one_pass, loss_type="sf", num_train_epochs=3, optim="sgd", learning_rate=1.0)
+        trainer = DDPOTrainer(config, brightness, PROMPTS, tiny_pipeline())
+        trainer.train()
+        ends.append(lora_weights(trainer))
+    assert relative_difference(*ends) < 1e-5
+
+
+def test_full_fine_tuning_is_taken_sample_by_sample_where_the_layers_allow(make_config):
+    def pipeline():
+        whole = tiny_pipeline()
+        whole.unet.requires_grad_(False)
+        whole.unet.mid_block.attentions.requires_grad_(True)
+        for module in whole.unet.mid_block.modules():
+            if isinstance(module, nn.GroupNorm | nn.LayerNorm):
+                module.requires_grad_(False)
+        return whole
+
+    one, two = both(make_config, pipeline, use_lora=False)
+    assert relative_difference(one, two) < 1e-5
+
+
+def test_the_logged_loss_and_statistics_are_those_of_two_passes(make_config):
+    logs = []
+    for one_pass in (True, False):
+        trainer = DDPOTrainer(make_config(one_pass=one_pass), brightness, PROMPTS, tiny_pipeline())
+        trainer.train()
+        logs.append(trainer.state.log_history[0])
+    one, two = logs
+    assert two.keys() - one.keys() == {"val/ratio_deviation"}  # nothing is replayed
+    for name in ("loss", "grad_norm", "reward", "policy/approxkl_avg", "policy/clipfrac_avg", "val/ratio"):
+        assert one[name] == pytest.approx(two[name], rel=1e-4, abs=1e-7), name
+
+
+def test_the_denoiser_runs_once_per_step_and_no_trajectory_is_kept(make_config):
+    calls = []
+    pipeline = tiny_pipeline()
+    trainer = DDPOTrainer(make_config(one_pass=True), brightness, PROMPTS, pipeline)
+    pipeline.unet.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    trainer.train()
+    assert calls == [True] * (2 * 4)  # batches x steps
+    assert all(not batch.steps for batch in trainer.rollout.batches)
+    kept = [batch.gradients for batch in trainer.rollout.batches]
+    assert all(gradients is not None and not gradients.weights for gradients in kept)  # used and given back
+
+
+def test_steps_that_are_not_trained_on_run_without_grad(make_config):
+    calls = []
+    pipeline = tiny_pipeline()
+    config = make_config(one_pass=True, train_timestep_range=[0.25, 0.75], num_sample_batches=1)
+    trainer = DDPOTrainer(config, brightness, PROMPTS, pipeline)
+    pipeline.unet.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    pipeline.vae.decoder.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    trainer.train()
+    assert calls == [False, True, True, False, False]  # the last is the autoencoder
+
+
+def test_one_pass_is_the_default_where_it_is_exact(make_config, capsys):
+    trainer = DDPOTrainer(make_config(one_pass=None, disable_tqdm=False), brightness, PROMPTS, tiny_pipeline())
+    assert trainer.plan.one_pass
+    weights = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    assert trainer.plan.rollout_bytes == 8 * 4 * weights  # samples x bytes x weights
+    trainer.train()
+    assert "one: gradients are taken while sampling" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "settings, reason",
+    [
+        ({"num_mini_batches": 2}, "a round has 2 updates"),
+        ({"num_ppo_epochs": 3}, "a round has 3 updates"),
+        ({"kl_coef": 0.1}, "kl_coef is 0.1"),
+        ({"timestep_fraction": 0.5}, "timestep_fraction is 0.5"),
+        ({"gradient_checkpointing": True}, "gradient_checkpointing is on"),
+        ({"per_device_train_batch_size": 2}, "per_device_sample_batch_size (4) is above per_device_train_batch_size"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_needs_two_passes_takes_them_and_says_why(make_config, settings, reason):
+    with pytest.raises(ValueError, match="one_pass is True, but .*leave one_pass out") as refusal:
+        make_config(one_pass=True, **settings)
+    assert reason in str(refusal.value)
+    trainer = DDPOTrainer(make_config(one_pass=None, **settings), brightness, PROMPTS, tiny_pipeline())
+    assert not trainer.plan.one_pass
+    assert reason in str(trainer.plan)
+
+
+def test_an_adapter_without_gradients_of_single_samples_takes_two_passes(make_config):
+    def pipeline():
+        adapted = tiny_pipeline()
+        adapted.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"], use_dora=True))
+        return adapted
+
+    reason = "whose gradient is not known sample by sample"
+    with pytest.raises(ValueError, match=reason):
+        DDPOTrainer(make_config(one_pass=True), brightness, PROMPTS, pipeline())
+    trainer = DDPOTrainer(make_config(one_pass=None), brightness, PROMPTS, pipeline())
+    assert reason in str(trainer.plan)
+    trainer.train()
+
+
+def test_a_denoiser_that_mixes_its_samples_takes_two_passes(make_config):
+    """Rows in another order than the samples: single gradients would belong to the wrong rewards."""
+    pipeline = tiny_pipeline()
+    forward = pipeline.unet.mid_block.forward
+    pipeline.unet.mid_block.forward = lambda hidden, *args, **kwargs: forward(hidden, *args, **kwargs).flip(0)
+    with pytest.raises(ValueError, match="one_pass is True, but"):
+        DDPOTrainer(make_config(one_pass=True), brightness, PROMPTS, pipeline)
+
+
+def test_gradients_that_do_not_fit_are_refused_with_their_size(make_config, monkeypatch):
+    memory = psutil.virtual_memory()._replace(available=10_000)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
+    with pytest.raises(ValueError, match="gradients of a round's samples take .* GiB"):
+        DDPOTrainer(make_config(one_pass=True), brightness, PROMPTS, tiny_pipeline())
+    assert not DDPOTrainer(make_config(one_pass=None), brightness, PROMPTS, tiny_pipeline()).plan.one_pass
+
+
+# ---- The arithmetic, against autograd ----
+
+
+@pytest.mark.parametrize(
+    "layer, shape",
+    [
+        (nn.Linear(3, 5), (4, 3)),
+        (nn.Linear(3, 5), (4, 7, 3)),
+        (nn.Linear(3, 5), (4, 2, 7, 3)),
+        (nn.Conv2d(3, 5, 3, stride=2, padding=1), (4, 3, 8, 8)),
+        (nn.Conv2d(3, 5, (1, 3), dilation=2), (4, 3, 8, 8)),
+    ],
+    ids=str,
+)
+def test_the_gradient_of_each_row_is_that_of_autograd_on_it_alone(layer, shape):
+    inputs = torch.randn(shape)
+    outputs = layer(inputs)
+    grad = torch.randn_like(outputs)
+    gradients = weight_gradients(layer, inputs, grad)
+    for row in range(len(inputs)):
+        expected = torch.autograd.grad(layer(inputs[row : row + 1]), [layer.weight, layer.bias], grad[row : row + 1])
+        torch.testing.assert_close(gradients[layer.weight][row], expected[0])
+        torch.testing.assert_close(gradients[layer.bias][row], expected[1])
+
+
+def reached(rows: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of two samples; each row is that of the first (1), the second (2) or gets none (0)."""
+    owners = torch.tensor(rows)[:, None]
+    return (owners == 1).float(), (owners == 2).float()
+
+
+@pytest.mark.parametrize(
+    "rows, inner",
+    [
+        ([1, 2], 1),
+        ([1, 2, 1, 2], 1),
+        ([1, 1, 2, 2], 2),
+        ([1, 1, 2, 2, 1, 1, 2, 2], 2),
+        ([1] * 5 + [2] * 5, 5),
+        ([0, 0, 1, 2], 1),  # an empty negative prompt
+    ],
+)
+def test_the_layout_of_rows_is_told_from_those_that_each_sample_reaches(rows, inner):
+    assert row_layout(*reached(rows)) == inner
+
+
+@pytest.mark.parametrize("rows", [[1], [1, 1], [2, 1], [1, 2, 2, 1], [1, 2, 1]])
+def test_rows_in_another_order_are_refused(rows):
+    with pytest.raises(ValueError, match="can't be told"):
+        row_layout(*reached(rows))
+
+
+OTHER_LAYERS = [nn.LayerNorm(3), nn.Embedding(3, 4), nn.Conv2d(4, 4, 1, groups=2), nn.Conv1d(3, 3, 1)]
+
+
+@pytest.mark.parametrize("layer", OTHER_LAYERS, ids=str)
+def test_layers_of_other_kinds_are_refused_by_name(layer):
+    with pytest.raises(ValueError, match=f"0 is a {type(layer).__name__}"):
+        trained_layers(nn.Sequential(layer))
