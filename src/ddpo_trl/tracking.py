@@ -20,6 +20,7 @@ from ddpo_trl.evaluation import Evaluator
 from ddpo_trl.processes import gather
 from ddpo_trl.prompts import PromptPair, PromptSource
 from ddpo_trl.record import Kind, LoggedImage
+from ddpo_trl.report import write_report
 from ddpo_trl.types import Rollout
 
 
@@ -87,8 +88,11 @@ class RunRecorder(TrainerCallback):
         if state.is_world_process_zero:
             record.write_metrics(args.output_dir, state.log_history, args.updates_per_round)
         # Trainer's last word: the trackers are still open, and the best checkpoint is not loaded yet.
-        if args.log_images_rounds and logs is not None and "train_runtime" in logs:
-            self._log_images(args, state)
+        if logs is not None and "train_runtime" in logs:
+            if args.log_images_rounds:
+                self._log_images(args, state)
+            if state.is_world_process_zero:
+                write_report(args.output_dir)
 
     def _log_images(self, args: DDPOConfig, state: TrainerState) -> None:
         round = rounds_done(args, state)

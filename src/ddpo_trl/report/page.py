@@ -1,0 +1,174 @@
+"""Puts the page together."""
+
+import base64
+import hashlib
+import os
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
+from markupsafe import Markup
+
+from ddpo_trl.report import charts
+from ddpo_trl.report.numbers import duration, finite, number, percent, short, signed
+from ddpo_trl.report.reading import Run, read_run
+from ddpo_trl.report.settings import compare
+
+
+REPORT_NAME = "report.html"
+METHODS = {"is": "Importance sampling", "sf": "Score function"}
+
+
+def write_report(run_directory: str | os.PathLike[str], path: str | os.PathLike[str] | None = None) -> Path:
+    """
+    Writes a page with the curves, samples, settings, environment and time split of a run.
+
+    It reads what the run left in its folder: `metrics.csv`, `samples/round-*/samples.json` with the images beside
+    them, `ddpo_config.json` and `environment.json`. Any of them may be missing; the page says which. The page is one
+    file of a few MB and loads nothing from elsewhere. Its images are copies: of at most 24 rounds, evenly spaced, and
+    of at most 512 pixels on the longest side, fewer if there are many of them.
+
+    Args:
+        run_directory (`str` or `os.PathLike`):
+            The `output_dir` of a run, finished or not.
+        path (`str` or `os.PathLike`, *optional*):
+            Where to write the page, `report.html` in `run_directory` by default.
+
+    Returns:
+        `Path`: Where it was written.
+
+    Raises:
+        `ValueError`: If the folder holds nothing of a run, or a `metrics.csv` that no run wrote.
+    """
+    directory = Path(run_directory)
+    page = render(read_run(directory))
+    target = directory / REPORT_NAME if path is None else Path(path)
+    target.write_text(page, encoding="utf-8")
+    return target
+
+
+def render(run: Run) -> str:
+    """The page as text. All that comes from the run is escaped."""
+    scripts = [f"/*\n{asset('uPlot.LICENSE')}\n*/\n{asset('uPlot.min.js')}", asset("report.js")]
+    return template().render(
+        **contents(run),
+        styles=[Markup(asset("uPlot.min.css")), Markup(asset("report.css"))],
+        scripts=[Markup(script) for script in scripts],
+        script_hashes=Markup(" ".join(script_hash(script) for script in scripts)),
+    )
+
+
+@cache
+def template() -> Template:
+    """The page without a run."""
+    environment = Environment(
+        loader=PackageLoader("ddpo_trl", "assets/report"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+    )
+    environment.filters |= {
+        "number": number,
+        "short": short,
+        "signed": signed,
+        "percent": percent,
+        "duration": duration,
+    }
+    return environment.get_template("report.html.jinja")
+
+
+def asset(name: str) -> str:
+    """A file of the page's own."""
+    return (files("ddpo_trl") / "assets" / "report" / name).read_text(encoding="utf-8")
+
+
+def script_hash(script: str) -> str:
+    """By this the page's content security policy knows the page's own scripts from any other."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
+
+
+def contents(run: Run) -> dict[str, Any]:
+    """The variables of the template."""
+    rows = run.rows
+    sections = {
+        "reward_charts": charts.reward_charts(rows),
+        "policy_charts": charts.policy_charts(rows),
+        "evaluation_charts": charts.evaluation_charts(rows),
+        "time_charts": charts.time_charts(rows),
+    }
+    return {
+        **sections,
+        "curves": charts.as_data([chart for section in sections.values() for chart in section]),
+        "constants": constant_figures(run),
+        "run": run,
+        "subtitle": subtitle(run),
+        "figures": figures(run),
+        "images_note": images_note(run),
+        "phases": charts.time_phases(rows),
+        "scoring_seconds": charts.seconds(rows, "time/scoring"),
+        "settings": compare(run.settings or {}),
+        "table_columns": table_columns(run),
+    }
+
+
+def constant_figures(run: Run) -> list[str]:
+    """Figures that are the same in all rounds, with their headings."""
+    same = charts.constants(run.rows)
+    return [f"{charts.TITLES.get(name, (name,))[0]} {number(value)}" for name, value in same.items()]
+
+
+def subtitle(run: Run) -> str:
+    """The method and what was rewarded, as far as they are known."""
+    names = charts.reward_names(run.rows)
+    method = METHODS.get((run.settings or {}).get("loss_type", ""), "")
+    return " · ".join(filter(None, [method, f"rewarded for {', '.join(names)}" if names else ""]))
+
+
+def figures(run: Run) -> list[dict[str, str]]:
+    """The figures at the top."""
+    shown = []
+    rewards = [reward for row in run.rows if (reward := finite(row.get("reward"))) is not None]
+    if len(rewards) > 1:
+        change = f"{short(rewards[0])} → {short(rewards[-1])}"
+        shown.append({"label": "Reward", "value": change, "note": "the first and the last round"})
+    fixed = [one for one in run.rounds if one.fixed_reward is not None]
+    if len(fixed) > 1:
+        change = f"{short(fixed[0].fixed_reward)} → {short(fixed[-1].fixed_reward)}"
+        note = f"{fixed[0].title.lower()} and in round {fixed[-1].index}"
+        shown.append({"label": "Same prompts and seeds", "value": change, "note": note})
+    if run.rows:
+        note = f"in {len(run.rows)} {'round' if len(run.rows) == 1 else 'rounds'}"
+        shown.append({"label": "Reward queries", "value": number(run.rows[-1]["episode"]), "note": note})
+    if phases := charts.time_phases(run.rows):
+        total = duration(sum(phase.seconds for phase in phases))
+        shown.append({"label": "Time", "value": total, "note": "sampling, rewards and training"})
+    return shown
+
+
+def images_note(run: Run) -> str:
+    """The rule by which images are copied."""
+    if not run.rounds:
+        return ""
+    note = (
+        f"Images are copies of at most {run.side} pixels on the longest side, so that this file stays small; the "
+        "originals are in the run's folder samples."
+    )
+    if run.logged_rounds > len(run.rounds):
+        note += f" Of {run.logged_rounds} logged rounds {len(run.rounds)} are shown, evenly spaced."
+    return note
+
+
+def table_columns(run: Run) -> dict[str, str]:
+    """Columns of the table of rounds and their headings."""
+    headings = {
+        "round": "Round",
+        "episode": "Reward queries",
+        "reward": "Reward",
+        "reward_std": "Its standard deviation",
+        "eval_reward": "Evaluation reward",
+    }
+    known = charts.columns(run.rows)
+    return {name: heading for name, heading in headings.items() if name in known}
