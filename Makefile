@@ -8,7 +8,7 @@ READY := $(VENV)/ready
 # With two cores, spinning OpenMP threads of one process starve the other.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test learning torture conformance check format emoji emoji-quality emoji-alignment clean
+.PHONY: demo test learning torture conformance docs check format emoji emoji-quality emoji-alignment clean
 
 demo: $(READY)  ## the main job: DDPO on the embedded pipeline, results in outputs/demo
 	TRANSFORMERS_VERBOSITY=error $(BIN)/ddpo-trl demo  # it warns of a missing torchvision, which nothing here needs
@@ -24,6 +24,9 @@ torture: $(READY)  ## kills a run 30 times at random moments; last line is survi
 
 conformance: $(READY)  ## the table of pipelines and checks, into docs/conformance.md; last line is passed/total
 	TRANSFORMERS_VERBOSITY=error $(BIN)/python tests/conformance/table.py
+
+docs: $(READY)  ## the documentation as a site, into build/site; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet  # the notice tells of the theme's successor
 
 check: $(READY)  ## lint, format and types
 	$(BIN)/ruff check .

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from ddpo_trl import rewards
+from conftest import brightness, tiny_pipeline
+from ddpo_trl import DDPOTrainer, rewards
 
 
 ROOT = Path(__file__).parents[1]
@@ -25,12 +26,24 @@ def snippets(text: str) -> list[str]:
 PAGES = sorted(path for path in (ROOT / "docs").glob("*.md") if snippets(path.read_text()) and path.name != "hub.md")
 
 
-
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
 def test_the_examples_of_the_documentation_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for code in snippets(page.read_text()):
         exec(compile(code, page.name, "exec"), {})
+
+
+def test_every_logged_figure_is_on_its_page_and_no_other(make_config):
+    config = make_config(num_mini_batches=2, kl_coef=0.1, target_kl=1.0, eval_strategy="epoch")
+    prompts = ["a", "a"]
+    trainer = DDPOTrainer(
+        config, brightness, prompts, tiny_pipeline(), eval_prompts=prompts, eval_reward_fns=rewards.redness
+    )
+    trainer.train()
+    logged = {name for log in trainer.state.log_history for name in log} - {"step"}  # which is the Trainer's count
+    logged = {re.sub("/(brightness|redness)/", "/<name>/", name) for name in logged}
+    rows = re.findall(r"^\| (`[^|]*`) \|", (ROOT / "docs" / "metrics.md").read_text(), flags=re.MULTILINE)
+    assert {name for row in rows for name in re.findall("`([^`]+)`", row)} == logged
 
 
 def test_every_reward_is_on_its_page():
@@ -75,13 +88,16 @@ def test_the_example_script_runs(tmp_path, monkeypatch):
     assert (tmp_path / "out" / "reward.png").is_file()
 
 
-@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "docs/trust.md", "docs/rewards.md"])
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
 def test_the_documents_name_files_and_commands_that_exist(document):
     text = (ROOT / document).read_text()
     for target in re.findall(r"\]\(((?!http)[^)#]+)\)", text):
         assert (ROOT / document).parent.joinpath(target).exists(), target
     commands = (ROOT / "Makefile").read_text()
-    for command in re.findall(r"make ([a-z-]+)", text):
+    for command in re.findall(r"(?:`|^)make ([a-z-]+)", text, flags=re.MULTILINE):
         assert f"\n{command}:" in commands, command
     for name in re.findall(r"`([\w/]+\.py)`", text):
         places = [ROOT / "src" / "ddpo_trl" / name, ROOT / "tests" / name, ROOT / name]
