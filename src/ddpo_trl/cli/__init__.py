@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             Arguments, those of the process by default.
 
     Returns:
-        `int`: Exit status: 0, or 1 if the run failed or the doctor says no.
+        `int`: Exit status: 0; 1 if the run failed or the doctor says no; 130 if it was interrupted.
 
     Raises:
         `SystemExit`: With status 2 for wrong usage, 0 after `--help`.

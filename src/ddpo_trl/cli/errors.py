@@ -1,6 +1,7 @@
 """What a user reads when something is wrong: one line, with what was probably meant."""
 
 import difflib
+import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -39,7 +40,7 @@ def usage_errors() -> Iterator[None]:
 def one_line(error: BaseException) -> str:
     """An error's message and those of its causes, without line breaks. A table below a sentence is left out."""
     first = str(error).strip().partition("\n")[0]
-    message = first if first.endswith(".") else " ".join(str(error).split()) or type(error).__name__
+    message = first if first.endswith(".") else textwrap.shorten(str(error), 1000) or type(error).__name__
     cause = error.__cause__
     if isinstance(error, UsageError) or cause is None or str(cause) in message:
         return message

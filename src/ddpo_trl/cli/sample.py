@@ -177,7 +177,12 @@ def load_policy(arguments: SampleArguments, folder: Path) -> Policy:
     chosen = {name: saved[name] for name in KEPT if name in saved}
     chosen |= {name: vars(arguments)[name] for name in KEPT[:2] if vars(arguments)[name] is not None}
     config = DDPOConfig(output_dir=str(folder), use_cpu=arguments.use_cpu, report_to="none", **chosen)
-    adapter = put_on_saved_adapter(pipeline, folder)
+    try:
+        adapter = put_on_saved_adapter(pipeline, folder)
+    except RuntimeError as error:  # torch lists every weight
+        raise UsageError(
+            f"The LoRA weights in {folder} don't fit {pipeline.name_or_path}; give the --model that they belong to."
+        ) from error
     pipeline.to(config.device)
     return Policy(pipeline, config, adapter)
 

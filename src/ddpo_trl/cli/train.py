@@ -22,8 +22,8 @@ from ddpo_trl.trainer import DDPOTrainer
 # The settings of a run, for `--config` to repeat it.
 SETTINGS_NAME = "train.yaml"
 
-# Settings that say how a run was started, or that are nobody's business.
-NOT_KEPT = {"resume_from_checkpoint", "launched", "hub_token"}
+# Settings that say how a run was started, and those that may be secret: the folder may go to the Hub.
+NOT_KEPT = {"resume_from_checkpoint", "launched", "hub_token", "env"}
 
 # By the groups of DDPOConfig; `tests/test_cli.py` holds it to a screen.
 HELP = {
@@ -118,7 +118,7 @@ def make_parser() -> CommandParser:
         dest="resume_from_checkpoint",
         nargs="?",
         const=True,
-        metavar="FOLDER",
+        metavar="[FOLDER]",
         help="Go on from a checkpoint, the last one if none is named.",
     )
     parser.add_argument(LAUNCHED, action="store_true", help=argparse.SUPPRESS)
