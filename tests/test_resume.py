@@ -67,7 +67,8 @@ def test_a_checkpoint_gets_its_name_only_when_it_is_complete(tmp_path, monkeypat
     seen: list[tuple[list[str], set[str]]] = []
 
     def publish(staged: str, final: str) -> None:
-        seen.append((sorted(os.listdir(tmp_path)), set(os.listdir(staged))))
+        folders = sorted(path.name for path in tmp_path.iterdir() if path.is_dir())
+        seen.append((folders, set(os.listdir(staged))))
         original(staged, final)
 
     original = checkpoints.publish
