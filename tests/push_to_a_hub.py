@@ -120,7 +120,7 @@ def strategies(runs: Runs) -> Observations:
 
     found: Observations = {}
     for strategy in ("end", "every_save", "checkpoint", "all_checkpoints"):
-        trainer = runs.trainer(strategy, hub_strategy=strategy)
+        trainer = runs.trainer(strategy, hub_strategy=strategy, hub_token="hf_write")
         trainer.train()
         repository = runs.hub.repositories[f"me/{strategy}"]
         found[strategy] = {"files": sorted(repository.files()), "messages": repository.messages()}
@@ -170,7 +170,6 @@ def pictures_card_and_loading(runs: Runs) -> Observations:
         "same_images_by_the_example": runs.torch.equal(runs.image(names["pipeline"]), runs.image(trainer.pipeline)),
         "other_images_than_before": not runs.torch.equal(plain, runs.image(fresh)),
         "image_of_the_example": list(names["image"].size),
-        "token_was_pushed": any(b"hf_write" in content for content in repository.files().values()),
     }
 
 
@@ -242,6 +241,24 @@ def private_branch(runs: Runs) -> Observations:
     }
 
 
+def without_having_said_so(runs: Runs) -> Observations:
+    """`push_to_hub()` of a run whose config does not push."""
+    trainer = runs.trainer("late", push_to_hub=False, hub_model_id="late")  # in the namespace of the user
+    with environment(HF_TOKEN=None):
+        refused = message_of(trainer.push_to_hub)
+    before = "me/late" in runs.hub.repositories
+    future = trainer.push_to_hub(blocking=False, private=True)
+    future.result()
+    repository = runs.hub.repositories["me/late"]
+    return {
+        "refused": refused,
+        "made_too_early": before,
+        "private": repository.private,
+        "files": sorted(repository.files()),
+        "card": repository.files()["README.md"].decode(),
+    }
+
+
 def refused_at_construction(runs: Runs) -> Observations:
     with environment(HF_TOKEN=None):
         no_token = message_of(lambda: runs.trainer("a"))
@@ -307,13 +324,31 @@ def by_the_newer_protocol(runs: Runs) -> Observations:
     return {"files": sorted(runs.hub.repositories["me/pipelined"].files()), "raised": raised}
 
 
+PARTS: list[Callable[[Runs], Observations]] = [
+    strategies,
+    pictures_card_and_loading,
+    other_forms,
+    the_page,
+    private_branch,
+    without_having_said_so,
+    refused_at_construction,
+    failing_pushes,
+    by_the_newer_protocol,
+]
+
+
 def main(directory: Path) -> None:
     hub = Hub()
     with running(hub):
         os.environ["HF_ENDPOINT"] = hub.endpoint
         runs = Runs(hub, directory)
-        parts = [strategies, pictures_card_and_loading, other_forms, the_page, private_branch, refused_at_construction]
-        found = {part.__name__: part(runs) for part in [*parts, failing_pushes, by_the_newer_protocol]}
+        parts = [strategies, pictures_card_and_loading, other_forms, the_page, private_branch, without_having_said_so]
+        found = {
+            part.__name__: part(runs)
+            for part in [*parts, refused_at_construction, failing_pushes, by_the_newer_protocol]
+        }
+        pushed = [content for repository in hub.repositories.values() for content in repository.files().values()]
+        found["files_with_the_token"] = sum(b"hf_write" in content for content in pushed)
         trainer = runs.trainer("lost", hub_strategy="end", num_train_epochs=1)
         trainer.train()
     found["without_a_network"] = {

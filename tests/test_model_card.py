@@ -5,6 +5,7 @@ import os
 from typing import Any
 
 import pytest
+import torch
 from huggingface_hub import ModelCard, metadata_load
 from PIL import Image
 
@@ -120,6 +121,12 @@ def test_the_example_calls_the_pipeline_as_training_did(tmp_path):
     qwen = arguments_of_call(card_of("Qwen-Image", tmp_path))
     assert qwen["true_cfg_scale"] == "4.0" and qwen["negative_prompt"] == "' '"
     assert "guidance_scale" not in qwen
+
+
+def test_the_example_loads_half_precision_as_such(make_config, tmp_path):
+    card = write_card(tmp_path, tiny_pipeline().to(torch.bfloat16), make_config(bf16=True))
+    assert example(card).startswith("import torch\nfrom diffusers")
+    assert 'StableDiffusionPipeline.from_pretrained("path/to/the/base/pipeline", dtype=torch.bfloat16)' in card.text
 
 
 @pytest.mark.parametrize("prompt", ['a "quoted" cat', "back\\slash", "two\nlines", "Katze, größer: #1 'x'", "---"])

@@ -1,6 +1,5 @@
 """The model card that goes to the Hub beside the weights."""
 
-import inspect
 import json
 import os
 import shutil
@@ -12,17 +11,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import httpx2
+import torch
 from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers.utils import logging
+from yaml import YAMLError
 
 from ddpo_trl import record
 from ddpo_trl.config import DDPOConfig
 from ddpo_trl.emoji import EMOJI_PATH
 from ddpo_trl.environment import PACKAGES
 from ddpo_trl.lora import has_lora_loader
+from ddpo_trl.pipelines import makes_video
 from ddpo_trl.policy import Policy
 from ddpo_trl.schedulers.flow_match import FlowMatchPolicyScheduler
 
@@ -246,7 +248,7 @@ def license_of(base_model: str | None) -> dict[str, Any]:
         return {}
     try:
         data = ModelCard.load(base_model, ignore_metadata_errors=True).data.to_dict()
-    except (OSError, ValueError, httpx2.RequestError) as error:  # no network, no card, no metadata
+    except (OSError, ValueError, YAMLError, httpx2.RequestError) as error:  # no network, no card, no metadata
         logger.info(f"The licence of {base_model} is not in the model card, because its card can't be read: {error}")
         return {}
     fields = {name: data[name] for name in ("license", "license_name", "license_link") if name in data}
@@ -261,11 +263,6 @@ def pipeline_tag(pipeline: DiffusionPipeline, config: DDPOConfig) -> str:
     given = {*(config.pipeline_inputs or ()), *(config.pipeline_kwargs or ())}
     source = "image" if "image" in given else "text"
     return f"{source}-to-{'video' if makes_video(pipeline) else 'image'}"
-
-
-def makes_video(pipeline: DiffusionPipeline) -> bool:
-    """Whether a pipeline's output has frames."""
-    return bool({"num_frames", "video_length"} & inspect.signature(type(pipeline).__call__).parameters.keys())
 
 
 def example(policy: Policy, config: DDPOConfig, repo_id: str, prompt: str, task: str) -> str:
@@ -287,6 +284,10 @@ def example(policy: Policy, config: DDPOConfig, repo_id: str, prompt: str, task:
     if str(pipeline.name_or_path) == str(EMOJI_PATH):
         imports.append("from ddpo_trl.emoji import EMOJI_PATH")
         base = "EMOJI_PATH"
+    dtype = next(policy.denoiser.parameters()).dtype  # of the adapter it may be another
+    if dtype in (torch.float16, torch.bfloat16):
+        imports.insert(0, "import torch")
+        arguments += f", dtype={dtype}"
     if pictures := [name for name in config.pipeline_inputs or () if name.endswith("image")]:
         imports.append("from diffusers.utils import load_image")
         after += [f'{name} = load_image("{name}.png")' for name in pictures]

@@ -101,6 +101,11 @@ def _check_parts(pipeline: DiffusionPipeline, config: DDPOConfig) -> None:
         )
 
 
+def makes_video(pipeline: DiffusionPipeline) -> bool:
+    """Whether a pipeline's output has frames."""
+    return bool({"num_frames", "video_length"} & inspect.signature(type(pipeline).__call__).parameters.keys())
+
+
 def move(pipeline: DiffusionPipeline, device: torch.device, config: DDPOConfig) -> None:
     """Moves a pipeline to a device, but for what waits in CPU memory."""
     if not (config.offload_text_encoders or config.offload_vae):
