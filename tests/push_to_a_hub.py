@@ -342,11 +342,7 @@ def main(directory: Path) -> None:
     with running(hub):
         os.environ["HF_ENDPOINT"] = hub.endpoint
         runs = Runs(hub, directory)
-        parts = [strategies, pictures_card_and_loading, other_forms, the_page, private_branch, without_having_said_so]
-        found = {
-            part.__name__: part(runs)
-            for part in [*parts, refused_at_construction, failing_pushes, by_the_newer_protocol]
-        }
+        found: Observations = {part.__name__: part(runs) for part in PARTS}
         pushed = [content for repository in hub.repositories.values() for content in repository.files().values()]
         found["files_with_the_token"] = sum(b"hf_write" in content for content in pushed)
         trainer = runs.trainer("lost", hub_strategy="end", num_train_epochs=1)
