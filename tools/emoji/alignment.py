@@ -158,7 +158,7 @@ def augmented(images: Tensor, rng: random.Random) -> Tensor:
 
 
 def scrambled(images: Tensor) -> Tensor:
-    """Images with the colours of these `(B, 3, 64, 64)` ones and no drawing: tiles of 16 pixels in any order, or blobs.
+    """Images with the colours of these `(B, 3, 64, 64)` ones and no drawing: their tiles in any order, or blobs.
 
     A policy that is trained on the reward would offer them next, if they were taken for what they are made of.
     """
@@ -193,9 +193,7 @@ def text_features(model: CLIPModel, tokenizer: CLIPTokenizer, texts: Sequence[st
     return F.normalize(model.text_projection(hidden).float(), dim=-1)
 
 
-def contrastive_loss(
-    similarity: Tensor, drawings: list[Drawing], concepts: list[int], of_nothing: Tensor
-) -> Tensor:
+def contrastive_loss(similarity: Tensor, drawings: list[Drawing], concepts: list[int], of_nothing: Tensor) -> Tensor:
     """CLIP's loss in both directions, where a caption without a style word means every drawing of its concept.
 
     Captions with a style word compete with each other, and those without do, but not the ones with the others.

@@ -54,7 +54,7 @@ class EmojiAlignment(RewardModel[AlignmentModel]):
     the cosine: an image gains nothing by looking like any emoji.
 
     The model is made for 64x64 emoji on white and knows nothing else: of 412 captions it puts the right one first for
-    84 % of the drawings it learned from, and for 5 % of those in a style that it never saw of their concept. It was
+    84 % of the drawings it learned from, and for 13 % of those in a style that it never saw of their concept. It was
     shown images of the right colours and no drawing too, and told that they mean nothing. Large steps please it with
     colours all the same: watch [`~ddpo_trl.emoji.recognised_share`] beside it.
 
