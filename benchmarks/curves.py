@@ -28,20 +28,20 @@ ROOT = Path(__file__).parents[1]
 KEPT = ROOT / "outputs" / "curves"
 PICTURES = ROOT / "docs" / "images"
 
-# What differs from the demo in each run, and the colour of its curve.
+# Learning rates: what differs from the demo in each run, and the colour of its curve.
 RUNS = {
-    "good (1e-3)": (["--learning_rate", "1e-3"], "#1a7f37"),
-    "too small (3e-5)": (["--learning_rate", "3e-5"], "#6e7781"),
-    "too large (1e-2)": (["--learning_rate", "1e-2"], "#cf222e"),
-    "too large, no clipping": (["--learning_rate", "1e-2", "--cliprange", "1e9"], "#8250df"),
+    "1e-3, the demo's": (["--learning_rate", "1e-3"], "#1a7f37"),
+    "3e-5": (["--learning_rate", "3e-5"], "#6e7781"),
+    "1e-2": (["--learning_rate", "1e-2"], "#cf222e"),
+    "1e-2, no clipping": (["--learning_rate", "1e-2", "--cliprange", "1e9"], "#8250df"),
 }
 ROUNDS = 8
 
 PANELS = {
     "reward": ("reward", "linear"),
-    "reward-std": ("reward_std", "linear"),
     "approxkl": ("policy/approxkl_avg", "log"),
     "clipfrac": ("policy/clipfrac_avg", "linear"),
+    "ratio": ("val/ratio", "linear"),
 }
 
 # Without guidance and without a stop, JPEG size ends in blank images. Larger steps get there in fewer rounds.
@@ -103,7 +103,7 @@ def images_of_hacked(path: Path) -> dict[int, dict[str, torch.Tensor]]:
 
 def draw(runs: dict[str, list[dict[str, float]]], metric: str, scale: str, path: Path) -> None:
     """One figure of every run's rounds, large enough to be read on a phone."""
-    figure = Figure(figsize=(4.6, 3.2), layout="constrained")
+    figure = Figure(figsize=(4.6, 3.6), layout="constrained")
     axes = figure.add_subplot()
     for name, logs in runs.items():
         rounds, values = range(1, len(logs) + 1), [log[metric] for log in logs]
@@ -114,7 +114,7 @@ def draw(runs: dict[str, list[dict[str, float]]], metric: str, scale: str, path:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
-    axes.legend(frameon=False, fontsize=9)
+    figure.legend(frameon=False, fontsize=9, loc="outside lower center", ncols=2)
     figure.savefig(path, dpi=150)
 
 

@@ -38,6 +38,10 @@ def test_every_page_is_in_the_navigation_and_nothing_is_warned_of(build):
     assert 'not included in the "nav"' not in printed
 
 
+def test_tables_are_tables(pages):  # GitHub reads one that follows a paragraph without a blank line, MkDocs does not
+    assert [page.name for page in pages if re.search(r"\|--|\| --", page.read_text())] == []
+
+
 def test_a_page_loads_nothing_from_elsewhere(build, pages):
     loading = re.compile(
         r"<(?:script|img|iframe|link rel=\"(?:stylesheet|preconnect|icon)\")[^>]+(?:src|href)=\"?(https?:|//)"
