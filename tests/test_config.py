@@ -89,6 +89,7 @@ AT_LEAST_ONE = [
     "sde_window_interval",
     "sde_window_size",
     "eval_rounds",
+    "num_logged_images",
 ]
 
 
@@ -133,6 +134,7 @@ NAN = float("nan")
         ({"reward_timeout": float("inf")}, r"reward_timeout is inf; .*None for no limit"),
         ({"total_episodes": 0}, r"total_episodes is 0; it must be at least 1, or None"),
         ({"kl_coef": -0.1}, r"kl_coef is -0\.1; it must be 0 \(no KL\) or above"),
+        ({"log_images_rounds": -1}, r"log_images_rounds is -1; it must be 0 \(no pictures\) or above"),
         ({"timestep_fraction": 0.0}, r"timestep_fraction is 0\.0; it must be in \(0, 1\]"),
         ({"timestep_fraction": 1.5}, r"timestep_fraction is 1\.5; it must be in \(0, 1\]"),
         ({"timestep_fraction": NAN}, r"timestep_fraction is nan"),
