@@ -28,6 +28,9 @@ conformance: $(READY)  ## the table of pipelines and checks, into docs/conforman
 docs: $(READY)  ## the documentation as a site, into build/site; a warning is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet  # the notice tells of the theme's successor
 
+bench: $(READY)  ## a round beside TRL 0.23.1's and beside the bare denoiser, into outputs/bench.json; 10 minutes, nothing beside
+	TRANSFORMERS_VERBOSITY=error $(BIN)/python benchmarks/bench.py
+
 check: $(READY)  ## lint, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
