@@ -8,7 +8,7 @@ READY := $(VENV)/ready
 # With two cores, spinning OpenMP threads of one process starve the other.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test learning torture conformance docs check format emoji emoji-quality emoji-alignment clean
+.PHONY: demo test learning package torture conformance docs check format emoji emoji-quality emoji-alignment clean
 
 demo: $(READY)  ## the main job: DDPO on the embedded pipeline, results in outputs/demo
 	TRANSFORMERS_VERBOSITY=error $(BIN)/ddpo-trl demo  # it warns of a missing torchvision, which nothing here needs
@@ -17,7 +17,10 @@ test: $(READY)  ## the test suite, under 8 minutes on two cores
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2  # a core each
 
 learning: $(READY)  ## the slow proof that the demo learns, and that its control does not
-	$(BIN)/pytest -q -m slow -s
+	$(BIN)/pytest -q -m slow -s tests/learning
+
+package: $(READY)  ## installs the wheel in a new environment outside the tree and trains there; and in two processes
+	$(BIN)/pytest -q -m slow tests/test_packaging.py tests/test_cli.py
 
 torture: $(READY)  ## kills a run 30 times at random moments; last line is survived N/N
 	TRANSFORMERS_VERBOSITY=error $(BIN)/python tests/torture.py

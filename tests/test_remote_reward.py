@@ -413,7 +413,7 @@ def test_a_missing_package_is_named_with_its_extra(package, capsys, monkeypatch)
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(SystemExit):
         cli.main(["serve-reward", "served_rewards:redness"])
-    assert "pip install 'ddpo_trl[server]'" in capsys.readouterr().err
+    assert "pip install 'ddpo_trl[serve]'" in capsys.readouterr().err
 
 
 def test_a_module_that_fails_shows_where(tmp_path, monkeypatch):

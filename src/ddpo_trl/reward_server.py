@@ -235,7 +235,7 @@ def serve(
         import fastapi  # noqa: F401
         import uvicorn
     except ImportError as error:
-        raise ImportError("serve-reward needs FastAPI and uvicorn: pip install 'ddpo_trl[server]'") from error
+        raise ImportError("serve-reward needs FastAPI and uvicorn: pip install 'ddpo_trl[serve]'") from error
     if not max_request_mb > 0:
         raise ValueError(f"max_request_mb is {max_request_mb}; give a number above 0.")
     token = checked_token(token)

@@ -1,0 +1,468 @@
+"""
+Rounds of ours and of TRL 0.23.1's DDPOTrainer side by side, and the floor under both: `make bench`.
+
+Each side has a process of its own and waits for its turn: rounds are interleaved, so that what else the machine does
+hits all alike. All train a LoRA adapter of rank 4 on the same pipeline: the same number of images, denoising steps and
+samples a micro-batch, guidance in sampling and training, one update a round, float32, the same libraries and threads.
+TRL 0.23.1, the last with this trainer, is fetched by pip. The floor is the denoiser alone: as many bare forward passes
+as sampling takes, as many forward and backward passes as training takes. Before that, both take the gradient of the
+same trajectories. Writes outputs/bench.json; a dated copy stands in benchmarks/.
+"""
+
+import argparse
+import contextlib
+import datetime
+import io
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+ROOT = Path(__file__).parents[1]
+TRL = "trl==0.23.1"
+TRL_DIRECTORY = ROOT / "build" / TRL
+PROMPTS = ["cat face", "pizza", "tulip", "octopus"]
+GUIDANCE, LEARNING_RATE = 2.5, 1e-4
+
+
+class Case(NamedTuple):
+    """A pipeline and the size of a round on it."""
+
+    title: str
+    batch_size: int
+    batches: int
+    steps: int
+
+
+CASES = {
+    "emoji": Case("embedded pipeline, 16x16 latents", batch_size=16, batches=2, steps=10),
+    "random": Case("random Stable Diffusion of 12 M parameters, 32x32 latents", batch_size=4, batches=2, steps=5),
+}
+
+
+# ---- The pipelines ----
+
+
+def pipeline_folder(case: str) -> Path:
+    from ddpo_trl.emoji import EMOJI_PATH
+
+    if case == "emoji":
+        return EMOJI_PATH
+    folder = ROOT / "build" / "bench" / case
+    if not folder.is_dir():
+        random_stable_diffusion(EMOJI_PATH).save_pretrained(folder)
+    return folder
+
+
+def random_stable_diffusion(emoji: Path) -> Any:
+    """Of Stable Diffusion 1.5's shape, narrower; tokenizer and text encoder are the embedded pipeline's."""
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+
+    torch.manual_seed(0)
+    parts = StableDiffusionPipeline.from_pretrained(emoji)
+    unet = UNet2DConditionModel(
+        sample_size=32,
+        block_out_channels=(64, 96, 136, 136),
+        layers_per_block=2,
+        cross_attention_dim=parts.text_encoder.config.hidden_size,
+        attention_head_dim=4,
+        norm_num_groups=8,
+    )
+    vae = AutoencoderKL(
+        block_out_channels=(16, 16, 32, 32),
+        layers_per_block=1,
+        norm_num_groups=8,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+    )
+    return StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=parts.text_encoder,
+        tokenizer=parts.tokenizer,
+        unet=unet,
+        scheduler=DDIMScheduler(
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            clip_sample=False,
+            set_alpha_to_one=False,
+            steps_offset=1,
+        ),  # fmt: skip
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def load(case: str) -> Any:
+    from diffusers import StableDiffusionPipeline
+
+    pipeline = StableDiffusionPipeline.from_pretrained(pipeline_folder(case))
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def brightness(images: Tensor, prompts: tuple[str, ...], metadata: tuple[Any, ...]) -> tuple[Tensor, dict[str, Any]]:
+    """In the signature of TRL 0.23.1, which ddpo_trl takes too."""
+    return images.flatten(1).mean(1), {}
+
+
+# ---- What runs in a process of its own: a round whenever it is told to ----
+
+
+def our_trainer(case: str, one_pass: bool, rounds: int, callbacks: Sequence[Any] = ()) -> Any:
+    from ddpo_trl import DDPOConfig, DDPOTrainer
+
+    sizes = CASES[case]
+    config = DDPOConfig(
+        output_dir=str(ROOT / "build" / "bench" / "run"),
+        use_cpu=True,
+        num_train_epochs=rounds,
+        num_inference_steps=sizes.steps,
+        guidance_scale=GUIDANCE,
+        learning_rate=LEARNING_RATE,
+        per_device_sample_batch_size=sizes.batch_size,
+        num_sample_batches=sizes.batches,
+        per_device_train_batch_size=sizes.batch_size,
+        one_pass=one_pass,
+        save_strategy="no",
+        report_to="none",
+        log_images_rounds=0,
+        disable_tqdm=True,
+    )
+    return DDPOTrainer(config, brightness, PROMPTS, load(case), callbacks=list(callbacks))
+
+
+def run_ours(case: str, one_pass: bool, rounds: int, turn: Callable[[dict[str, float] | None], None]) -> None:
+    from transformers import TrainerCallback
+
+    class Turns(TrainerCallback):
+        def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            turn(None)
+            self.start = time.perf_counter()
+
+        def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            total = time.perf_counter() - self.start
+            metrics = trainer.rollout.metrics
+            sampling = metrics["time/sampling"] + metrics["time/waiting_for_rewards"]
+            turn({"sampling": sampling, "training": total - sampling, "round": total})
+
+    trainer = our_trainer(case, one_pass, rounds, [Turns()])
+    turn({"resident": resident_bytes()})
+    trainer.train()
+
+
+def their_trainer(case: str, learning_rate: float = LEARNING_RATE, max_grad_norm: float = 1.0) -> Any:
+    from accelerate import PartialState
+
+    PartialState(cpu=True)  # TRL 0.23.1's pipeline can't be made without
+    sys.path.insert(0, str(TRL_DIRECTORY))
+    from trl import DDPOConfig, DDPOTrainer, DefaultDDPOStableDiffusionPipeline
+
+    sizes = CASES[case]
+    config = DDPOConfig(
+        num_epochs=1,
+        sample_num_steps=sizes.steps,
+        sample_guidance_scale=GUIDANCE,
+        train_learning_rate=learning_rate,
+        train_max_grad_norm=max_grad_norm,
+        sample_batch_size=sizes.batch_size,
+        sample_num_batches_per_epoch=sizes.batches,
+        train_batch_size=sizes.batch_size,
+        train_gradient_accumulation_steps=sizes.batches,
+        mixed_precision="no",
+        allow_tf32=False,
+        save_freq=10**6,
+        accelerator_kwargs={"cpu": True},
+    )
+    numbers = iter(range(10**9))
+    pipeline = DefaultDDPOStableDiffusionPipeline(str(pipeline_folder(case)), use_lora=True)
+    trainer = DDPOTrainer(config, brightness, lambda: (PROMPTS[next(numbers) % len(PROMPTS)], {}), pipeline)
+    trainer.sd_pipeline.set_progress_bar_config(disable=True)
+    return trainer
+
+
+def run_theirs(case: str, rounds: int, turn: Callable[[dict[str, float] | None], None]) -> None:
+    trainer = their_trainer(case)
+    generate, seconds = trainer._generate_samples, {}
+
+    def timed(**sizes: int) -> Any:
+        start = time.perf_counter()
+        samples = generate(**sizes)
+        seconds["sampling"] = time.perf_counter() - start
+        return samples
+
+    trainer._generate_samples = timed
+    turn({"resident": resident_bytes()})
+    for round in range(rounds):
+        turn(None)
+        start = time.perf_counter()
+        trainer.step(round, round)
+        total = time.perf_counter() - start
+        turn({"sampling": seconds["sampling"], "training": total - seconds["sampling"], "round": total})
+
+
+def run_floor(case: str, rounds: int, turn: Callable[[dict[str, float] | None], None]) -> None:
+    """The denoiser with its adapter alone, on batches doubled by guidance."""
+    from ddpo_trl.lora import put_on_adapter
+
+    pipeline, sizes = load(case), CASES[case]
+    put_on_adapter(pipeline, None)
+    with torch.no_grad():
+        prompts = [PROMPTS[0]] * sizes.batch_size
+        embeds = torch.cat(pipeline.encode_prompt(prompts, "cpu", 1, True)[::-1])
+    config = pipeline.unet.config
+    latents = torch.randn(2 * sizes.batch_size, config.in_channels, config.sample_size, config.sample_size)
+    calls = sizes.batches * sizes.steps
+    turn({"resident": resident_bytes()})
+    for _ in range(rounds):
+        turn(None)
+        start = time.perf_counter()
+        with torch.no_grad():
+            for _ in range(calls):
+                pipeline.unet(latents, 500, embeds)
+        sampled = time.perf_counter()
+        for _ in range(calls):
+            pipeline.unet(latents, 500, embeds).sample.square().mean().backward()
+        end = time.perf_counter()
+        turn({"sampling": sampled - start, "training": end - sampled, "round": end - start})
+
+
+RUNS: dict[str, Callable[[str, int, Callable[[dict[str, float] | None], None]], None]] = {
+    "TRL 0.23.1": run_theirs,
+    "two passes": lambda case, rounds, turn: run_ours(case, False, rounds, turn),
+    "one pass": lambda case, rounds, turn: run_ours(case, True, rounds, turn),
+    "floor": run_floor,
+}
+
+
+def resident_bytes() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def serve_rounds(case: str, run: str, rounds: int) -> None:
+    """Runs in a child: a round for each line on the standard input, an answer for each on the standard output."""
+    answers = sys.stdout
+    before = 0
+
+    def turn(answer: dict[str, float] | None) -> None:
+        nonlocal before
+        if answer is None:
+            sys.stdin.readline()
+            return
+        before = before or int(answer.get("resident", 0))
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        print(json.dumps({**answer, "MiB": (peak - before) / 2**20}), file=answers, flush=True)
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        RUNS[run](case, rounds, turn)
+
+
+class Child:
+    """A process that runs the rounds of one side."""
+
+    def __init__(self, case: str, run: str, rounds: int):
+        command = [sys.executable, __file__, "--case", case, "--run", run, "--rounds", str(rounds)]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        self.answer()  # it is ready
+
+    def answer(self) -> dict[str, float]:
+        assert self.process.stdout is not None and self.process.stderr is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(self.process.stderr.read()[-3000:])
+        return json.loads(line)
+
+    def round(self) -> dict[str, float]:
+        assert self.process.stdin is not None
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        return self.answer()
+
+
+# ---- The gradient of the same trajectories ----
+
+
+class TheirRound(NamedTuple):
+    """What TRL's trainer sampled, with which weights, and the gradient it took of that."""
+
+    weights: dict[str, Tensor]
+    gradients: dict[str, Tensor]
+    timesteps: list[int]
+    samples: list[dict[str, Tensor]]
+
+
+def their_round(case: str) -> TheirRound:
+    trainer = their_trainer(case, learning_rate=0.0, max_grad_norm=1e9)
+    trainer.prompt_fn = lambda: (PROMPTS[0], {})  # samples are shuffled before training
+    weights = {name: p for name, p in trainer.sd_pipeline.unet.named_parameters() if p.requires_grad}
+    with torch.no_grad():
+        for name, weight in weights.items():
+            if "lora_B" in name:
+                weight.normal_(std=0.02)
+    train, step = trainer._train_batched_samples, trainer.optimizer.optimizer.step
+    batches: list[dict[str, Tensor]] = []
+    gradients: dict[str, Tensor] = {}
+
+    def keep_samples(inner_epoch: int, epoch: int, global_step: int, samples: list[dict[str, Tensor]]) -> int:
+        batches.extend(samples)
+        return train(inner_epoch, epoch, global_step, samples)
+
+    def keep_gradient(*args: Any, **kwargs: Any) -> Any:
+        gradients.update({name: p.grad.clone() for name, p in weights.items() if p.grad is not None})
+        return step(*args, **kwargs)
+
+    trainer._train_batched_samples = keep_samples
+    trainer.optimizer.optimizer.step = keep_gradient
+    trainer.step(0, 0)
+    return TheirRound(dict(weights), gradients, trainer.sd_pipeline.scheduler.timesteps.tolist(), batches)
+
+
+def gradient_difference(case: str) -> float:
+    """Relative L2 distance of TRL's gradient from ours, on TRL's trajectories and with its weights."""
+    torch.manual_seed(0)
+    with contextlib.redirect_stdout(io.StringIO()):
+        theirs = their_round(case)
+        ours = our_trainer(case, one_pass=False, rounds=1)
+    parameters = dict(ours.pipeline.unet.named_parameters())
+    with torch.no_grad():
+        for name, weight in theirs.weights.items():
+            parameters[name].copy_(weight)
+    sizes = CASES[case]
+    rows = torch.arange(sizes.batch_size)
+    context = ours.model.context([PROMPTS[0]] * len(rows), [{}] * len(rows), [0] * len(rows))
+    for samples in theirs.samples:
+        for index, timestep in enumerate(theirs.timesteps):
+            place = (samples["timesteps"] == timestep).int().argmax(1)
+            latents, next_latents = (samples[name][rows, place] for name in ("latents", "next_latents"))
+            log_probs, _ = ours.model(index, latents, next_latents, context)
+            loss = -(samples["advantages"].clamp(-10, 10) * log_probs).mean()  # TRL's default bound
+            (loss / (sizes.batches * sizes.steps)).backward()
+    difference = sum(((parameters[name].grad - grad) ** 2).sum().item() for name, grad in theirs.gradients.items())
+    size = sum((grad**2).sum().item() for grad in theirs.gradients.values())
+    return (difference / size) ** 0.5
+
+
+# ---- The table ----
+
+
+def fetch_trl() -> None:
+    if not TRL_DIRECTORY.is_dir():
+        pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(TRL_DIRECTORY), TRL]
+        subprocess.run(pip, check=True)
+
+
+def measure(case: str, repeats: int) -> dict[str, dict[str, list[float]]]:
+    """Figures of all rounds but the first, by side and name."""
+    children = {run: Child(case, run, repeats + 1) for run in RUNS}
+    figures: dict[str, dict[str, list[float]]] = {run: {} for run in RUNS}
+    for repeat in range(repeats + 1):
+        for run, child in children.items():
+            answer = child.round()
+            for name, value in answer.items() if repeat else ():
+                figures[run].setdefault(name, []).append(value)
+    for child in children.values():
+        child.process.communicate()
+    return figures
+
+
+def summary(figures: dict[str, dict[str, list[float]]]) -> dict[str, float]:
+    def median(run: str, what: str = "round") -> float:
+        return statistics.median(figures[run][what])
+
+    one_pass_floor = median("floor", "training")
+    return {
+        "round_speedup_vs_trl": median("TRL 0.23.1") / median("two passes"),
+        "one_pass_speedup": median("two passes") / median("one pass"),
+        "one_pass_speedup_vs_trl": median("TRL 0.23.1") / median("one pass"),
+        "overhead_over_floor": median("two passes") / median("floor"),
+        "one_pass_overhead_over_floor": median("one pass") / one_pass_floor,
+        "memory_vs_trl": max(figures["two passes"]["MiB"]) / max(figures["TRL 0.23.1"]["MiB"]),
+        "one_pass_memory_vs_trl": max(figures["one pass"]["MiB"]) / max(figures["TRL 0.23.1"]["MiB"]),
+    }
+
+
+def show(case: str, figures: dict[str, dict[str, list[float]]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    sizes = CASES[case]
+    samples = sizes.batch_size * sizes.batches
+    base = statistics.median(figures["TRL 0.23.1"]["round"])
+    table = Table(title=f"{sizes.title}: {sizes.batches} batches of {sizes.batch_size}, {sizes.steps} steps")
+    headings = ["", "sampling", "training", "round, samples/s", "spread", "round, TRL = 1", "peak MiB"]
+    for heading in headings:
+        table.add_column(heading, justify="right" if heading else "left")
+    for run, values in figures.items():
+        rates = {what: samples / statistics.median(values[what]) for what in ("sampling", "training", "round")}
+        spread = f"{samples / max(values['round']):.2f}..{samples / min(values['round']):.2f}"
+        relative = statistics.median(values["round"]) / base
+        table.add_row(
+            run, f"{rates['sampling']:.2f}", f"{rates['training']:.2f}", f"{rates['round']:.2f}", spread,
+            f"{relative:.2f}", f"{max(values['MiB']):.0f}",
+        )  # fmt: skip
+    Console(width=120).print(table)
+
+
+def machine() -> dict[str, str]:
+    from ddpo_trl.environment import environment
+
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return {
+        "date": datetime.date.today().isoformat(),
+        "processor": f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores",
+        "threads": str(torch.get_num_threads()),
+        **environment(),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
+    parser.add_argument("--repeats", type=int, default=5, help="rounds of each side that count")
+    parser.add_argument("--output", type=Path, default=ROOT / "outputs" / "bench.json")
+    parser.add_argument("--case", choices=list(CASES), help=argparse.SUPPRESS)
+    parser.add_argument("--run", choices=list(RUNS), help=argparse.SUPPRESS)
+    parser.add_argument("--rounds", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--gradient", choices=list(CASES), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.run:
+        torch.manual_seed(0)
+        return serve_rounds(arguments.case, arguments.run, arguments.rounds)
+    if arguments.gradient:
+        return print(gradient_difference(arguments.gradient))
+    fetch_trl()
+    results: dict[str, Any] = {"machine": machine(), "cases": {}}
+    for case in arguments.cases:
+        command = [sys.executable, __file__, "--gradient", case]
+        child = subprocess.run(command, capture_output=True, text=True, check=True)
+        difference = float(child.stdout.split()[-1])
+        figures = measure(case, arguments.repeats)
+        show(case, figures)
+        print(f"TRL's gradient on the same trajectories differs by {difference:.1e} of its size\n")
+        ratios = {**summary(figures), "gradient_difference": difference}
+        results["cases"][case] = {**ratios, "size": CASES[case]._asdict(), "figures": figures}
+    results = {**{name: results["cases"][arguments.cases[0]][name] for name in ratios}, **results}
+    for name in ratios:
+        print(f"{name:<30} " + "  ".join(f"{case} {values[name]:.3g}" for case, values in results["cases"].items()))
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
