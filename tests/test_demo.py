@@ -49,6 +49,8 @@ def test_the_demo_saves_weights_pictures_and_figures(tmp_path, capsys):
     [
         (["--loss_type", "sf"], "loss_type", "sf"),
         (["--loss_type", "sf", "--learning_rate", "1e-3"], "learning_rate", 1e-3),
+        (["--loss_type", "sf"], "learning_rate", 2e-3),
+        (["--loss_type", "sf", "--reward", "emoji_alignment"], "learning_rate", 6e-4),
         (["--kl_coef", "0.5"], "kl_coef", 0.5),
         (["--train_timestep_range", "0", "0.5"], "train_timestep_range", [0.0, 0.5]),
         (["--seed", "7"], "seed", 7),

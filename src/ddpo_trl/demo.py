@@ -110,8 +110,8 @@ DEFAULTS: dict[str, Any] = {
     "seed": 0,
 }
 
-# One optimizer step a round in place of four: it has to be larger.
-SCORE_FUNCTION_DEFAULTS: dict[str, Any] = {"num_mini_batches": 1, "learning_rate": 2e-3}
+# By how much the steps of the score function, one a round in place of four, are larger.
+SCORE_FUNCTION_RATE = 2.0
 
 
 @dataclass

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from ddpo_trl.cli.arguments import CommandParser
 from ddpo_trl.config import DDPOConfig
-from ddpo_trl.demo import DEFAULTS, SCORE_FUNCTION_DEFAULTS, TASKS, DemoArguments, print_summary, run_demo
+from ddpo_trl.demo import DEFAULTS, SCORE_FUNCTION_RATE, TASKS, DemoArguments, print_summary, run_demo
 
 
 HELP = {
@@ -28,15 +28,16 @@ def parse_arguments(argv: Sequence[str]) -> tuple[DemoArguments, DDPOConfig]:
         shown=HELP,
         example="--reward jpeg_incompressibility --total_episodes 512",
     )
-    parser.set_defaults(**DEFAULTS)
     choices = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     choices.add_argument("--loss_type", "--loss-type")
     choices.add_argument("--reward")
     chosen = choices.parse_known_args(argv)[0]
-    if chosen.loss_type == "sf":
-        parser.set_defaults(**SCORE_FUNCTION_DEFAULTS)
+    defaults = dict(DEFAULTS)
     if chosen.reward in TASKS:  # what is not, the parser refuses
-        parser.set_defaults(**TASKS[chosen.reward].defaults)
+        defaults |= TASKS[chosen.reward].defaults
+    if chosen.loss_type == "sf":  # one optimizer step a round in place of four has to be larger
+        defaults |= {"num_mini_batches": 1, "learning_rate": SCORE_FUNCTION_RATE * defaults["learning_rate"]}
+    parser.set_defaults(**defaults)
     arguments, config = parser.parse(argv)
     return arguments, config
 
