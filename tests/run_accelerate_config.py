@@ -97,6 +97,7 @@ def main(output_dir: str) -> None:
         "full": run(f"{output_dir}/full", 1, use_lora=False),
     }
     torch.save(results, f"{output_dir}/rank-{PartialState().process_index}.pt")
+    PartialState().destroy_process_group()  # or its threads may be cut off when the process exits
 
 
 if __name__ == "__main__":

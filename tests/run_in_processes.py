@@ -4,6 +4,7 @@ import sys
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from transformers import TrainerCallback
 
 from conftest import brightness, tiny_pipeline
@@ -118,6 +119,7 @@ def main(output_dir: str, num_processes: int) -> None:
     }
     rank = torch.distributed.get_rank() if num_processes > 1 else 0
     torch.save(results, f"{output_dir}/rank-{rank}.pt")
+    PartialState().destroy_process_group()  # or its threads may be cut off when the process exits
 
 
 if __name__ == "__main__":

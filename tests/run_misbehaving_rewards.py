@@ -97,6 +97,7 @@ def main(output_dir: str, scenario: str) -> None:
             },
             f"{output_dir}/rank-{trainer.args.process_index}.pt",
         )
+        trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":

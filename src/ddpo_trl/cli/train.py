@@ -172,6 +172,7 @@ def train(arguments: TrainArguments, config: DDPOConfig, settings: Mapping[str, 
     trainer.save_model()
     if trainer.is_world_process_zero():
         print_places(config.output_dir)
+    trainer.accelerator.end_training()  # closes the process group, whose threads may else be cut off at the exit
     return 0
 
 
