@@ -311,18 +311,6 @@ def test_a_run_ends_with_its_report(make_config, pipeline):
 # ---- In a browser ----
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    executable = shutil.which("chromium") or shutil.which("google-chrome")
-    if executable is None:
-        pytest.skip("needs Chromium")
-    playwright = pytest.importorskip("playwright.sync_api")
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=executable, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
 WIDTHS = {"desktop": 1280, "phone": 375}
 
 # The least contrast of a text with what is behind it, by WCAG's formula.
