@@ -80,6 +80,23 @@ def test_a_whole_run_ends_with_the_weights_of_two_passes(make_config):
     assert relative_difference(*ends) < 1e-5
 
 
+def test_a_resumed_run_ends_as_if_never_interrupted(make_config, tmp_path, monkeypatch):
+    settings = {"loss_type": "sf", "save_strategy": "epoch", "one_pass": True}
+    whole = DDPOTrainer(make_config(num_train_epochs=2, **settings), brightness, PROMPTS, tiny_pipeline())
+    whole.train()
+    checkpoint = str(tmp_path / "run" / "checkpoint-1")
+    resumed = DDPOTrainer(make_config(num_train_epochs=2, **settings), brightness, PROMPTS, tiny_pipeline())
+    resumed.train(resume_from_checkpoint=checkpoint)
+    assert relative_difference(lora_weights(whole), lora_weights(resumed)) == 0.0
+
+    warnings: list[str] = []
+    monkeypatch.setattr("ddpo_trl.trainer.logger.warning", warnings.append)
+    config = make_config(num_train_epochs=2, **{**settings, "one_pass": False})
+    DDPOTrainer(config, brightness, PROMPTS, tiny_pipeline()).train(resume_from_checkpoint=checkpoint)
+    (warning,) = warnings
+    assert "one_pass is False and was True: no longer equal to the bit are gradients" in warning
+
+
 def test_full_fine_tuning_is_taken_sample_by_sample_where_the_layers_allow(make_config):
     def pipeline():
         whole = tiny_pipeline()
