@@ -199,6 +199,22 @@ def test_a_denoiser_that_mixes_its_samples_takes_two_passes(make_config):
         DDPOTrainer(make_config(one_pass=True), brightness, PROMPTS, pipeline)
 
 
+@pytest.mark.parametrize("last", [400, 1000], ids=["later steps", "all steps"])
+def test_steps_of_another_network_are_named_with_the_remedy(make_config, last):
+    pipeline = tiny_pipeline()
+    forward = pipeline.unet.forward
+
+    def handing_over(sample, timestep, *args, **kwargs):
+        outputs = forward(sample, timestep, *args, **kwargs)
+        return tuple(output.detach() for output in outputs) if timestep < last else outputs
+
+    pipeline.unet.forward = handing_over
+    trainer = DDPOTrainer(make_config(one_pass=None), brightness, PROMPTS, pipeline)
+    assert trainer.plan.one_pass == (last == 400)
+    with pytest.raises(RuntimeError, match="No gradient reaches .* at step .*train_timestep_range"):
+        trainer.train()
+
+
 def test_gradients_that_do_not_fit_are_refused_with_their_size(make_config, monkeypatch):
     memory = psutil.virtual_memory()._replace(available=10_000)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)

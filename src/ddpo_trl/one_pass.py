@@ -96,10 +96,14 @@ def layers_of_samples(policy: Policy, trial: Context, step: int) -> dict[Trained
     """
     layers = dict.fromkeys(trained_layers(policy.denoiser), 1)
     weights = trained_weights(layers)
-    recorded = policy.sample(trial, record={step}, max_steps=step + 1).steps[step]
+    recorded = policy.sample(trial, record={step}, max_steps=step + 1).steps.get(step)
+    if recorded is None:
+        raise ValueError(f"the pipeline ends before step {step}")
     gradients = SampleGradients(layers, batch_size=2)
     with _shaken(weights), gradients.watching(), torch.enable_grad():
         log_probs = policy(step, recorded.latents, recorded.next_latents, trial).log_probs
+        if not log_probs.requires_grad:
+            raise ValueError(f"no gradient reaches the trained layers at step {step}")
         _find_layouts(gradients, log_probs, layers)
         shares = torch.tensor([1.0, -2.0], device=log_probs.device)
         expected = torch.autograd.grad(shares @ log_probs, weights, retain_graph=True, allow_unused=True)

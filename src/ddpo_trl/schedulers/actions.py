@@ -144,6 +144,11 @@ class DifferentiatedSampling(Sampling):
         action = self.draw(latents, mean.detach(), std)
         if std > 0 and index in self.record:
             log_probs = log_prob(action, mean, std, self.reduction)
+            if not log_probs.requires_grad:
+                raise RuntimeError(
+                    f"No gradient reaches the trained network at step {index}: the pipeline runs another one there. "
+                    "Leave such steps out with train_timestep_range."
+                )
             self.on_log_probs(log_probs)
             self.differentiated.append(index)
             self.log_probs.append(log_probs.detach())
