@@ -1,0 +1,63 @@
+"""
+How much of the gradient each denoising step is, on the embedded pipeline: `python benchmarks/timestep_share.py`.
+
+With advantages of variance 1 that don't depend on the step, the expected square of the gradient's norm is the sum
+over steps and samples of ‖∇log π‖². Printed is each step's part of it, with its σ: late steps of a short schedule have
+a tiny σ and outweigh all others, which is what `train_timestep_range` is for.
+"""
+
+import argparse
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from ddpo_trl import DDPOConfig, load_emoji_pipeline
+from ddpo_trl.demo import PROMPTS
+from ddpo_trl.lora import put_on_adapter
+from ddpo_trl.one_pass import layers_of_samples
+from ddpo_trl.policy import Policy
+
+
+def shares(steps: int, samples: int, guidance_scale: float) -> tuple[list[float], list[float]]:
+    """Standard deviation and part of the squared norm of each step."""
+    config = DDPOConfig(
+        output_dir="build/timestep_share",
+        use_cpu=True,
+        report_to="none",
+        num_inference_steps=steps,
+        guidance_scale=guidance_scale,
+    )
+    torch.manual_seed(0)
+    pipeline = load_emoji_pipeline()
+    policy = Policy(pipeline, config, put_on_adapter(pipeline, None))
+    prompts = (PROMPTS * samples)[:samples]
+    context = policy.context(prompts, [{}] * samples, list(range(samples)))
+    stds = policy.survey(context).stds
+    noisy = [step for step, std in enumerate(stds) if std > 0]
+    layers = layers_of_samples(policy, policy.context(prompts[:2], [{}] * 2, [0, 1]), noisy[0])
+    squares = []
+    for step in noisy:
+        gradients = policy.sample_with_gradients(context, [step], layers).gradients
+        assert gradients is not None
+        squares.append(sum(weight.square().sum().item() for weight in gradients.weights))
+    return [stds[step] for step in noisy], [square / sum(squares) for square in squares]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, nargs="+", default=[5, 10, 20])
+    parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--guidance_scale", type=float, default=2.5)
+    arguments = parser.parse_args()
+    for steps in arguments.steps:
+        table = Table("step", "σ", "part", title=f"{steps} steps, {arguments.samples} samples")
+        for step, (std, part) in enumerate(
+            zip(*shares(steps, arguments.samples, arguments.guidance_scale), strict=True)
+        ):
+            table.add_row(str(step), f"{std:.3g}", f"{part:.1%}")
+        Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
