@@ -207,7 +207,7 @@ class Policy(nn.Module):
         source = Sampling(seeded(context), record, self.settings.log_prob_reduction, stochastic, max_steps)
         images = self._sample_from(source, context)
         steps = source.steps
-        self._check_all_run(source, list(steps))
+        self._check_all_run(source, steps)
         if self.settings.offload_rollout:
             steps = {index: step.to("cpu") for index, step in steps.items()}
         return SampledBatch(context=context, images=images, steps=steps, conditions=self.conditions(stochastic))
@@ -243,10 +243,11 @@ class Policy(nn.Module):
         )
         with gradients.watching():
             images = self._sample_from(source, context)
-        self._check_all_run(source, source.differentiated)
+        self._check_all_run(source, source.log_probs)
         device = "cpu" if self.settings.offload_rollout else self.denoiser.device
         taken = Gradients(
-            log_probs=torch.stack(source.log_probs, dim=1), weights=[each.to(device) for each in gradients.sums]
+            log_probs=torch.stack(list(source.log_probs.values()), dim=1),
+            weights=[each.to(device) for each in gradients.sums],
         )
         return SampledBatch(context=context, images=images, steps={}, gradients=taken)
 
@@ -254,7 +255,7 @@ class Policy(nn.Module):
         with self.scheduler.acting(source):
             return self._run_to_images(self.policy_pipeline, context, source.generators)
 
-    def _check_all_run(self, source: Sampling, run: Sequence[int]) -> None:
+    def _check_all_run(self, source: Sampling, run: Collection[int]) -> None:
         noisy = [step for step, std in enumerate(self.scheduler.stds) if std > 0 and source.is_stochastic(step)]
         if never_run := [
             step for step in noisy if source.max_steps is None and step in source.record and step not in run

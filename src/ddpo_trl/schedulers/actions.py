@@ -124,17 +124,14 @@ class DifferentiatedSampling(Sampling):
             Those of [`Sampling`].
 
     Attributes:
-        differentiated (`list[int]`):
-            Indices of the recorded steps that were run.
-        log_probs (`list[torch.Tensor]`):
-            Their log-probabilities, `(B,)` each, without graph.
+        log_probs (`dict[int, torch.Tensor]`):
+            Those of the recorded steps that were run, by step index: `(B,)` each, without graph.
     """
 
     def __init__(self, on_log_probs: Callable[[Tensor], None], **kwargs: Any):
         super().__init__(**kwargs)
         self.on_log_probs = on_log_probs
-        self.differentiated: list[int] = []
-        self.log_probs: list[Tensor] = []
+        self.log_probs: dict[int, Tensor] = {}
 
     def schedule(self, timesteps: Tensor, skipped: int) -> Tensor:
         torch.set_grad_enabled(0 in self.record)  # until the next step; whoever called the pipeline sets it back
@@ -150,8 +147,7 @@ class DifferentiatedSampling(Sampling):
                     "Leave such steps out with train_timestep_range."
                 )
             self.on_log_probs(log_probs)
-            self.differentiated.append(index)
-            self.log_probs.append(log_probs.detach())
+            self.log_probs[index] = log_probs.detach()
         torch.set_grad_enabled(index + 1 in self.record)
         return action
 
