@@ -360,9 +360,9 @@ def gradient_difference(case: str) -> float:
 # ---- The table ----
 
 
-def fetch_trl() -> None:
-    if not TRL_DIRECTORY.is_dir():
-        pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(TRL_DIRECTORY), TRL]
+def fetch_trl(directory: Path = TRL_DIRECTORY) -> None:
+    if not directory.is_dir():
+        pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(directory), TRL]
         subprocess.run(pip, check=True)
 
 

@@ -9,7 +9,6 @@ before training (libraries and weights) is subtracted. TRL 0.23.1, the last with
 import argparse
 import contextlib
 import io
-import os
 import resource
 import statistics
 import subprocess
@@ -18,17 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+
+from bench import PROMPTS, TRL_DIRECTORY, brightness, fetch_trl, resident_bytes
 
 
-TRL = "trl==0.23.1"
-PROMPTS = ["cat face", "pizza", "tulip", "octopus"]
 STEPS, GUIDANCE, LEARNING_RATE = 10, 2.5, 1e-3
-
-
-def brightness(images: Tensor, prompts: tuple[str, ...], metadata: tuple[Any, ...]) -> tuple[Tensor, dict[str, Any]]:
-    """In the signature of TRL 0.23.1, which ddpo_trl takes too."""
-    return images.flatten(1).mean(1), {}
 
 
 def train_ours(batch_size: int, batches: int, **options: Any) -> int:
@@ -94,11 +87,6 @@ RUNS = {
 }
 
 
-def resident_bytes() -> int:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")
-
-
 def growth_of(run: str, batch_size: int, batches: int) -> float:
     """Peak resident MiB of a run in a process of its own, less those before training."""
     command = [sys.executable, __file__, "--run", run, "--batch_size", str(batch_size), "--batches", str(batches)]
@@ -108,19 +96,12 @@ def growth_of(run: str, batch_size: int, batches: int) -> float:
     return float(child.stdout.splitlines()[-1])
 
 
-def fetch_trl(directory: Path) -> None:
-    if not directory.is_dir():
-        subprocess.run(
-            [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", directory, TRL], check=True
-        )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--batches", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--trl", type=Path, default=Path("build") / TRL, help="Where TRL 0.23.1 is or goes.")
+    parser.add_argument("--trl", type=Path, default=TRL_DIRECTORY, help="Where TRL 0.23.1 is or goes.")
     parser.add_argument("--run", choices=list(RUNS), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.run:
