@@ -38,6 +38,8 @@ def train_ours(batch_size: int, batches: int, **options: Any) -> int:
         per_device_sample_batch_size=batch_size,
         num_sample_batches=batches,
         per_device_train_batch_size=batch_size,
+        one_pass=False,  # which `make bench` measures too
+        log_images_rounds=0,
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,

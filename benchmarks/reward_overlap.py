@@ -44,6 +44,8 @@ def make_trainer(rewards: list[Waiting], batches: int, directory: str) -> DDPOTr
         num_sample_batches=batches,
         per_device_train_batch_size=8,
         max_workers=len(rewards),
+        one_pass=False,  # the figures are those of sampling and of training
+        log_images_rounds=0,
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,

@@ -31,6 +31,8 @@ def make_trainer(window: int | None, steps: int, directory: str) -> DDPOTrainer:
         per_device_sample_batch_size=8,
         num_sample_batches=1,
         per_device_train_batch_size=8,
+        one_pass=False,  # the figures are those of sampling and of training
+        log_images_rounds=0,
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
