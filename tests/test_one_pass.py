@@ -56,7 +56,9 @@ def test_convolutions_time_embeddings_and_biases_are_taken_sample_by_sample_too(
         adapted.unet.add_adapter(peft_config)
         return adapted
 
-    one, two = both(make_config, pipeline)
+    # Raw rewards are all positive. Advantages sum to 0, and rounding would count against what is left of the gradient:
+    # on some processors two micro-batch sizes in two passes already differ by more than this.
+    one, two = both(make_config, pipeline, advantage_normalization="none")
     assert relative_difference(one, two) < 1e-5
 
 
@@ -234,6 +236,12 @@ def test_gradients_that_do_not_fit_are_refused_with_their_size(make_config, monk
         (nn.Linear(3, 5), (4, 2, 7, 3)),
         (nn.Conv2d(3, 5, 3, stride=2, padding=1), (4, 3, 8, 8)),
         (nn.Conv2d(3, 5, (1, 3), dilation=2), (4, 3, 8, 8)),
+        (nn.Conv2d(3, 5, 1), (4, 3, 8, 8)),
+        (nn.Conv2d(3, 5, 1, padding=1), (4, 3, 8, 8)),
+        (nn.Conv2d(5, 2, 3, padding=1), (4, 5, 8, 7)),
+        (nn.Conv2d(5, 2, (3, 2), padding=(0, 1), dilation=(2, 1)), (4, 5, 8, 7)),
+        (nn.Conv2d(5, 2, 3, padding=4), (4, 5, 8, 7)),
+        (nn.Conv2d(5, 2, 3, stride=2, padding=1), (4, 5, 8, 7)),
     ],
     ids=str,
 )

@@ -127,18 +127,40 @@ def weight_gradients(layer: TrainedLayer, inputs: Tensor, grad: Tensor) -> dict[
         `dict`: A tensor of shape `(R, *parameter.shape)` for the weight and for the bias, if they require a gradient.
     """
     inputs = inputs.to(grad.dtype)  # as autocast had them
-    if isinstance(layer, nn.Conv2d):
-        columns = F.unfold(inputs, layer.kernel_size, layer.dilation, _padding(layer), layer.stride)
-        grad = grad.flatten(2)
-    else:
-        columns = inputs.reshape(len(inputs), -1, inputs.shape[-1]).transpose(1, 2)  # (R, in, positions)
-        grad = grad.reshape(len(grad), -1, grad.shape[-1]).transpose(1, 2)
     gradients: dict[Tensor, Tensor] = {}
     if layer.weight.requires_grad:
-        gradients[layer.weight] = (grad @ columns.transpose(1, 2)).float().unflatten(2, layer.weight.shape[1:])
+        if isinstance(layer, nn.Conv2d):
+            gradients[layer.weight] = _convolution_products(layer, inputs, grad).float()
+        else:
+            gradients[layer.weight] = (_positions(grad).transpose(1, 2) @ _positions(inputs)).float()
     if layer.bias is not None and layer.bias.requires_grad:
-        gradients[layer.bias] = grad.float().sum(2)
+        channels_last = grad.movedim(1, -1) if isinstance(layer, nn.Conv2d) else grad
+        gradients[layer.bias] = _positions(channels_last).float().sum(1)
     return gradients
+
+
+def _positions(values: Tensor) -> Tensor:
+    """`(R, ..., channels)` as `(R, positions, channels)`."""
+    return values.reshape(len(values), -1, values.shape[-1])
+
+
+def _convolution_products(layer: nn.Conv2d, inputs: Tensor, grad: Tensor) -> Tensor:
+    """
+    `(R, out, in, *kernel)`: a convolution's products, summed over positions.
+
+    One of the factors has to be laid out once for each place of the kernel. With a stride of 1 it may be either, and the
+    one with fewer channels is cheaper: of LoRA's two factors that is the rank.
+    """
+    kernel, padding = layer.kernel_size, _padding(layer)
+    margin = tuple(d * (k - 1) - p for d, k, p in zip(layer.dilation, kernel, padding, strict=True))
+    if kernel == (1, 1) and layer.stride == (1, 1) and padding == (0, 0):
+        return (grad.flatten(2) @ inputs.flatten(2).transpose(1, 2))[..., None, None]
+    if layer.stride == (1, 1) and min(margin) >= 0 and layer.out_channels < layer.in_channels:
+        columns = F.unfold(grad, kernel, layer.dilation, margin)  # (R, out · kernel, positions of the input)
+        products = (columns @ inputs.flatten(2).transpose(1, 2)).unflatten(1, (layer.out_channels, *kernel))
+        return products.flip(2, 3).movedim(-1, 2)  # seen from the input the kernel is reversed
+    columns = F.unfold(inputs, kernel, layer.dilation, padding, layer.stride)  # (R, in · kernel, positions)
+    return (grad.flatten(2) @ columns.transpose(1, 2)).unflatten(2, (layer.in_channels, *kernel))
 
 
 def _padding(layer: nn.Conv2d) -> tuple[int, ...]:
