@@ -1,6 +1,7 @@
 """The pipeline as a policy: replay is sampling again, and the user's pipeline stays the user's."""
 
 import copy
+import functools
 from typing import Any
 
 import numpy as np
@@ -17,8 +18,10 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DModel,
 )
+from torch.overrides import TorchFunctionMode
 
 from conformance.image_pipelines import (
+    IMAGE_CASES,
     flux,
     images,
     stable_diffusion,
@@ -31,6 +34,7 @@ from conftest import tiny_pipeline
 from ddpo_trl import DDPOConfig
 from ddpo_trl.emoji import load_emoji_pipeline
 from ddpo_trl.lora import put_on_adapter
+from ddpo_trl.one_pass import layers_of_samples
 from ddpo_trl.policy import Policy
 from ddpo_trl.schedulers import Replay
 from ddpo_trl.types import Context
@@ -228,6 +232,60 @@ def test_replay_decodes_no_image(make_config):
     step = policy.sample(CONTEXT, record=[0]).steps[0]
     pipeline.vae.decode = None
     policy(step=0, latents=step.latents, next_latents=step.next_latents, context=CONTEXT)
+
+
+class Reads(TorchFunctionMode):
+    """Counts how often values are read from tensors: on a GPU each time makes the host wait."""
+
+    WAYS = {"item", "tolist", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__", "nonzero"}
+    count = 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.count += function.__name__ in self.WAYS
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("one_pass", [False, True], ids=["two_passes", "one_pass"])
+@pytest.mark.parametrize("name", ["Stable Diffusion 1.x", "Stable Diffusion 3", "FLUX.1"])
+def test_no_number_is_read_from_a_tensor_between_the_first_denoising_step_and_the_last(
+    make_config, monkeypatch, name, one_pass
+):
+    case = next(case for case in IMAGE_CASES if case.name == name)
+    config = make_config(pipeline_kwargs=case.pipeline_kwargs, guidance_scale=case.guidance_scale)
+    policy = make_policy(case.build(0), config)
+    layers = layers_of_samples(policy, policy.context(PROMPTS[:2], [{}] * 2, [0, 1]), 0)
+    step, reads, reads_at_step = policy.scheduler.step, Reads(), []
+
+    def counted(*args, **kwargs):
+        reads_at_step.append(reads.count)
+        return step(*args, **kwargs)
+
+    monkeypatch.setattr(policy.scheduler, "step", functools.wraps(step)(counted))  # pipelines read its signature
+    with reads:
+        if one_pass:
+            policy.sample_with_gradients(CONTEXT, range(3), layers)
+        else:
+            policy.sample(CONTEXT, record=range(3))
+        before = reads.count
+        assert torch.ones(1).item() == float(torch.ones(1))
+        assert reads.count == before + 2  # they are noticed
+    assert len(reads_at_step) == 4
+    assert len(set(reads_at_step)) == 1
+
+
+def test_the_device_is_looked_for_when_the_denoiser_has_moved_and_not_in_every_step(make_config, monkeypatch):
+    searches = []
+    pipeline = tiny_pipeline()
+    policy = make_policy(pipeline, make_config())
+    search = type(pipeline)._execution_device.fget
+    monkeypatch.setattr(type(pipeline), "_execution_device", property(lambda own: searches.append(own) or search(own)))
+    batch = policy.sample(CONTEXT, record=range(4))
+    for index, step in batch.steps.items():
+        policy(index, step.latents, step.next_latents, CONTEXT)
+    assert len(searches) == 1
+    pipeline.to("meta")
+    assert policy.policy_pipeline._execution_device == torch.device("meta")
+    assert len(searches) == 2
 
 
 def test_dropout_stays_off_while_trainer_trains(make_config):
