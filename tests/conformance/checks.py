@@ -148,7 +148,9 @@ def a_round_changes_the_adapter(case: Case) -> None:
     with contextlib.redirect_stdout(io.StringIO()):  # Trainer prints its logs
         trainer.train()
     (log,) = [log for log in trainer.state.log_history if "reward" in log]
-    assert log["val/ratio_deviation"] == 0.0
+    # To the bit in the rows in which it was sampled, says another check. Micro-batches shuffle rows, and on some
+    # processors the last bit of a log-probability goes by the row.
+    assert log["val/ratio_deviation"] <= 4 * torch.finfo(torch.float32).eps
     for name, parameter in trainer.model.denoiser.named_parameters():
         if is_adapter(name) and not is_without_gradient(case, name):
             assert not torch.equal(parameter, before[name]), name
