@@ -38,7 +38,7 @@ def shares(steps: int, samples: int, guidance_scale: float) -> tuple[list[float]
     layers = layers_of_samples(policy, policy.context(prompts[:2], [{}] * 2, [0, 1]), noisy[0])
     squares = []
     for step in noisy:
-        gradients = policy.sample_with_gradients(context, [step], layers).gradients
+        gradients = policy.sample_with_gradients(context, {step: 1.0}, layers).gradients
         assert gradients is not None
         squares.append(sum(weight.square().sum().item() for weight in gradients.weights))
     return [stds[step] for step in noisy], [square / sum(squares) for square in squares]

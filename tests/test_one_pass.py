@@ -31,6 +31,7 @@ def both(make_config, pipeline=tiny_pipeline, reward_fn=brightness, **settings):
         {"advantage_normalization": "group", "num_images_per_prompt": 2},
         {"log_prob_reduction": "sum"},
         {"train_timestep_range": [0.25, 0.75]},
+        {"transition_weighting": "std"},
         {"sde_window_size": 2, "sde_window_strategy": "random"},
         {"per_device_sample_batch_size": 2, "num_sample_batches": 4, "offload_rollout": True},
     ],

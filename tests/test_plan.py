@@ -255,4 +255,14 @@ def test_the_plan_takes_its_sizes_from_the_config(make_config):
         window_strategy="progressive",
         window_interval=7,
         timestep_fraction=0.5,
+        stds=(0.1, 0.1, 0.1, 0.1),
     )
+
+
+def test_weights_are_in_proportion_to_the_std_and_1_on_average_over_the_steps_that_may_be_trained_on():
+    sizes = plan(trainable_steps=(1, 2, 3), stds=(5.0, 4.0, 1.5, 0.5, 0.1), transition_weighting="std")
+    assert [sizes.weight(step) for step in (1, 2, 3)] == [2.0, 0.75, 0.25]  # their mean σ is 2
+    assert sizes.weights(round=0, seed=0) == {1: 2.0, 2: 0.75, 3: 0.25}
+    assert "by σ, 2 for the first to 0.25 for the last" in str(sizes)
+    uniform = plan(trainable_steps=(1, 2, 3))
+    assert uniform.weights(round=0, seed=0) == {1: 1.0, 2: 1.0, 3: 1.0}

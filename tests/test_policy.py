@@ -263,7 +263,7 @@ def test_no_number_is_read_from_a_tensor_between_the_first_denoising_step_and_th
     monkeypatch.setattr(policy.scheduler, "step", functools.wraps(step)(counted))  # pipelines read its signature
     with reads:
         if one_pass:
-            policy.sample_with_gradients(CONTEXT, range(3), layers)
+            policy.sample_with_gradients(CONTEXT, dict.fromkeys(range(3), 1.0), layers)
         else:
             policy.sample(CONTEXT, record=range(3))
         before = reads.count
@@ -274,11 +274,16 @@ def test_no_number_is_read_from_a_tensor_between_the_first_denoising_step_and_th
 
 
 def test_the_device_is_looked_for_when_the_denoiser_has_moved_and_not_in_every_step(make_config, monkeypatch):
-    searches = []
+    searches: list[DiffusionPipeline] = []
     pipeline = tiny_pipeline()
     policy = make_policy(pipeline, make_config())
     search = type(pipeline)._execution_device.fget
-    monkeypatch.setattr(type(pipeline), "_execution_device", property(lambda own: searches.append(own) or search(own)))
+
+    def counted(own):
+        searches.append(own)
+        return search(own)
+
+    monkeypatch.setattr(type(pipeline), "_execution_device", property(counted))
     batch = policy.sample(CONTEXT, record=range(4))
     for index, step in batch.steps.items():
         policy(index, step.latents, step.next_latents, CONTEXT)

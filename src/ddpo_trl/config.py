@@ -13,6 +13,7 @@ from ddpo_trl import trl_config
 
 
 WindowStrategy = Literal["fixed", "progressive", "random"]
+TransitionWeighting = Literal["uniform", "std"]
 
 
 # What the trainer hands to the pipeline's `__call__` itself, in sampling or in replay.
@@ -152,6 +153,11 @@ class DDPOConfig(TrainingArguments):
         train_timestep_range (`list[float]`, *optional*, defaults to `[0.0, 1.0]`):
             Part of the trajectory, from noise (0) to image (1), whose transitions are trained on. The last ones have a
             tiny σ and outweigh the rest when there are few steps: `[0.0, 0.8]` leaves out the last two of ten.
+        transition_weighting (`"uniform"` or `"std"`, *optional*, defaults to `"uniform"`):
+            Weight of each transition in the objective. `"std"` is its σ, divided by the mean over the steps that may be
+            trained on: where there is little to explore there is little to learn, as in
+            [TempFlow-GRPO](https://huggingface.co/papers/2508.04324). It takes from late steps the weight that a tiny σ
+            gives their gradient, and leaves none of them out.
 
         > Parameters that control the optimisation
 
@@ -314,6 +320,9 @@ class DDPOConfig(TrainingArguments):
         default_factory=lambda: [0.0, 1.0],
         metadata={"help": "Part of the trajectory, from noise (0) to image (1), whose transitions are trained on."},
     )
+    transition_weighting: Literal["uniform", "std"] = field(
+        default="uniform", metadata={"help": "Whether all transitions weigh alike in the objective, or by their σ."}
+    )
 
     # Parameters that control the optimisation
     num_ppo_epochs: int = field(default=1, metadata={"help": "Passes over a rollout."})
@@ -453,6 +462,7 @@ class DDPOConfig(TrainingArguments):
             "log_prob_reduction": ("mean", "sum"),
             "sde_type": ("sde", "cps"),
             "sde_window_strategy": ("fixed", "progressive", "random"),
+            "transition_weighting": ("uniform", "std"),
         }
         for name, allowed in choices.items():
             if (value := vars(self)[name]) not in allowed:

@@ -152,7 +152,7 @@ class RolloutLoader:
 
     def _sample(self, pairs: list[PromptPair]) -> tuple[list[SampledBatch], list[PendingRewards]]:
         size = self.plan.per_device_sample_batch_size
-        steps = self.plan.trained_steps(self.round, self.seed)
+        weights = self.plan.weights(self.round, self.seed)
         noisy = self.plan.noisy_steps(self.round, self.seed)
         batches: list[SampledBatch] = []
         pending: list[PendingRewards] = []
@@ -165,9 +165,9 @@ class RolloutLoader:
             context = self.policy.context(prompts, metadata, seeds)
             with self.accelerator.autocast():
                 if self.plan.one_pass:
-                    batch = self.policy.sample_with_gradients(context, steps, self.gradient_layers, noisy)
+                    batch = self.policy.sample_with_gradients(context, weights, self.gradient_layers, noisy)
                 else:
-                    batch = self.policy.sample(context, record=steps, stochastic=noisy)
+                    batch = self.policy.sample(context, record=weights, stochastic=noisy)
             batches.append(batch)
             pending.append(self.scorer.submit(batch.images, prompts, metadata, when=f"round {self.round}"))
             self.progress.sampled(size, [self.scorer.total(scores.marked()) for scores in pending if scores.done()])

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ddpo_trl.config import DDPOConfig, WindowStrategy
+from ddpo_trl.config import DDPOConfig, TransitionWeighting, WindowStrategy
 from ddpo_trl.seeding import Stream, generator
 
 
@@ -37,6 +37,10 @@ class BatchPlan:
             Rounds between two moves of a progressive window.
         timestep_fraction (`float`):
             Share of them that each sample is trained on.
+        stds (`tuple[float, ...]`):
+            σ_t of every step of the sampler; what `"std"` weighs by.
+        transition_weighting (`"uniform"` or `"std"`):
+            Whether all transitions weigh alike in the objective, or in proportion to σ_t.
         state_bytes (`int`):
             Memory of one sample's state x_t.
         one_pass (`bool`):
@@ -62,6 +66,8 @@ class BatchPlan:
     window_strategy: WindowStrategy = "fixed"
     window_interval: int = 25
     timestep_fraction: float
+    stds: tuple[float, ...] = ()
+    transition_weighting: TransitionWeighting = "uniform"
     state_bytes: int = 0
     one_pass: bool = False
     two_passes_because: str | None = None
@@ -101,6 +107,16 @@ class BatchPlan:
         """Transitions of a sample that are trained on in a pass."""
         steps = self.window_size or len(self.trainable_steps)
         return max(1, round(steps * self.timestep_fraction))
+
+    def weights(self, round: int, seed: int) -> dict[int, float]:
+        """The weight in the objective of each step that a round trains on, by index: see [`BatchPlan.weight`]."""
+        return {step: self.weight(step) for step in self.trained_steps(round, seed)}
+
+    def weight(self, step: int) -> float:
+        """Of a transition in the objective; 1 on average over the steps that may be trained on."""
+        if self.transition_weighting == "uniform":
+            return 1.0
+        return self.stds[step] * len(self.trainable_steps) / sum(self.stds[index] for index in self.trainable_steps)
 
     def noisy_steps(self, round: int, seed: int) -> tuple[int, ...] | None:
         """Indices of the denoising steps that get noise in a round; `None` for all of them, without a window."""
@@ -181,6 +197,7 @@ class BatchPlan:
                 f"{self.transitions_per_sample} a sample, of {len(self.trainable_steps)} that may be (steps "
                 f"{self.trainable_steps[0]} to {self.trainable_steps[-1]})",
             ),
+            ("weights of the transitions", self._weights_in_words),
             (
                 "steps with noise",
                 "all" if self.window_size is None else f"{self.window_size} in a row, {self.window_strategy}",
@@ -219,6 +236,13 @@ class BatchPlan:
             ),
             ("memory of the recorded steps", memory),
         ]
+
+    @property
+    def _weights_in_words(self) -> str:
+        if self.transition_weighting == "uniform":
+            return "all alike"
+        first, last = (self.weight(step) for step in (self.trainable_steps[0], self.trainable_steps[-1]))
+        return f"by σ, {first:.3g} for the first to {last:.3g} for the last"
 
     def __str__(self) -> str:
         return "\n".join(f"  {what:<32} {how}" for what, how in self.rows())
@@ -265,5 +289,7 @@ def plan_batches(config: DDPOConfig, stds: list[float], state_bytes: int = 0) ->
         window_strategy=config.sde_window_strategy,
         window_interval=config.sde_window_interval,
         timestep_fraction=config.timestep_fraction,
+        stds=tuple(stds),
+        transition_weighting=config.transition_weighting,
         state_bytes=state_bytes,
     )

@@ -216,7 +216,7 @@ class Policy(nn.Module):
     def sample_with_gradients(
         self,
         context: Context,
-        record: Collection[int],
+        weights: Mapping[int, float],
         layers: Mapping[TrainedLayer, int],
         stochastic: Collection[int] | None = None,
     ) -> SampledBatch:
@@ -226,8 +226,8 @@ class Policy(nn.Module):
         Args:
             context ([`~ddpo_trl.types.Context`] of length `B`):
                 What they are made from.
-            record (`Collection[int]`):
-                Indices of the denoising steps that are trained on.
+            weights (`Mapping[int, float]`):
+                The denoising steps that are trained on, by index, each with the weight of its log-probability.
             layers (`Mapping[torch.nn.Module, int]`):
                 See [`~ddpo_trl.sample_gradients.SampleGradients`].
             stochastic (`Collection[int]`, *optional*):
@@ -235,9 +235,9 @@ class Policy(nn.Module):
         """
         gradients = SampleGradients(layers, len(context))
         source = DifferentiatedSampling(
-            gradients.add,
+            lambda step, log_probs: gradients.add(weights[step] * log_probs),
             generators=seeded(context),
-            record=record,
+            record=weights,
             reduction=self.settings.log_prob_reduction,
             stochastic=stochastic,
         )

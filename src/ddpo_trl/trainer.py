@@ -262,11 +262,12 @@ class DDPOTrainer(Trainer):
     def _weigh_gradients(self) -> Tensor:
         """Sets the gradient of the round, as the mean over processes, and returns the loss that it belongs to."""
         rollout = self.rollout
-        weights = trained_weights(self._gradient_layers)
-        for weight, gradient in zip(weights, policy_gradient(rollout.batches, rollout.advantages), strict=True):
-            weight.grad = self.accelerator.reduce(gradient.to(weight), reduction="mean")
+        parameters = trained_weights(self._gradient_layers)
+        for parameter, gradient in zip(parameters, policy_gradient(rollout.batches, rollout.advantages), strict=True):
+            parameter.grad = self.accelerator.reduce(gradient.to(parameter), reduction="mean")
         log_probs = rollout.log_probs
-        objective = self._objective(log_probs, log_probs, rollout.advantages[:, None].expand_as(log_probs))
+        weights = log_probs.new_tensor(list(self.plan.weights(rollout.round, self.args.seed).values()))  # of the steps
+        objective = self._objective(log_probs, log_probs, rollout.advantages[:, None] * weights)
         for name, value in objective.metrics.items():
             self._metrics[name].append(value)
         return objective.loss
@@ -300,7 +301,7 @@ class DDPOTrainer(Trainer):
         # Before any update π_θ is π_old. Taking it from this very pass keeps the ratio at 1 where other kernels or
         # half precision would move it.
         old_log_probs = log_probs.detach() if batch.on_policy else batch.log_probs
-        objective = self._objective(log_probs, old_log_probs, batch.advantages)
+        objective = self._objective(log_probs, old_log_probs, batch.advantages * self.plan.weight(batch.step))
         loss, metrics = objective.loss, dict(objective.metrics)
         if kl is not None:
             loss = loss + self.args.kl_coef * kl.mean()

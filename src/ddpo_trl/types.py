@@ -97,8 +97,8 @@ class Gradients:
         log_probs (`torch.Tensor` of shape `(B, T)`):
             log π_θ of the T trained steps of each sample.
         weights (`list[torch.Tensor]`):
-            For each trained parameter a tensor of shape `(B, *parameter.shape)`, float32: the gradient of the sum of
-            a sample's log-probabilities. It is emptied when the gradients have been used.
+            For each trained parameter a tensor of shape `(B, *parameter.shape)`, float32: the gradient of the weighted
+            sum of a sample's log-probabilities. It is emptied when the gradients have been used.
     """
 
     log_probs: Tensor

@@ -259,7 +259,7 @@ def one_pass_is_exact(case: Case) -> None:
     policy = make_policy(case)
     batch = policy.sample(context(policy, case), record=range(STEPS))
     layers = layers_of_samples(policy, batch.context, min(batch.steps))
-    taken = policy.sample_with_gradients(batch.context, sorted(batch.steps), layers)
+    taken = policy.sample_with_gradients(batch.context, dict.fromkeys(sorted(batch.steps), 1.0), layers)
     assert torch.equal(taken.images, batch.images)
     advantages = torch.tensor([1.0, -2.0])
     for index, step in batch.steps.items():

@@ -118,8 +118,9 @@ class DifferentiatedSampling(Sampling):
     Grad mode is on while the network runs for such a step, and off otherwise.
 
     Args:
-        on_log_probs (`Callable[[torch.Tensor], None]`):
-            Called within each recorded step with its log-probabilities, `(B,)`. The graph is let go of afterwards.
+        on_log_probs (`Callable[[int, torch.Tensor], None]`):
+            Called within each recorded step with its index and its log-probabilities, `(B,)`. The graph is let go of
+            afterwards.
         **kwargs:
             Those of [`Sampling`].
 
@@ -128,7 +129,7 @@ class DifferentiatedSampling(Sampling):
             Those of the recorded steps that were run, by step index: `(B,)` each, without graph.
     """
 
-    def __init__(self, on_log_probs: Callable[[Tensor], None], **kwargs: Any):
+    def __init__(self, on_log_probs: Callable[[int, Tensor], None], **kwargs: Any):
         super().__init__(**kwargs)
         self.on_log_probs = on_log_probs
         self.log_probs: dict[int, Tensor] = {}
@@ -146,7 +147,7 @@ class DifferentiatedSampling(Sampling):
                     f"No gradient reaches the trained network at step {index}: the pipeline runs another one there. "
                     "Leave such steps out with train_timestep_range."
                 )
-            self.on_log_probs(log_probs)
+            self.on_log_probs(index, log_probs)
             self.log_probs[index] = log_probs.detach()
         torch.set_grad_enabled(index + 1 in self.record)
         return action
