@@ -1,0 +1,524 @@
+"""
+What the demo learns, for docs/results.md: `make results`.
+
+27 runs of `ddpo-trl demo`: three rewards, both estimators and a control with shuffled rewards, three seeds each, two
+hours on two cores. Runs are kept in outputs/results: one that is finished is not made again, so the command goes on
+where it was stopped. Figures and curves go to benchmarks/results-DATE.json, and from there to the page and its
+pictures; DATE is the day on which the last run ended. `--draw` makes no run, and draws the seeds that are finished.
+"""
+
+import argparse
+import csv
+import datetime
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import mean, median
+from typing import Any, NamedTuple
+
+from matplotlib.figure import Figure
+from PIL import Image
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from ddpo_trl.cli.demo import parse_arguments
+from ddpo_trl.demo import TASKS
+from ddpo_trl.plots import ImageRow, save_comparison
+from ddpo_trl.record import ENVIRONMENT_NAME, METRICS_NAME, SAMPLES_FOLDER, fixed_images, round_folder
+
+
+ROOT = Path(__file__).parents[1]
+KEPT = ROOT / "outputs" / "results"
+FIGURES = ROOT / "benchmarks"
+PICTURES = ROOT / "docs" / "images"
+PAGE = ROOT / "docs" / "results.md"
+
+# A round has 256 images. The demo's early end, at a gain of 18 %, is out of reach: all runs cost the same queries.
+COMMON = [
+    *("--bf16", "true", "--use_cpu", "true", "--num_sample_batches", "16", "--num_train_epochs", "6"),
+    *("--stop_at_gain", "9"),
+]
+SEEDS = (0, 1, 2)
+
+# One update in place of four is four times as large. The control takes the same steps as the score function.
+LEARNING_RATES = {"is": 1e-3, "sf": 4e-3, "shuffled": 4e-3}
+FLAGS = {
+    "is": ["--loss_type", "is"],
+    "sf": ["--loss_type", "sf"],
+    "shuffled": ["--loss_type", "sf", "--shuffle_rewards", "true"],
+}
+NAMES = {"is": "IS", "sf": "SF", "shuffled": "SF, rewards shuffled"}
+COLOURS = {"is": "#1f6feb", "sf": "#1a7f37", "shuffled": "#6e7781"}
+
+# Relative to these. Without guidance, as in the demo, images move farther at the same rate.
+SMALLER_STEPS = {"emoji_alignment": 0.5}
+TITLES = {
+    "jpeg_compressibility": "Compressibility",
+    "jpeg_incompressibility": "Incompressibility",
+    "emoji_alignment": "Alignment",
+}
+
+# Of the fixed prompts whose images a run keeps: two pictures of four columns, which a phone can show.
+SHOWN = (slice(0, 4), slice(4, 8))
+
+
+# ---- The runs ----
+
+
+class Run(NamedTuple):
+    """One run of the demo."""
+
+    task: str
+    kind: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.task}-{self.kind}-{self.seed}"
+
+    @property
+    def folder(self) -> Path:
+        return KEPT / self.name
+
+    @property
+    def finished(self) -> bool:
+        return (self.folder / "summary.json").is_file()
+
+    @property
+    def learning_rate(self) -> float:
+        return LEARNING_RATES[self.kind] * SMALLER_STEPS.get(self.task, 1.0)
+
+    @property
+    def own_flags(self) -> list[str]:
+        """What differs between kinds."""
+        return [*FLAGS[self.kind], "--learning_rate", f"{self.learning_rate:g}"]
+
+    @property
+    def flags(self) -> list[str]:
+        """All flags of `ddpo-trl demo`."""
+        which = ["--reward", self.task, "--seed", str(self.seed), "--output_dir", os.path.relpath(self.folder, ROOT)]
+        return [*COMMON, *self.own_flags, *which]
+
+
+# Seed by seed: a seed is a complete comparison.
+RUNS = [Run(task, kind, seed) for seed in SEEDS for task in TITLES for kind in FLAGS]
+
+
+def command(run: Run) -> list[str]:
+    return [sys.executable, "-m", "ddpo_trl.cli", "demo", *run.flags]
+
+
+def make(run: Run) -> None:
+    """
+    Makes a run, in one thread: two runs side by side are sooner done than one after the other with two threads each.
+
+    Raises:
+        `RuntimeError`: Names the run and has the end of what it printed.
+    """
+    environment = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "TRANSFORMERS_VERBOSITY": "error"}
+    log = KEPT / f"{run.name}.log"
+    with log.open("w") as output:
+        done = subprocess.run(
+            command(run), cwd=ROOT, env=os.environ | environment, stdout=output, stderr=subprocess.STDOUT
+        )
+    if done.returncode:
+        raise RuntimeError(f"{run.name} failed, see {log}:\n{log.read_text()[-2000:]}")
+
+
+def make_all(runs: Sequence[Run]) -> None:
+    """Makes the runs that are not finished, as many at once as there are cores. After a failure none is begun."""
+    KEPT.mkdir(parents=True, exist_ok=True)
+    missing = [run for run in runs if not run.finished]
+    columns = (TextColumn("runs"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns) as progress, ThreadPoolExecutor(os.cpu_count()) as executor:
+        bar = progress.add_task("runs", total=len(runs), completed=len(runs) - len(missing))
+        futures = {executor.submit(make, run): run for run in missing}
+        for future in as_completed(futures):
+            if future.exception() is not None:
+                executor.shutdown(wait=False, cancel_futures=True)
+            future.result()
+            progress.console.print(f"{futures[future].name} is finished")
+            progress.advance(bar)
+
+
+# ---- What they found ----
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """
+    The figures of a run.
+
+    Args:
+        task (`str`):
+            The reward.
+        kind (`str`):
+            A key of `FLAGS`.
+        seed (`int`):
+            Of the run.
+        queries (`list[int]` of length `R`):
+            Reward queries at the end of each round.
+        reward (`list[float]` of length `R`):
+            Mean of each round's images, which were sampled before its update.
+        before (`float`):
+            Evaluation reward before training.
+        after (`float`):
+            Evaluation reward after training.
+        gain (`float`):
+            Mean of the paired differences of the evaluation images.
+        gain_stderr (`float`):
+            Its standard error.
+        recognised_before (`float`):
+            Share of the evaluation images, in [0, 1], that are nearest to their own subject.
+        recognised_after (`float`):
+            The same after training.
+        recognised_gain_stderr (`float`):
+            Standard error of the difference.
+        seconds (`float`):
+            Of training, per 1000 reward queries.
+    """
+
+    task: str
+    kind: str
+    seed: int
+    queries: list[int]
+    reward: list[float]
+    before: float
+    after: float
+    gain: float
+    gain_stderr: float
+    recognised_before: float
+    recognised_after: float
+    recognised_gain_stderr: float
+    seconds: float
+
+    @property
+    def gain_in_stderr(self) -> float:
+        return in_stderr(self.gain, self.gain_stderr)
+
+    @property
+    def recognised_gain(self) -> float:
+        return self.recognised_after - self.recognised_before
+
+    @property
+    def recognised_gain_in_stderr(self) -> float:
+        return in_stderr(self.recognised_gain, self.recognised_gain_stderr)
+
+
+def in_stderr(gain: float, stderr: float) -> float:
+    """A gain in its standard errors; 0 where no image differs, and the standard error is 0 too."""
+    return gain / stderr if gain else 0.0
+
+
+def read(run: Run) -> Result:
+    """
+    The figures of a finished run.
+
+    Raises:
+        `ValueError`: If the run was made with other flags.
+    """
+    summary = json.loads((run.folder / "summary.json").read_text())
+    config = parse_arguments(run.flags)[1].to_dict()
+    names = {flag.removeprefix("--") for flag in run.flags if flag.startswith("--")} & config.keys() - {"output_dir"}
+    others = [f"{name}={summary['config'][name]}" for name in sorted(names) if summary["config"][name] != config[name]]
+    if others:
+        raise ValueError(f"{run.folder} is of a run with other flags: {', '.join(others)}. Remove it.")
+    with (run.folder / METRICS_NAME).open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    return Result(
+        task=run.task,
+        kind=run.kind,
+        seed=run.seed,
+        queries=[round(float(row["episode"])) for row in rows],
+        reward=[digits(float(row["reward"])) for row in rows],
+        before=digits(summary["eval_reward_before"]),
+        after=digits(summary["eval_reward_after"]),
+        gain=digits(summary["eval_reward_gain"]),
+        gain_stderr=digits(summary["eval_reward_gain_stderr"]),
+        recognised_before=digits(summary["recognised_before"]),
+        recognised_after=digits(summary["recognised_after"]),
+        recognised_gain_stderr=digits(summary["recognised_gain_stderr"]),
+        seconds=digits(1000 * summary["seconds"]["total"] / summary["reward_queries"]),
+    )
+
+
+def digits(value: float) -> float:
+    """As many as anybody reads."""
+    return float(f"{value:.6g}")
+
+
+def collect(runs: Sequence[Run]) -> dict[str, Any]:
+    """All that the page says and the curves show, for a JSON file; `results` has an entry for each run."""
+    ends = [(run.folder / "summary.json").stat().st_mtime for run in runs]
+    return {
+        "date": datetime.date.fromtimestamp(max(ends)).isoformat(),
+        "machine": same([json.loads((run.folder / ENVIRONMENT_NAME).read_text()) for run in runs]),
+        "results": [asdict(read(run)) for run in runs],
+    }
+
+
+def same(environments: Sequence[dict[str, str]]) -> dict[str, str]:
+    """By name what all runs had, or else all that there were."""
+    return {name: ", ".join(sorted({environment[name] for environment in environments})) for name in environments[0]}
+
+
+def complete_seeds(runs: Iterable[Run]) -> list[Run]:
+    """The runs of the seeds that have all of theirs finished."""
+    unfinished = {run.seed for run in runs if not run.finished}
+    return [run for run in runs if run.seed not in unfinished]
+
+
+def band(curves: Sequence[Sequence[float]]) -> list[tuple[float, float, float]]:
+    """Lowest, mean and highest of each round: `(R, 3)`, of curves `(S, R)`, one for each seed."""
+    return [(min(rewards), mean(rewards), max(rewards)) for rewards in zip(*curves, strict=True)]
+
+
+# ---- Pictures ----
+
+
+def draw_curves(results: Sequence[Result], unit: str, path: Path) -> None:
+    """Mean reward of each round against reward queries, large enough to be read on a phone."""
+    figure = Figure(figsize=(4.6, 3.6), layout="constrained")
+    axes = figure.add_subplot()
+    for kind, seeds in by_kind(results).items():
+        queries = seeds[0].queries
+        lowest, middle, highest = zip(*band([result.reward for result in seeds]), strict=True)
+        axes.fill_between(queries, lowest, highest, color=COLOURS[kind], alpha=0.18, linewidth=0)
+        axes.plot(queries, middle, marker="o", markersize=3.5, color=COLOURS[kind], label=NAMES[kind])
+    axes.set_xticks(queries)
+    axes.set_xlabel("reward queries (images scored)")
+    axes.set_ylabel(f"reward of a round, {unit}")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
+    figure.legend(frameon=False, fontsize=9, loc="outside lower center", ncols=3)
+    figure.savefig(path, dpi=150)
+
+
+def by_kind(results: Sequence[Result]) -> dict[str, list[Result]]:
+    """The results of each kind, by seed."""
+    return {kind: [result for result in results if result.kind == kind] for kind in FLAGS}
+
+
+def draw_images(task: str, seed: int) -> None:
+    """Before, after IS and after SF: the same prompts and seeds, in pictures of a few columns each."""
+    folders = {"before": round_folder(Run(task, "is", seed).folder, 0)}
+    for kind in ("is", "sf"):
+        samples = Run(task, kind, seed).folder / SAMPLES_FOLDER
+        folders[f"after {NAMES[kind]}"] = max(path for path in samples.glob("round-*") if path.is_dir())
+    entries = {title: dict(fixed_images(folder)) for title, folder in folders.items()}
+    shared = [of for of in entries["before"] if all(of in row for row in entries.values())]
+    for index, part in enumerate(SHOWN):
+        rows = [
+            ImageRow(
+                title=title,
+                images=[Image.open(folders[title] / row[of]["file"]) for of in shared[part]],
+                rewards=[row[of]["reward"] for of in shared[part]],
+            )
+            for title, row in entries.items()
+        ]
+        save_comparison(rows, [prompt for prompt, _ in shared[part]], PICTURES / images_name(task, index))
+
+
+def curves_name(task: str) -> str:
+    return f"results-{task}.png"
+
+
+def images_name(task: str, index: int) -> str:
+    return f"results-{task}-images-{index + 1}.png"
+
+
+# ---- The page ----
+
+PAGE_TEXT = """\
+# Results
+
+Written by `make results` from {runs} runs of the demo, the last of {date}. Their figures and curves are in
+`benchmarks/{file}`.
+
+## What was run
+
+Three rewards on the embedded pipeline, with the seeds {seeds}. For each both estimators of the paper, importance
+sampling with clipping (IS) and the score function (SF), and a control, with the rewards of a round shuffled among its
+images. Each run is this command,
+
+```bash
+{command}
+```
+
+and what its kind adds:
+
+{kinds}
+
+With `emoji_alignment` the learning rates are half of these. One update in place of four is four times as large.
+
+- **Curves** show the mean reward of the images that a round trains on. They are sampled before its updates: the first
+  point has learned nothing, the last, at {queries} queries, from {learned}. Lines are means of the seeds, bands reach
+  from the lowest seed to the highest.
+- **Evaluation** compares the same prompts and seeds before and after training, with the pipeline's own scheduler:
+  {evaluation}. A gain's standard error is that of the mean of one run's
+  paired differences.
+- **Recognised** is the share of these images that are nearest to their own subject among all training images. No
+  reward knows of it.
+- **Images** are those of the first eight evaluation prompts, with seed {first_seed}; below each is its reward.
+
+The machine: {machine}.
+{tasks}
+## Cost
+
+Seconds of training per 1000 reward queries, the median of the seeds:
+
+{cost}
+
+The runs were made several at a time, in one thread each, on a machine that had other work too: take the ratios to IS,
+not the seconds. [Speed](speed.md) has rounds measured with nothing beside them.
+"""
+
+TASK_TEXT = """
+## {title}
+
+`{task}`, in {unit}:
+
+![Mean reward of each round against reward queries: {names}]({curves})
+
+{table}
+
+<div class="pictures" markdown>
+{images}
+</div>
+"""
+
+
+def page(figures: dict[str, Any]) -> str:
+    """The documentation page of what [`collect`] returns."""
+    results = [Result(**entry) for entry in figures["results"]]
+    seeds = sorted({result.seed for result in results})
+    queries = results[0].queries
+    tasks = {task: [result for result in results if result.task == task] for task in TITLES}
+    return PAGE_TEXT.format(
+        runs=len(results),
+        date=figures["date"],
+        file=file_name(figures),
+        seeds=", ".join(map(str, seeds)),
+        first_seed=seeds[0],
+        command=shell(["ddpo-trl", "demo", *COMMON, "--reward", "REWARD", "--seed", "SEED"]),
+        kinds="\n".join(kinds_table()),
+        queries=f"{queries[-1]:,}",
+        learned=f"{queries[-2]:,}",
+        evaluation=", ".join(f"{evaluation_images(task)} images with `{task}`" for task in TITLES),
+        machine=", ".join(f"{name} {value}" for name, value in figures["machine"].items()),
+        tasks="".join(task_section(task, some) for task, some in tasks.items()),
+        cost="\n".join(cost_table(tasks)),
+    )
+
+
+def file_name(figures: dict[str, Any]) -> str:
+    return f"results-{figures['date']}.json"
+
+
+def evaluation_images(task: str) -> int:
+    return len(TASKS[task].captions) * TASKS[task].eval_seeds
+
+
+def shell(words: Sequence[str], width: int = 100) -> str:
+    """A command in lines that end in a backslash; a flag stays beside its value."""
+    lines = [words[0]]
+    for word, following in zip(words[1:], [*words[2:], ""], strict=True):
+        needed = len(f" {word} {following}") if word.startswith("--") else len(f" {word}")
+        if len(lines[-1]) + needed > width - 2:
+            lines.append(f"  {word}")
+        else:
+            lines[-1] += f" {word}"
+    return " \\\n".join(lines)
+
+
+def kinds_table() -> list[str]:
+    lines = ["| | flags | updates a round |", "|---|---|---|"]
+    for kind in FLAGS:
+        run = Run("jpeg_compressibility", kind, 0)
+        updates, images = updates_of(run)
+        lines.append(f"| {NAMES[kind]} | `{shell(run.own_flags, 999)}` | {updates} of {images} images |")
+    return lines
+
+
+def updates_of(run: Run) -> tuple[int, int]:
+    """Updates of a round, and images of each."""
+    config = parse_arguments(run.flags)[1]
+    updates = config.num_mini_batches * config.num_ppo_epochs
+    return updates, config.per_device_sample_batch_size * config.num_sample_batches // config.num_mini_batches
+
+
+def task_section(task: str, results: Sequence[Result]) -> str:
+    names = ", ".join(NAMES.values())
+    return TASK_TEXT.format(
+        title=TITLES[task],
+        task=task,
+        unit=TASKS[task].unit,
+        names=names,
+        curves=f"images/{curves_name(task)}",
+        table="\n".join(results_table(results)),
+        images="\n".join(
+            f"![Images before training, after IS and after SF]({f'images/{images_name(task, index)}'})"
+            for index in range(len(SHOWN))
+        ),
+    )
+
+
+def results_table(results: Sequence[Result]) -> list[str]:
+    """Means over the seeds, and what each seed has, in the order of the seeds."""
+    lines = [
+        "| | evaluation reward | gain, lowest to highest seed | each seed's, in standard errors | recognised "
+        "| each seed's change, in standard errors |",
+        "|---|---|---|---|---|---|",
+    ]
+    for kind, seeds in by_kind(results).items():
+        gains = [result.gain for result in seeds]
+        before, after = mean(result.before for result in seeds), mean(result.after for result in seeds)
+        known = [result.recognised_before for result in seeds], [result.recognised_after for result in seeds]
+        cells = [
+            NAMES[kind],
+            f"{before:.3f} → {after:.3f}",
+            f"{mean(gains):+.3f} ({min(gains):+.3f} to {max(gains):+.3f})",
+            ", ".join(f"{result.gain_in_stderr:+.1f}" for result in seeds),
+            f"{mean(known[0]):.0%} → {mean(known[1]):.0%}".replace("%", " %"),
+            ", ".join(f"{result.recognised_gain_in_stderr:+.1f}" for result in seeds),
+        ]
+        lines.append(f"| {' | '.join(cells)} |".replace("-", "−"))
+    return lines
+
+
+def cost_table(tasks: dict[str, list[Result]]) -> list[str]:
+    lines = [f"| | {' | '.join(NAMES.values())} |", f"|---|{'---|' * len(NAMES)}"]
+    for task, results in tasks.items():
+        seconds = {kind: median(result.seconds for result in some) for kind, some in by_kind(results).items()}
+        cells = [f"{some:.0f} s, {some / seconds['is']:.2f} of IS" for some in seconds.values()]
+        lines.append(f"| `{task}` | {' | '.join(cells)} |")
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--draw", action="store_true", help="make no run, draw the seeds that are finished")
+    if not parser.parse_args().draw:
+        try:
+            make_all(RUNS)
+        except RuntimeError as error:
+            raise SystemExit(str(error)) from error
+    runs = complete_seeds(RUNS)
+    if not runs:
+        raise SystemExit(f"No seed has all its runs in {KEPT}.")
+    figures = collect(runs)
+    (FIGURES / file_name(figures)).write_text(json.dumps(figures, indent=1) + "\n")
+    results = [Result(**entry) for entry in figures["results"]]
+    for task in TITLES:
+        of_task = [result for result in results if result.task == task]
+        draw_curves(of_task, TASKS[task].unit, PICTURES / curves_name(task))
+        draw_images(task, runs[0].seed)
+    PAGE.write_text(page(figures))
+
+
+if __name__ == "__main__":
+    main()
