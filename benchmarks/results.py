@@ -358,14 +358,14 @@ With `emoji_alignment` the learning rates are half of these. One update in place
 - **Curves** show the mean reward of the images that a round trains on. They are sampled before its updates: the first
   point has learned nothing, the last, at {queries} queries, from {learned}. Lines are means of the seeds, bands reach
   from the lowest seed to the highest.
-- **Evaluation** compares the same prompts and seeds before and after training, with the pipeline's own scheduler:
-  {evaluation}. A gain's standard error is that of the mean of one run's
-  paired differences.
+- **Evaluation** compares images of the same prompts and seeds before and after training, made with the pipeline's own
+  scheduler. A gain's standard error is that of the mean of one run's paired differences.
 - **Recognised** is the share of these images that are nearest to their own subject among all training images. No
   reward knows of it.
 - **Images** are those of the first eight evaluation prompts, with seed {first_seed}; below each is its reward.
 
-The machine: {machine}.
+The machine: {machine[device]}, {machine[platform]}, with Python {machine[python]}, torch {machine[torch]} and
+diffusers {machine[diffusers]}.
 {tasks}
 ## Cost
 
@@ -380,14 +380,14 @@ not the seconds. [Speed](speed.md) has rounds measured with nothing beside them.
 TASK_TEXT = """
 ## {title}
 
-`{task}`, in {unit}:
+`{task}`, in {unit}, evaluated on {images} images:
 
-![Mean reward of each round against reward queries: {names}]({curves})
+![Mean reward of each round against reward queries, of IS, SF and SF with rewards shuffled]({curves})
 
 {table}
 
 <div class="pictures" markdown>
-{images}
+{pictures}
 </div>
 """
 
@@ -408,8 +408,7 @@ def page(figures: dict[str, Any]) -> str:
         kinds="\n".join(kinds_table()),
         queries=f"{queries[-1]:,}",
         learned=f"{queries[-2]:,}",
-        evaluation=", ".join(f"{evaluation_images(task)} images with `{task}`" for task in TITLES),
-        machine=", ".join(f"{name} {value}" for name, value in figures["machine"].items()),
+        machine=figures["machine"],
         tasks="".join(task_section(task, some) for task, some in tasks.items()),
         cost="\n".join(cost_table(tasks)),
     )
@@ -417,10 +416,6 @@ def page(figures: dict[str, Any]) -> str:
 
 def file_name(figures: dict[str, Any]) -> str:
     return f"results-{figures['date']}.json"
-
-
-def evaluation_images(task: str) -> int:
-    return len(TASKS[task].captions) * TASKS[task].eval_seeds
 
 
 def shell(words: Sequence[str], width: int = 100) -> str:
@@ -440,7 +435,10 @@ def kinds_table() -> list[str]:
     for kind in FLAGS:
         run = Run("jpeg_compressibility", kind, 0)
         updates, images = updates_of(run)
-        lines.append(f"| {NAMES[kind]} | `{shell(run.own_flags, 999)}` | {updates} of {images} images |")
+        flags = " ".join(
+            f"`{flag} {value}`" for flag, value in zip(run.own_flags[::2], run.own_flags[1::2], strict=True)
+        )
+        lines.append(f"| {NAMES[kind]} | {flags} | {updates} of {images} images |")
     return lines
 
 
@@ -452,15 +450,14 @@ def updates_of(run: Run) -> tuple[int, int]:
 
 
 def task_section(task: str, results: Sequence[Result]) -> str:
-    names = ", ".join(NAMES.values())
     return TASK_TEXT.format(
         title=TITLES[task],
         task=task,
         unit=TASKS[task].unit,
-        names=names,
+        images=len(TASKS[task].captions) * TASKS[task].eval_seeds,
         curves=f"images/{curves_name(task)}",
         table="\n".join(results_table(results)),
-        images="\n".join(
+        pictures="\n".join(
             f"![Images before training, after IS and after SF]({f'images/{images_name(task, index)}'})"
             for index in range(len(SHOWN))
         ),
@@ -483,7 +480,7 @@ def results_table(results: Sequence[Result]) -> list[str]:
             f"{before:.3f} → {after:.3f}",
             f"{mean(gains):+.3f} ({min(gains):+.3f} to {max(gains):+.3f})",
             ", ".join(f"{result.gain_in_stderr:+.1f}" for result in seeds),
-            f"{mean(known[0]):.0%} → {mean(known[1]):.0%}".replace("%", " %"),
+            f"{mean(known[0]):.0%} → {mean(known[1]):.0%}".replace("%", "\N{NO-BREAK SPACE}%"),
             ", ".join(f"{result.recognised_gain_in_stderr:+.1f}" for result in seeds),
         ]
         lines.append(f"| {' | '.join(cells)} |".replace("-", "−"))
@@ -495,6 +492,7 @@ def cost_table(tasks: dict[str, list[Result]]) -> list[str]:
     for task, results in tasks.items():
         seconds = {kind: median(result.seconds for result in some) for kind, some in by_kind(results).items()}
         cells = [f"{some:.0f} s, {some / seconds['is']:.2f} of IS" for some in seconds.values()]
+        cells[0] = f"{seconds['is']:.0f} s"
         lines.append(f"| `{task}` | {' | '.join(cells)} |")
     return lines
 

@@ -178,7 +178,7 @@ def of_all_kinds() -> list[Result]:
 
 def test_a_row_has_the_mean_of_the_seeds_and_what_each_of_them_has():
     rows = results.results_table(of_all_kinds())[2:]
-    assert rows == [
+    assert [row.replace("\N{NO-BREAK SPACE}", " ") for row in rows] == [
         "| IS | −2.000 → −1.400 | +0.600 (+0.500 to +0.700) | +5.0, +7.0 | 100 % → 75 % | −2.0, −2.0 |",
         "| SF | −2.000 → −1.500 | +0.500 (+0.400 to +0.600) | +4.0, +6.0 | 100 % → 75 % | −2.0, −2.0 |",
         "| SF, rewards shuffled | −2.000 → −2.000 | +0.000 (+0.000 to +0.000) | +0.0, +0.0 | 100 % → 100 % "
@@ -188,7 +188,7 @@ def test_a_row_has_the_mean_of_the_seeds_and_what_each_of_them_has():
 
 def test_costs_stand_beside_their_ratio_to_importance_sampling():
     rows = results.cost_table({"jpeg_compressibility": of_all_kinds()})[2:]
-    assert rows == ["| `jpeg_compressibility` | 450 s, 1.00 of IS | 315 s, 0.70 of IS | 360 s, 0.80 of IS |"]
+    assert rows == ["| `jpeg_compressibility` | 450 s | 315 s, 0.70 of IS | 360 s, 0.80 of IS |"]
 
 
 def test_a_long_command_is_broken_between_flags():
