@@ -8,7 +8,7 @@ READY := $(VENV)/ready
 # With two cores, spinning OpenMP threads of one process starve the other.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test learning package torture conformance docs bench results check format emoji emoji-quality emoji-alignment clean
+.PHONY: demo test learning package torture conformance docs bench scaling results check format emoji emoji-quality emoji-alignment clean
 
 demo: $(READY)  ## the main job: DDPO on the embedded pipeline, results in outputs/demo
 	TRANSFORMERS_VERBOSITY=error $(BIN)/ddpo-trl demo  # it warns of a missing torchvision, which nothing here needs
@@ -33,6 +33,9 @@ docs: $(READY)  ## the documentation as a site, into build/site; a warning is an
 
 bench: $(READY)  ## a round beside TRL 0.23.1's and beside the bare denoiser, into outputs/bench.json; 10 minutes, nothing beside
 	TRANSFORMERS_VERBOSITY=error $(BIN)/python benchmarks/bench.py
+
+scaling: $(READY)  ## how a round's cost grows with its size, into outputs/scaling.json; 6 minutes, nothing beside
+	$(BIN)/python benchmarks/scaling.py
 
 results: $(READY)  ## docs/results.md from 27 runs of the demo in outputs/results; two hours, resumable
 	TRANSFORMERS_VERBOSITY=error $(BIN)/python benchmarks/results.py

@@ -1,0 +1,503 @@
+"""
+How the cost of a round grows with its size: `python benchmarks/scaling.py`, 6 minutes with nothing beside them.
+
+Rounds of the real trainer on the embedded pipeline, in one pass and in two, from a base point along one size at a
+time: samples, denoising steps, latents, LoRA rank. Rounds of all points are interleaved and their medians given
+relative to the base point, with the smallest and the largest. A straight line is fitted to each size, and the largest
+deviation from it printed. Start-up is not counted.
+
+One process and two share the same samples, with one thread each, so that a process has the same hardware in both; so
+have two trainers that know nothing of each other, with half of the samples each, which is what the machine itself can
+do. Writes outputs/scaling.json and outputs/scaling.png; dated copies stand in benchmarks/ and docs/images.
+"""
+
+import argparse
+import contextlib
+import ctypes
+import functools
+import gc
+import io
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from bench import GUIDANCE, LEARNING_RATE, PROMPTS, ROOT, machine, resident_bytes
+
+
+PASSES = ("one pass", "two passes")
+PIXELS = 4  # a side, for each latent of the embedded pipeline
+ATTENTION = "aten::_scaled_dot_product_flash_attention_for_cpu"  # its backward pass: the same with _backward
+
+
+class Point(NamedTuple):
+    """The size of a round; `side` is that of the latents."""
+
+    samples: int = 8
+    steps: int = 4
+    side: int = 16
+    rank: int = 4
+    batch_size: int = 8
+
+
+class Axis(NamedTuple):
+    """A size that is varied, and the points by the number on the axis."""
+
+    title: str
+    points: dict[int, Point]
+
+
+class Team(NamedTuple):
+    """Processes that run a round at once, each on its share of the samples: of one trainer, or with trainers apart."""
+
+    processes: int
+    threads: int
+    together: bool = True
+
+
+BASE = Point()
+AXES = {
+    "samples": Axis("samples a round", {size: BASE._replace(samples=size) for size in (8, 16, 24, 32)}),
+    "steps": Axis("denoising steps", {size: BASE._replace(steps=size) for size in (2, 4, 8, 12)}),
+    "latents": Axis("latent positions", {side**2: BASE._replace(side=side) for side in (8, 16, 24, 32)}),
+    "rank": Axis("LoRA rank", {size: BASE._replace(rank=size) for size in (2, 4, 16, 64)}),
+}
+SHARED = BASE._replace(batch_size=4)  # by two processes
+TEAMS = {
+    "one process": Team(1, threads=1),
+    "two processes": Team(2, threads=1),
+    "two trainers apart": Team(2, threads=1, together=False),
+}
+
+
+# ---- What runs in processes of its own ----
+
+
+def make_config(point: Point, one_pass: bool, processes: int = 1) -> Any:
+    """Of one round, of which each process has its share."""
+    from ddpo_trl import DDPOConfig
+
+    return DDPOConfig(
+        output_dir=str(ROOT / "build" / "scaling"),
+        use_cpu=True,
+        num_train_epochs=1,
+        num_inference_steps=point.steps,
+        guidance_scale=GUIDANCE,
+        pipeline_kwargs={"height": PIXELS * point.side, "width": PIXELS * point.side},
+        learning_rate=LEARNING_RATE,
+        per_device_sample_batch_size=point.batch_size,
+        num_sample_batches=point.samples // point.batch_size // processes,
+        per_device_train_batch_size=point.batch_size,
+        one_pass=one_pass,
+        save_strategy="no",
+        report_to="none",
+        log_images_rounds=0,
+        disable_tqdm=True,
+    )
+
+
+@functools.cache
+def pipeline_of(rank: int, one_pass: bool) -> Any:
+    """Shared by the trainers of other sizes, not by those of the other passes: DDP leaves hooks on the weights."""
+    from ddpo_trl import load_emoji_pipeline
+    from ddpo_trl.lora import default_lora_config, put_on_adapter
+
+    pipeline = load_emoji_pipeline()
+    pipeline.set_progress_bar_config(disable=True)
+    lora = default_lora_config(pipeline.unet)
+    lora.r = lora.lora_alpha = rank
+    put_on_adapter(pipeline, lora)
+    return pipeline
+
+
+class Rounds:
+    """A trainer's rounds, as often as one is asked for."""
+
+    def __init__(self, point: Point, passes: str, processes: int):
+        from transformers import TrainerCallback
+
+        from ddpo_trl import DDPOTrainer
+        from ddpo_trl.rewards import brightness
+
+        class Stopwatch(TrainerCallback):
+            def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+                self.start = time.perf_counter()
+
+            def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+                self.seconds = time.perf_counter() - self.start
+
+        self.stopwatch = Stopwatch()
+        one_pass = passes == "one pass"
+        config, pipeline = make_config(point, one_pass, processes), pipeline_of(point.rank, one_pass)
+        self.trainer = DDPOTrainer(config, brightness, PROMPTS, pipeline, callbacks=[self.stopwatch])
+
+    def planned(self) -> float:
+        """MiB that the plan says are kept of a round on this process."""
+        return self.trainer.plan.rollout_bytes / 2**20
+
+    def seconds(self) -> float:
+        """What a round takes."""
+        self.trainer.train()
+        return self.stopwatch.seconds
+
+    def peak(self) -> float:
+        """MiB that a round adds to what is resident before it, at most. Linux."""
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)  # or the round would live on what earlier ones have left
+        before = resident_bytes()
+        Path("/proc/self/clear_refs").write_text("5")  # forgets the peak
+        self.trainer.train()
+        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        return int(status["VmHWM"].split()[0]) / 2**10 - before / 2**20
+
+    def attention(self) -> float:
+        """Share of a round's time in the products of attention: queries with keys, weights with values."""
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as profile:
+            seconds = self.seconds()
+        taken = {event.key: event.self_cpu_time_total / 1e6 for event in profile.key_averages()}
+        return (taken[ATTENTION] + taken[f"{ATTENTION}_backward"]) / seconds
+
+
+FIGURES: dict[str, Callable[[Rounds], float]] = {
+    "planned": Rounds.planned,
+    "peak": Rounds.peak,
+    "attention": Rounds.attention,
+    "seconds": Rounds.seconds,
+}
+
+
+def serve(points: Sequence[Point], processes: int) -> None:
+    """Runs in a child: a figure of a point for each line on the standard input."""
+    answers = sys.stdout
+    with contextlib.redirect_stdout(io.StringIO()):  # Trainer prints its logs
+        trainers = {(point, passes): Rounds(point, passes, processes) for point in points for passes in PASSES}
+        print("ready", file=answers, flush=True)
+        for line in sys.stdin:
+            figure, index, passes = json.loads(line)
+            print(FIGURES[figure](trainers[points[index], passes]), file=answers, flush=True)
+
+
+# ---- How they are asked ----
+
+
+class Children:
+    """The processes of a team, with a trainer for each point and number of passes."""
+
+    def __init__(self, team: Team, points: Sequence[Point]):
+        self.points = list(points)
+        apart = 1 if team.together else team.processes
+        own = [point._replace(samples=point.samples // apart) for point in self.points]
+        sizes = ["--points", json.dumps(own), "--processes", str(team.processes // apart)]
+        self.processes = [
+            subprocess.Popen(
+                [sys.executable, __file__, *sizes],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                env=environment,
+            )
+            for environment in environments(team)
+        ]
+
+    def wait(self) -> None:
+        """Until they are ready."""
+        for process in self.processes:
+            self._line(process)
+
+    def figure(self, name: str, point: Point, passes: str) -> float:
+        """That of the process where it is largest. All begin at once."""
+        for process in self.processes:
+            assert process.stdin is not None
+            process.stdin.write(json.dumps([name, self.points.index(point), passes]) + "\n")
+            process.stdin.flush()
+        return max(float(self._line(process)) for process in self.processes)
+
+    def end(self) -> None:
+        for process in self.processes:
+            process.communicate()
+
+    def _line(self, process: subprocess.Popen[str]) -> str:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        if not line:
+            raise RuntimeError("a process has ended; its error stands above")
+        return line
+
+
+def environments(team: Team) -> list[dict[str, str]]:
+    """Those of its processes. What `accelerate launch` sets makes them one, by gloo on the CPU."""
+    common = {
+        **os.environ,
+        "OMP_NUM_THREADS": str(team.threads),
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
+        "KINETO_LOG_LEVEL": "99",  # the profiler tells of each start and stop
+    }
+    if team.processes == 1 or not team.together:
+        return [common] * team.processes
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+    together = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(team.processes)}
+    together["ACCELERATE_USE_CPU"] = "true"
+    return [{**common, **together, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(team.processes)]
+
+
+class Subject(NamedTuple):
+    """What is measured: a point, who runs it, and whether the share of attention is of interest."""
+
+    children: Children
+    point: Point
+    attention: bool = False
+
+
+Figures = dict[str, dict[str, list[float]]]  # of a subject: by passes and name
+
+
+def measure(subjects: Sequence[Subject], repeats: int) -> list[Figures]:
+    """All figures of each subject; the first rounds measure memory, and warm up."""
+    found: list[Figures] = [{passes: {name: [] for name in FIGURES} for passes in PASSES} for _ in subjects]
+    for name in (*FIGURES, *["seconds"] * (repeats - 1)):
+        for subject, figures in zip(subjects, found, strict=True):
+            for passes in PASSES if name != "attention" or subject.attention else ():
+                figures[passes][name].append(subject.children.figure(name, subject.point, passes))
+    return found
+
+
+def run_all(axes: Sequence[str], repeats: int) -> tuple[dict[str, dict[str, Figures]], dict[str, Figures]]:
+    """Figures by axis and its numbers, and by team."""
+    points = list(dict.fromkeys(point for axis in axes for point in AXES[axis].points.values()))
+    alone = Children(Team(1, torch.get_num_threads()), points)
+    teams = {name: Children(team, [SHARED]) for name, team in TEAMS.items()}
+    for children in (alone, *teams.values()):
+        children.wait()
+    places = [(axis, str(number)) for axis in axes for number in AXES[axis].points]
+    subjects = [Subject(alone, AXES[axis].points[int(number)], axis == "latents") for axis, number in places]
+    found = measure([*subjects, *(Subject(children, SHARED) for children in teams.values())], repeats)
+    for children in (alone, *teams.values()):
+        children.end()
+    by_axis: dict[str, dict[str, Figures]] = {axis: {} for axis in axes}
+    for (axis, number), figures in zip(places, found, strict=False):
+        by_axis[axis][number] = figures
+    return by_axis, dict(zip(teams, found[len(places) :], strict=True))
+
+
+# ---- What is made of it ----
+
+
+class Line(NamedTuple):
+    """y = start + slope · x, and the largest deviation of a point from it, as a share of the point's y."""
+
+    start: float
+    slope: float
+    deviation: float
+
+
+def fit_line(xs: Sequence[float], ys: Sequence[float]) -> Line:
+    """
+    The straight line with the least squares.
+
+    Args:
+        xs, ys (`Sequence[float]` of length `N` >= 2):
+            The points; y > 0.
+    """
+    slope, start = statistics.linear_regression(xs, ys)
+    return Line(start, slope, max(abs(start + slope * x - y) / y for x, y in zip(xs, ys, strict=True)))
+
+
+def summary(figures: Figures, base: dict[str, float]) -> dict[str, dict[str, float]]:
+    """Of a point, by passes: time relative to the base point's median, MiB, and the share of attention if known."""
+    summaries: dict[str, dict[str, float]] = {}
+    for passes, values in figures.items():
+        times = [seconds / base[passes] for seconds in values["seconds"]]
+        summaries[passes] = {
+            "ratio": statistics.median(times),
+            "from": min(times),
+            "to": max(times),
+            "planned_MiB": values["planned"][0],
+            "peak_MiB": values["peak"][0],
+        }
+        if values["attention"]:
+            summaries[passes]["attention_share"] = values["attention"][0]
+    return summaries
+
+
+def base_seconds(figures: Sequence[Figures]) -> dict[str, float]:
+    """By passes, the median of all rounds of a point that was measured on several axes."""
+    return {
+        passes: statistics.median([seconds for each in figures for seconds in each[passes]["seconds"]])
+        for passes in PASSES
+    }
+
+
+def summarise(by_axis: dict[str, dict[str, Figures]], by_team: dict[str, Figures]) -> dict[str, Any]:
+    at_base = [by_axis[axis][str(x)] for axis in by_axis for x, point in AXES[axis].points.items() if point == BASE]
+    base, one_process = base_seconds(at_base), base_seconds([by_team["one process"]])
+    axes: dict[str, Any] = {}
+    for axis, by_number in by_axis.items():
+        points = {number: summary(figures, base) for number, figures in by_number.items()}
+        axes[axis] = {"title": AXES[axis].title, "points": points, "lines": lines_of(points)}
+    return {
+        "base": BASE._asdict(),
+        "axes": axes,
+        "shared": SHARED._asdict(),
+        "processes": {name: summary(figures, one_process) for name, figures in by_team.items()},
+        "figures": {"axes": by_axis, "processes": by_team},
+    }
+
+
+def lines_of(points: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """By passes; where the share of attention is known, of the rest of the time as well."""
+    numbers = [float(number) for number in points]
+    lines = {}
+    for passes in PASSES:
+        times = [summaries[passes]["ratio"] for summaries in points.values()]
+        shares = [summaries[passes].get("attention_share") for summaries in points.values()]
+        lines[passes] = fit_line(numbers, times)._asdict()
+        if None not in shares:
+            rest = [time * (1 - share) for time, share in zip(times, shares, strict=True)]
+            lines[f"{passes} without attention"] = fit_line(numbers, rest)._asdict()
+    return lines
+
+
+# ---- How it is shown ----
+
+
+HEADINGS = (*PASSES, "kept, MiB: one, two", "peak, MiB: one, two")
+
+
+def show(results: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=119)
+    table = Table(title=f"a round, base point = 1: {described(results['base'])}")
+    for heading in ("", "", *HEADINGS):
+        table.add_column(heading, justify="right")
+    for axis in results["axes"].values():
+        for number, summaries in axis["points"].items():
+            table.add_row(axis["title"], number, *cells(summaries))
+        table.add_section()
+    console.print(table)
+    for axis in results["axes"].values():
+        for name, line in axis["lines"].items():
+            print(
+                f"{axis['title']:<17} {name:<29} {line['start']:.3f} + {line['slope']:.5f} x, off by at most "
+                f"{line['deviation']:.1%}"
+            )
+        for number, summaries in axis["points"].items():
+            if shares := [
+                f"{each['attention_share']:.1%}" for each in summaries.values() if "attention_share" in each
+            ]:
+                print(f"{axis['title']:<17} {number}: attention takes {' and '.join(shares)}")
+    table = Table(title=f"the same samples, one thread a process, one process = 1: {described(results['shared'])}")
+    for heading in ("", *HEADINGS):
+        table.add_column(heading, justify="right")
+    for name, summaries in results["processes"].items():
+        table.add_row(name, *cells(summaries))
+    console.print(table)
+
+
+def described(point: dict[str, int]) -> str:
+    side = point["side"]
+    return (
+        f"{point['samples']} samples in batches of {point['batch_size']}, {point['steps']} steps, {side}x{side} "
+        f"latents, rank {point['rank']}"
+    )
+
+
+def cells(summaries: dict[str, dict[str, float]]) -> list[str]:
+    of_passes = [summaries[passes] for passes in PASSES]
+    return [
+        *(f"{each['ratio']:.2f} ({each['from']:.2f}-{each['to']:.2f})" for each in of_passes),
+        " ".join(f"{each['planned_MiB']:9.3g}" for each in of_passes),
+        " ".join(f"{each['peak_MiB']:9.0f}" for each in of_passes),
+    ]
+
+
+COLOURS = {"one pass": "#1a7f37", "two passes": "#1f6feb"}
+
+
+def draw(results: dict[str, Any], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    from ddpo_trl.plots import save
+
+    figure = Figure(figsize=(6.4, 8), layout="constrained")
+    panels = figure.subplots(3, 2).flat
+    for axes, axis in zip(panels, results["axes"].values(), strict=False):
+        draw_axis(axes, axis)
+    draw_processes(panels[4], results["processes"])
+    panels[5].set_axis_off()
+    handles, labels = panels[0].get_legend_handles_labels()
+    more = panels[4].get_legend_handles_labels()
+    panels[5].legend([*handles, *more[0]], [*labels, *more[1]], frameon=False, loc="center", fontsize=11)
+    for axes in panels[:5]:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25)
+        axes.set_ylim(bottom=0)
+        axes.tick_params(labelsize=10)
+    figure.supylabel("time of a round, relative", fontsize=12)
+    save(figure, path)
+
+
+def draw_axis(axes: Any, axis: dict[str, Any]) -> None:
+    numbers = [int(number) for number in axis["points"]]
+    for passes, colour in COLOURS.items():
+        each = [summaries[passes] for summaries in axis["points"].values()]
+        times = [point["ratio"] for point in each]
+        errors = [[p["ratio"] - p["from"] for p in each], [p["to"] - p["ratio"] for p in each]]
+        axes.errorbar(numbers, times, errors, fmt="o", ms=5, capsize=3, color=colour, label=passes)
+        line = axis["lines"][passes]
+        ends = [0, max(numbers)]
+        axes.plot(ends, [line["start"] + line["slope"] * x for x in ends], color=colour, lw=1, label=f"{passes}, line")
+    axes.set_xlabel(axis["title"], fontsize=12)
+    axes.set_xlim(left=0)
+    axes.set_xticks(numbers if numbers[1] > max(numbers) / 8 else [numbers[0], *numbers[2:]])
+
+
+def draw_processes(axes: Any, teams: dict[str, dict[str, dict[str, float]]]) -> None:
+    for shift, (passes, colour) in zip((-0.03, 0.03), COLOURS.items(), strict=True):
+        each = [teams[name][passes] for name in ("one process", "two processes")]
+        times = [team["ratio"] for team in each]
+        errors = [[t["ratio"] - t["from"] for t in each], [t["to"] - t["ratio"] for t in each]]
+        axes.errorbar([1 + shift, 2 + shift], times, errors, fmt="o", ms=5, capsize=3, color=colour)
+        apart = teams["two trainers apart"][passes]["ratio"]
+        axes.plot(2 + shift, apart, "x", markersize=8, color=colour, label=f"{passes}, two trainers apart")
+    axes.plot([1, 2], [1, 0.5], color="#6e7781", lw=1, ls="--", label="half the time")
+    axes.set_xlabel("processes, one thread each", fontsize=12)
+    axes.set_xticks([1, 2])
+    axes.set_xlim(0.8, 2.2)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--axes", nargs="+", choices=list(AXES), default=list(AXES))
+    parser.add_argument("--repeats", type=int, default=3, help="rounds of each point that are timed")
+    parser.add_argument("--output", type=Path, default=ROOT / "outputs" / "scaling.json")
+    parser.add_argument("--shown", type=Path, help="measures nothing, shows and draws an earlier output")
+    parser.add_argument("--points", type=json.loads, help=argparse.SUPPRESS)
+    parser.add_argument("--processes", type=int, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.points:
+        return serve([Point(*sizes) for sizes in arguments.points], arguments.processes)
+    if arguments.shown:
+        results = json.loads(arguments.shown.read_text())
+    else:
+        results = {"machine": machine(), **summarise(*run_all(arguments.axes, arguments.repeats))}
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        arguments.output.write_text(json.dumps(results, indent=2) + "\n")
+    show(results)
+    draw(results, arguments.output.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()
