@@ -2,16 +2,18 @@
 Rounds of ours and of TRL 0.23.1's DDPOTrainer side by side, and the floor under both: `make bench`.
 
 Each side has a process of its own and waits for its turn: rounds are interleaved, so that what else the machine does
-hits all alike. All train a LoRA adapter of rank 4 on the same pipeline: the same number of images, denoising steps and
-samples a micro-batch, guidance in sampling and training, one update a round, float32, the same libraries and threads.
-TRL 0.23.1, the last with this trainer, is fetched by pip. The floor is the denoiser alone: as many bare forward passes
-as sampling takes, as many forward and backward passes as training takes. Before that, both take the gradient of the
-same trajectories. Writes outputs/bench.json; a dated copy stands in benchmarks/.
+hits all alike, and ratios are those of neighbouring rounds. All train a LoRA adapter of rank 4 on the same pipeline:
+the same number of images, denoising steps and samples a micro-batch, guidance in sampling and training, one update a
+round, float32, the same torch and threads. TRL 0.23.1, the last with this trainer, gets a virtual environment of its
+own, with the transformers 4 and diffusers of its time. The floor is the denoiser alone: as many bare forward passes as
+sampling takes, as many forward and backward passes as training takes. Before that, both take the gradient of the same
+trajectories. Writes outputs/bench.json; a dated copy stands in benchmarks/.
 """
 
 import argparse
 import contextlib
 import datetime
+import importlib.metadata
 import io
 import json
 import os
@@ -30,8 +32,10 @@ from torch import Tensor
 
 
 ROOT = Path(__file__).parents[1]
-TRL = "trl==0.23.1"
-TRL_DIRECTORY = ROOT / "build" / TRL
+EMOJI = ROOT / "src" / "ddpo_trl" / "assets" / "emoji"  # TRL's environment has no ddpo_trl to ask
+TRL_ENVIRONMENT = ROOT / "build" / "trl-0.23.1"
+TRL_PYTHON = TRL_ENVIRONMENT / "bin" / "python"
+TRL_PACKAGES = ["trl==0.23.1", "transformers<5", "diffusers", "peft"]
 PROMPTS = ["cat face", "pizza", "tulip", "octopus"]
 GUIDANCE, LEARNING_RATE = 2.5, 1e-4
 
@@ -55,22 +59,20 @@ CASES = {
 
 
 def pipeline_folder(case: str) -> Path:
-    from ddpo_trl.emoji import EMOJI_PATH
-
-    if case == "emoji":
-        return EMOJI_PATH
+    """Where the pipeline is, saved anew: transformers 5 names weights as 4 does, and the embedded files don't."""
     folder = ROOT / "build" / "bench" / case
     if not folder.is_dir():
-        random_stable_diffusion(EMOJI_PATH).save_pretrained(folder)
+        pipeline = random_stable_diffusion() if case == "random" else load_from(EMOJI)
+        pipeline.save_pretrained(folder)
     return folder
 
 
-def random_stable_diffusion(emoji: Path) -> Any:
+def random_stable_diffusion() -> Any:
     """Of Stable Diffusion 1.5's shape, narrower; tokenizer and text encoder are the embedded pipeline's."""
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 
     torch.manual_seed(0)
-    parts = StableDiffusionPipeline.from_pretrained(emoji)
+    parts = load_from(EMOJI)
     unet = UNet2DConditionModel(
         sample_size=32,
         block_out_channels=(64, 96, 136, 136),
@@ -106,11 +108,15 @@ def random_stable_diffusion(emoji: Path) -> Any:
 
 
 def load(case: str) -> Any:
-    from diffusers import StableDiffusionPipeline
-
-    pipeline = StableDiffusionPipeline.from_pretrained(pipeline_folder(case))
+    pipeline = load_from(pipeline_folder(case))
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def load_from(folder: Path) -> Any:
+    from diffusers import StableDiffusionPipeline
+
+    return StableDiffusionPipeline.from_pretrained(folder)
 
 
 def brightness(images: Tensor, prompts: tuple[str, ...], metadata: tuple[Any, ...]) -> tuple[Tensor, dict[str, Any]]:
@@ -167,7 +173,6 @@ def their_trainer(case: str, learning_rate: float = LEARNING_RATE, max_grad_norm
     from accelerate import PartialState
 
     PartialState(cpu=True)  # TRL 0.23.1's pipeline can't be made without
-    sys.path.insert(0, str(TRL_DIRECTORY))
     from trl import DDPOConfig, DDPOTrainer, DefaultDDPOStableDiffusionPipeline
 
     sizes = CASES[case]
@@ -247,6 +252,11 @@ RUNS: dict[str, Callable[[str, int, Callable[[dict[str, float] | None], None]], 
 }
 
 
+def python_of(run: str) -> str:
+    """The interpreter of a side's environment."""
+    return str(TRL_PYTHON) if run == "TRL 0.23.1" else sys.executable
+
+
 def resident_bytes() -> int:
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
@@ -274,7 +284,7 @@ class Child:
     """A process that runs the rounds of one side."""
 
     def __init__(self, case: str, run: str, rounds: int):
-        command = [sys.executable, __file__, "--case", case, "--run", run, "--rounds", str(rounds)]
+        command = [python_of(run), __file__, "--case", case, "--run", run, "--rounds", str(rounds)]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
@@ -307,6 +317,7 @@ class TheirRound(NamedTuple):
 
 
 def their_round(case: str) -> TheirRound:
+    torch.manual_seed(0)
     trainer = their_trainer(case, learning_rate=0.0, max_grad_norm=1e9)
     trainer.prompt_fn = lambda: (PROMPTS[0], {})  # samples are shuffled before training
     weights = {name: p for name, p in trainer.sd_pipeline.unet.named_parameters() if p.requires_grad}
@@ -329,14 +340,17 @@ def their_round(case: str) -> TheirRound:
     trainer._train_batched_samples = keep_samples
     trainer.optimizer.optimizer.step = keep_gradient
     trainer.step(0, 0)
-    return TheirRound(dict(weights), gradients, trainer.sd_pipeline.scheduler.timesteps.tolist(), batches)
+    detached = {name: weight.detach() for name, weight in weights.items()}
+    return TheirRound(detached, gradients, trainer.sd_pipeline.scheduler.timesteps.tolist(), batches)
 
 
 def gradient_difference(case: str) -> float:
     """Relative L2 distance of TRL's gradient from ours, on TRL's trajectories and with its weights."""
-    torch.manual_seed(0)
+    kept = ROOT / "build" / "bench" / f"{case}.pt"
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    subprocess.run([str(TRL_PYTHON), __file__, "--case", case, "--keep_round", str(kept)], check=True)
+    theirs = TheirRound(**torch.load(kept, weights_only=True))
     with contextlib.redirect_stdout(io.StringIO()):
-        theirs = their_round(case)
         ours = our_trainer(case, one_pass=False, rounds=1)
     parameters = dict(ours.pipeline.unet.named_parameters())
     with torch.no_grad():
@@ -360,18 +374,26 @@ def gradient_difference(case: str) -> float:
 # ---- The table ----
 
 
-def fetch_trl(directory: Path = TRL_DIRECTORY) -> None:
-    if not directory.is_dir():
-        pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(directory), TRL]
-        subprocess.run(pip, check=True)
+def fetch_trl() -> None:
+    """Makes TRL's environment, with the torch that we run on."""
+    done = TRL_ENVIRONMENT / "ready"
+    if done.exists():
+        return
+    subprocess.run([sys.executable, "-m", "venv", str(TRL_ENVIRONMENT)], check=True)
+    torch_version = importlib.metadata.version("torch").split("+")[0]  # alone: only so is its CPU build taken
+    for packages in ([f"torch=={torch_version}"], TRL_PACKAGES):
+        subprocess.run([str(TRL_PYTHON), "-m", "pip", "install", "-q", *packages], check=True)
+    done.touch()
 
 
 def measure(case: str, repeats: int) -> dict[str, dict[str, list[float]]]:
     """Figures of all rounds but the first, by side and name."""
+    pipeline_folder(case)  # made here, and only once
     children = {run: Child(case, run, repeats + 1) for run in RUNS}
     figures: dict[str, dict[str, list[float]]] = {run: {} for run in RUNS}
     for repeat in range(repeats + 1):
-        for run, child in children.items():
+        turns = list(children.items())
+        for run, child in turns if repeat % 2 else reversed(turns):
             answer = child.round()
             for name, value in answer.items() if repeat else ():
                 figures[run].setdefault(name, []).append(value)
@@ -380,19 +402,23 @@ def measure(case: str, repeats: int) -> dict[str, dict[str, list[float]]]:
     return figures
 
 
-def summary(figures: dict[str, dict[str, list[float]]]) -> dict[str, float]:
-    def median(run: str, what: str = "round") -> float:
-        return statistics.median(figures[run][what])
+def ratios(figures: dict[str, dict[str, list[float]]]) -> dict[str, list[float]]:
+    """Each ratio once for each repeat, of rounds that ran one after the other; those of memory once."""
+    rounds = {run: values["round"] for run, values in figures.items()}
+    peaks = {run: max(values["MiB"]) for run, values in figures.items()}
 
-    one_pass_floor = median("floor", "training")
+    def of(one: list[float], other: list[float]) -> list[float]:
+        return [value / base for value, base in zip(one, other, strict=True)]
+
     return {
-        "round_speedup_vs_trl": median("TRL 0.23.1") / median("two passes"),
-        "one_pass_speedup": median("two passes") / median("one pass"),
-        "one_pass_speedup_vs_trl": median("TRL 0.23.1") / median("one pass"),
-        "overhead_over_floor": median("two passes") / median("floor"),
-        "one_pass_overhead_over_floor": median("one pass") / one_pass_floor,
-        "memory_vs_trl": max(figures["two passes"]["MiB"]) / max(figures["TRL 0.23.1"]["MiB"]),
-        "one_pass_memory_vs_trl": max(figures["one pass"]["MiB"]) / max(figures["TRL 0.23.1"]["MiB"]),
+        "round_speedup_vs_trl": of(rounds["TRL 0.23.1"], rounds["two passes"]),
+        "one_pass_speedup": of(rounds["two passes"], rounds["one pass"]),
+        "one_pass_speedup_vs_trl": of(rounds["TRL 0.23.1"], rounds["one pass"]),
+        "overhead_over_floor": of(rounds["two passes"], rounds["floor"]),
+        # One pass needs one forward and one backward pass a step: what training alone takes.
+        "one_pass_overhead_over_floor": of(rounds["one pass"], figures["floor"]["training"]),
+        "memory_vs_trl": [peaks["two passes"] / peaks["TRL 0.23.1"]],
+        "one_pass_memory_vs_trl": [peaks["one pass"] / peaks["TRL 0.23.1"]],
     }
 
 
@@ -431,6 +457,13 @@ def machine() -> dict[str, str]:
     }
 
 
+def trl_environment() -> str:
+    """What its pip says is there, of what matters."""
+    freeze = [str(TRL_PYTHON), "-m", "pip", "freeze"]
+    listed = subprocess.run(freeze, capture_output=True, text=True, check=True).stdout.split()
+    return " ".join(line for line in listed if line.split("==")[0] in ("torch", "transformers", "diffusers", "peft"))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
@@ -440,28 +473,39 @@ def main() -> None:
     parser.add_argument("--run", choices=list(RUNS), help=argparse.SUPPRESS)
     parser.add_argument("--rounds", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--gradient", choices=list(CASES), help=argparse.SUPPRESS)
+    parser.add_argument("--keep_round", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.run:
         torch.manual_seed(0)
         return serve_rounds(arguments.case, arguments.run, arguments.rounds)
+    if arguments.keep_round:
+        with contextlib.redirect_stdout(io.StringIO()):
+            return torch.save(their_round(arguments.case)._asdict(), arguments.keep_round)
     if arguments.gradient:
         return print(gradient_difference(arguments.gradient))
     fetch_trl()
-    results: dict[str, Any] = {"machine": machine(), "cases": {}}
+    results: dict[str, Any] = {"machine": {**machine(), "TRL's environment": trl_environment()}, "cases": {}}
     for case in arguments.cases:
-        command = [sys.executable, __file__, "--gradient", case]
-        child = subprocess.run(command, capture_output=True, text=True, check=True)
-        difference = float(child.stdout.split()[-1])
-        figures = measure(case, arguments.repeats)
-        show(case, figures)
-        print(f"TRL's gradient on the same trajectories differs by {difference:.1e} of its size\n")
-        ratios = {**summary(figures), "gradient_difference": difference}
-        results["cases"][case] = {**ratios, "size": CASES[case]._asdict(), "figures": figures}
-    results = {**{name: results["cases"][arguments.cases[0]][name] for name in ratios}, **results}
-    for name in ratios:
-        print(f"{name:<30} " + "  ".join(f"{case} {values[name]:.3g}" for case, values in results["cases"].items()))
+        results["cases"][case] = run_case(case, arguments.repeats)
+    first = results["cases"][arguments.cases[0]]
+    results = {**{name: value for name, value in first.items() if isinstance(value, float)}, **results}
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(json.dumps(results, indent=2) + "\n")
+
+
+def run_case(case: str, repeats: int) -> dict[str, Any]:
+    """Measures a case, shows it, and returns what is kept of it."""
+    pipeline_folder(case)
+    child = subprocess.run([sys.executable, __file__, "--gradient", case], capture_output=True, text=True, check=True)
+    figures = measure(case, repeats)
+    show(case, figures)
+    medians = {"gradient_difference": float(child.stdout.split()[-1])}
+    spreads = {}
+    print(f"TRL's gradient on the same trajectories differs by {medians['gradient_difference']:.1e} of its size")
+    for name, values in ratios(figures).items():
+        medians[name], spreads[name] = statistics.median(values), [min(values), max(values)]
+        print(f"{name:<30} {medians[name]:.3f}  ({min(values):.3f} to {max(values):.3f})")
+    return {**medians, "from_to": spreads, "size": CASES[case]._asdict(), "figures": figures}
 
 
 if __name__ == "__main__":

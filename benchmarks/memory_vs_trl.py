@@ -3,7 +3,8 @@ Peak memory of one round, beside TRL 0.23.1's DDPOTrainer on the same work: `pyt
 
 Both train a LoRA adapter of rank 4 on the embedded pipeline: the same number of images, denoising steps and samples a
 micro-batch, guidance in sampling and training, float32 on the CPU. Each run has a process of its own, whose memory
-before training (libraries and weights) is subtracted. TRL 0.23.1, the last with this trainer, is fetched by pip.
+before training (libraries and weights) is subtracted. TRL 0.23.1, the last with this trainer, has the environment that
+`make bench` makes for it.
 """
 
 import argparse
@@ -12,13 +13,11 @@ import io
 import resource
 import statistics
 import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench import PROMPTS, TRL_DIRECTORY, brightness, fetch_trl, resident_bytes
+from bench import PROMPTS, brightness, fetch_trl, pipeline_folder, python_of, resident_bytes
 
 
 STEPS, GUIDANCE, LEARNING_RATE = 10, 2.5, 1e-3
@@ -58,8 +57,6 @@ def train_theirs(batch_size: int, batches: int) -> int:
     PartialState(cpu=True)  # TRL 0.23.1's pipeline can't be made without
     from trl import DDPOConfig, DDPOTrainer, DefaultDDPOStableDiffusionPipeline
 
-    from ddpo_trl.emoji import EMOJI_PATH
-
     config = DDPOConfig(
         num_epochs=1,
         sample_num_steps=STEPS,
@@ -75,7 +72,7 @@ def train_theirs(batch_size: int, batches: int) -> int:
         accelerator_kwargs={"cpu": True},
     )
     prompts = iter(PROMPTS * batch_size * batches)
-    pipeline = DefaultDDPOStableDiffusionPipeline(str(EMOJI_PATH), use_lora=True)
+    pipeline = DefaultDDPOStableDiffusionPipeline(str(pipeline_folder("emoji")), use_lora=True)
     trainer = DDPOTrainer(config, brightness, lambda: (next(prompts), {}), pipeline)
     before = resident_bytes()
     trainer.train()
@@ -91,7 +88,7 @@ RUNS = {
 
 def growth_of(run: str, batch_size: int, batches: int) -> float:
     """Peak resident MiB of a run in a process of its own, less those before training."""
-    command = [sys.executable, __file__, "--run", run, "--batch_size", str(batch_size), "--batches", str(batches)]
+    command = [python_of(run), __file__, "--run", run, "--batch_size", str(batch_size), "--batches", str(batches)]
     child = subprocess.run(command, capture_output=True, text=True, check=False)
     if child.returncode:
         raise RuntimeError(child.stderr[-3000:])
@@ -103,18 +100,16 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--batches", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--trl", type=Path, default=TRL_DIRECTORY, help="Where TRL 0.23.1 is or goes.")
     parser.add_argument("--run", choices=list(RUNS), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.run:
-        if arguments.run == "TRL 0.23.1":
-            sys.path.insert(0, str(arguments.trl.resolve()))
         torch.manual_seed(0)
         with contextlib.redirect_stdout(io.StringIO()):
             before = RUNS[arguments.run](arguments.batch_size, arguments.batches)
         print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before) / 2**20)
         return
-    fetch_trl(arguments.trl)
+    fetch_trl()
+    pipeline_folder("emoji")  # made here, and only once
     growth: dict[str, list[float]] = {run: [] for run in RUNS}
     for _ in range(arguments.repeats):
         for run, values in growth.items():

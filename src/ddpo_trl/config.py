@@ -154,10 +154,10 @@ class DDPOConfig(TrainingArguments):
             Part of the trajectory, from noise (0) to image (1), whose transitions are trained on. The last ones have a
             tiny σ and outweigh the rest when there are few steps: `[0.0, 0.8]` leaves out the last two of ten.
         transition_weighting (`"uniform"` or `"std"`, *optional*, defaults to `"uniform"`):
-            Weight of each transition in the objective. `"std"` is its σ, divided by the mean over the steps that may be
-            trained on: where there is little to explore there is little to learn, as in
-            [TempFlow-GRPO](https://huggingface.co/papers/2508.04324). It takes from late steps the weight that a tiny σ
-            gives their gradient, and leaves none of them out.
+            Weight of each transition in the objective. `"std"` is its σ, divided by the mean over the steps that may
+            be trained on: where there is little to explore there is little to learn, as in
+            [TempFlow-GRPO](https://huggingface.co/papers/2508.04324). It takes from late steps the weight that a tiny
+            σ gives their gradient, and leaves none of them out.
 
         > Parameters that control the optimisation
 

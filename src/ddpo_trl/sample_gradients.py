@@ -148,8 +148,8 @@ def _convolution_products(layer: nn.Conv2d, inputs: Tensor, grad: Tensor) -> Ten
     """
     `(R, out, in, *kernel)`: a convolution's products, summed over positions.
 
-    One of the factors has to be laid out once for each place of the kernel. With a stride of 1 it may be either, and the
-    one with fewer channels is cheaper: of LoRA's two factors that is the rank.
+    One of the factors has to be laid out once for each place of the kernel. With a stride of 1 it may be either, and
+    the one with fewer channels is cheaper: of LoRA's first convolution that is the rank.
     """
     kernel, padding = layer.kernel_size, _padding(layer)
     margin = tuple(d * (k - 1) - p for d, k, p in zip(layer.dilation, kernel, padding, strict=True))
