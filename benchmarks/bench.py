@@ -428,7 +428,7 @@ def show(case: str, figures: dict[str, dict[str, list[float]]]) -> None:
 
     sizes = CASES[case]
     samples = sizes.batch_size * sizes.batches
-    base = statistics.median(figures["TRL 0.23.1"]["round"])
+    base = figures["TRL 0.23.1"]["round"]
     table = Table(title=f"{sizes.title}: {sizes.batches} batches of {sizes.batch_size}, {sizes.steps} steps")
     headings = ["", "sampling", "training", "round, samples/s", "spread", "round, TRL = 1", "peak MiB"]
     for heading in headings:
@@ -436,9 +436,10 @@ def show(case: str, figures: dict[str, dict[str, list[float]]]) -> None:
     for run, values in figures.items():
         rates = {what: samples / statistics.median(values[what]) for what in ("sampling", "training", "round")}
         spread = f"{samples / max(values['round']):.2f}..{samples / min(values['round']):.2f}"
-        relative = statistics.median(values["round"]) / base
+        relative = statistics.median(own / theirs for own, theirs in zip(values["round"], base, strict=True))
+        training = "-" if run == "one pass" else f"{rates['training']:.2f}"
         table.add_row(
-            run, f"{rates['sampling']:.2f}", f"{rates['training']:.2f}", f"{rates['round']:.2f}", spread,
+            run, f"{rates['sampling']:.2f}", training, f"{rates['round']:.2f}", spread,
             f"{relative:.2f}", f"{max(values['MiB']):.0f}",
         )  # fmt: skip
     Console(width=120).print(table)

@@ -1,0 +1,72 @@
+"""
+What a replayed step spends outside the denoiser: `python benchmarks/replay_overhead.py`.
+
+A step is replayed by the pipeline's own `__call__`, with all its preparations. Here that is timed twice: with the
+denoiser and its backward pass, and with one that answers at once, in turns.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+from bench import CASES, GUIDANCE, PROMPTS, load
+from ddpo_trl import DDPOConfig
+from ddpo_trl.lora import put_on_adapter
+from ddpo_trl.policy import Policy
+
+
+def seconds(run: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def measure(case: str, repeats: int) -> tuple[list[float], list[float]]:
+    """Seconds of a replayed step, forward and backward; and of one without the denoiser."""
+    sizes = CASES[case]
+    config = DDPOConfig(
+        output_dir="build/replay_overhead",
+        use_cpu=True,
+        report_to="none",
+        num_inference_steps=sizes.steps,
+        guidance_scale=GUIDANCE,
+    )
+    pipeline = load(case)
+    policy = Policy(pipeline, config, put_on_adapter(pipeline, None))
+    prompts = (PROMPTS * sizes.batch_size)[: sizes.batch_size]
+    context = policy.context(prompts, [{}] * len(prompts), list(range(len(prompts))))
+    state = policy.sample(context, record={0}, max_steps=1).steps[0]
+    denoise = policy.denoiser.forward
+
+    def replay() -> torch.Tensor:
+        return policy(0, state.latents, state.next_latents, context).log_probs
+
+    def with_denoiser() -> None:
+        policy.denoiser.forward = denoise
+        replay().mean().backward()
+
+    def without() -> None:
+        policy.denoiser.forward = lambda latents, *args, **kwargs: (latents,)
+        replay()
+
+    times = [(seconds(with_denoiser), seconds(without)) for _ in range(repeats + 1)][1:]  # the first is warm-up
+    whole, outside = zip(*times, strict=True)
+    return list(whole), list(outside)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=20)
+    arguments = parser.parse_args()
+    for case, sizes in CASES.items():
+        whole, outside = (statistics.median(values) for values in measure(case, arguments.repeats))
+        print(
+            f"{sizes.title}: {outside / whole:.1%} of a replayed step with its backward pass is outside the denoiser"
+        )
+
+
+if __name__ == "__main__":
+    main()

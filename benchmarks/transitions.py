@@ -1,0 +1,167 @@
+"""
+Which transitions to train on: reward against time, `python benchmarks/transitions.py`.
+
+The demo's task with several choices of the transitions that are trained on, three seeds each, at the same number of
+reward queries; and what a round costs with each choice, in rounds that take turns. Half an hour on two cores. Runs are
+kept in outputs/transitions: one that is finished is not made again. Figures go to benchmarks/transitions-DATE.json.
+`--cost` measures the cost only; nothing should run beside it.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from diffusers.models.attention_processor import AttnProcessor
+from rich.console import Console
+from rich.table import Table
+
+from bench import machine
+from ddpo_trl import DDPOTrainer, load_emoji_pipeline
+from ddpo_trl.cli.demo import parse_arguments
+from ddpo_trl.demo import TASKS, demo_lora_config
+from demo_runs import ROOT, make_all
+
+
+KEPT = ROOT / "outputs" / "transitions"
+TASK = "jpeg_compressibility"
+SEEDS = (0, 1, 2)
+COMMON = [
+    *("--bf16", "true", "--use_cpu", "true", "--num_sample_batches", "8", "--num_train_epochs", "4"),
+    *("--stop_at_gain", "9", "--reward", TASK),
+]
+
+
+class Choice(NamedTuple):
+    """Of the transitions to train on."""
+
+    title: str
+    flags: list[str]
+
+
+# The sampler has five steps. The demo trains on the first three.
+CHOICES = {
+    "all": Choice("all 5 steps", ["--train_timestep_range", "0", "1"]),
+    "std": Choice("all 5 steps, weighed by σ", ["--train_timestep_range", "0", "1", "--transition_weighting", "std"]),
+    "first": Choice("the first 3", []),
+    "fraction": Choice("1 of the first 3, drawn anew each time", ["--timestep_fraction", "0.34"]),
+    "window": Choice(
+        "2 of the first 3 in a row, noise in them only", ["--sde_window_size", "2", "--sde_window_strategy", "random"]
+    ),
+}
+BASE = "first"
+
+
+def folder(choice: str, seed: int) -> Path:
+    return KEPT / f"{choice}-{seed}"
+
+
+# ---- What is learned ----
+
+
+def learned(choice: str) -> dict[str, list[float]]:
+    """Figures of each seed."""
+    summaries = [json.loads((folder(choice, seed) / "summary.json").read_text()) for seed in SEEDS]
+    names = ("eval_reward_gain", "eval_reward_gain_stderr", "recognised_after")
+    return {name: [summary[name] for summary in summaries] for name in names}
+
+
+# ---- What it costs ----
+
+
+def small_trainer(flags: Sequence[str]) -> DDPOTrainer:
+    """The demo's trainer for a round of 32 images and two updates, one after the other at the same cost per image."""
+    sizes = ["--num_train_epochs", "1", "--num_sample_batches", "2", "--num_mini_batches", "2"]
+    quiet = ["--disable_tqdm", "true", "--log_images_rounds", "0", "--output_dir", str(KEPT / "cost")]
+    arguments, config = parse_arguments([*COMMON, *flags, *sizes, *quiet])
+    pipeline = load_emoji_pipeline()
+    pipeline.unet.set_attn_processor(AttnProcessor())  # as in the demo
+    task = TASKS[arguments.reward]
+    adapter = demo_lora_config(arguments.lora_rank)
+    return DDPOTrainer(config, task.reward, task.prompts(), pipeline, peft_config=adapter)
+
+
+def seconds_of_a_round(trainer: DDPOTrainer) -> float:
+    with contextlib.redirect_stdout(io.StringIO()):  # Trainer prints its logs
+        trainer.train()
+    log = next(log for log in trainer.state.log_history if "reward" in log)
+    return log["time/sampling"] + log["time/waiting_for_rewards"] + log["time/training"]
+
+
+def costs(repeats: int) -> dict[str, list[float]]:
+    """Time of a round with each choice, relative to the round of `BASE` of the same turn."""
+    trainers = {name: small_trainer(choice.flags) for name, choice in CHOICES.items()}
+    relative: dict[str, list[float]] = {name: [] for name in CHOICES}
+    for repeat in range(repeats + 1):
+        seconds = {name: seconds_of_a_round(trainer) for name, trainer in trainers.items()}
+        for name in CHOICES if repeat else ():  # the first is warm-up
+            relative[name].append(seconds[name] / seconds[BASE])
+    return relative
+
+
+# ---- The table ----
+
+
+def show(figures: dict[str, Any]) -> None:
+    table = Table(title=f"{TASK}, {figures['reward_queries']} reward queries, seeds {', '.join(map(str, SEEDS))}")
+    for heading in ("trained on", "gain", "of each seed", "recognised", "a round's time", "gain per time"):
+        table.add_column(heading, justify="left" if heading == "trained on" else "right")
+    for name, values in figures["choices"].items():
+        gains = values["eval_reward_gain"]
+        table.add_row(
+            values["title"],
+            f"{statistics.mean(gains):+.3f}",
+            " ".join(f"{gain:+.2f}" for gain in gains),
+            f"{statistics.mean(values['recognised_after']):.0%}",
+            f"{values['time']:.2f}",
+            f"{values['gain_per_time']:.2f}" if name != BASE else "1",
+        )
+    Console(width=120).print(table)
+
+
+def collect(repeats: int) -> dict[str, Any]:
+    """All figures."""
+    relative = costs(repeats)
+    choices: dict[str, dict[str, Any]] = {}
+    for name, choice in CHOICES.items():
+        times = relative[name]
+        choices[name] = {
+            "title": choice.title,
+            "flags": choice.flags,
+            **learned(name),
+            "time": statistics.median(times),
+            "time_from_to": [min(times), max(times)],
+        }
+    base = statistics.mean(choices[BASE]["eval_reward_gain"])
+    for values in choices.values():
+        values["gain_per_time"] = statistics.mean(values["eval_reward_gain"]) / base / values["time"]
+    queries = json.loads((folder(BASE, SEEDS[0]) / "summary.json").read_text())["reward_queries"]
+    return {"machine": machine(), "flags": COMMON, "reward_queries": queries, "choices": choices}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=5, help="rounds of each choice that count, for the cost")
+    parser.add_argument("--cost", action="store_true", help="measure the cost only")
+    arguments = parser.parse_args()
+    if arguments.cost:
+        return print(json.dumps(costs(arguments.repeats), indent=2))
+    make_all(
+        {
+            folder(name, seed): [*COMMON, *choice.flags, "--seed", str(seed)]
+            for seed in SEEDS
+            for name, choice in CHOICES.items()
+        }
+    )
+    figures = collect(arguments.repeats)
+    show(figures)
+    path = ROOT / "benchmarks" / f"transitions-{figures['machine']['date']}.json"
+    path.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
