@@ -3,23 +3,21 @@
 import dataclasses
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
 import pytest
+import results
 from PIL import Image
+from results import Result, Run
+
+import demo_runs
+from ddpo_trl.cli.demo import parse_arguments
+from ddpo_trl.record import LoggedImage, write_samples
 
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-import results  # noqa: E402 (from there)
-from results import Result, Run  # noqa: E402
-
-from ddpo_trl.cli.demo import parse_arguments  # noqa: E402
-from ddpo_trl.record import LoggedImage, write_samples  # noqa: E402
-
 
 RESULT = Result(
     task="jpeg_compressibility",
@@ -48,8 +46,9 @@ def test_there_are_27_runs_and_a_seed_is_complete_before_the_next_begins():
 
 @pytest.mark.parametrize("run", results.RUNS, ids=lambda run: run.name)
 def test_the_demo_takes_the_commands_with_four_updates_of_64_or_one_of_256(run):
-    assert results.command(run)[1:4] == ["-m", "ddpo_trl.cli", "demo"]
-    arguments, config = parse_arguments(results.command(run)[4:])
+    command = demo_runs.command(run.folder, run.flags)
+    assert command[1:4] == ["-m", "ddpo_trl.cli", "demo"]
+    arguments, config = parse_arguments(command[4:])
     expected = {"is": ("is", 1e-3), "sf": ("sf", 4e-3), "shuffled": ("sf", 4e-3)}[run.kind]
     half = 0.5 if run.task == "emoji_alignment" else 1.0
     assert (config.loss_type, config.learning_rate) == (expected[0], pytest.approx(half * expected[1]))
@@ -64,40 +63,44 @@ def made(tmp_path, monkeypatch) -> Callable[[], list[str]]:
     """Runs are one line of Python that leaves a summary, but for `sf` with seed 1. Gives the names of those made."""
     monkeypatch.setattr(results, "KEPT", tmp_path)
 
-    def command(run: Run) -> list[str]:
+    def command(folder: Path, flags: list[str]) -> list[str]:
         code = (
             "import os, pathlib, sys; folder = pathlib.Path(sys.argv[1]); folder.mkdir(); "
             "print('threads:', os.environ['OMP_NUM_THREADS']); "
             "sys.exit('no memory left') if folder.name.endswith('sf-1') else (folder / 'summary.json').write_text('')"
         )
-        return [sys.executable, "-S", "-c", code, str(run.folder)]
+        return [sys.executable, "-S", "-c", code, str(folder)]
 
-    monkeypatch.setattr(results, "command", command)
+    monkeypatch.setattr(demo_runs, "command", command)
     return lambda: sorted(path.stem for path in tmp_path.glob("*.log"))
+
+
+def commands(runs: list[Run]) -> Mapping[Path, list[str]]:
+    return {run.folder: run.flags for run in runs}
 
 
 def test_a_finished_run_is_not_made_again(made):
     runs = [Run("emoji_alignment", "is", seed) for seed in (0, 1)]
     runs[0].folder.mkdir()
     (runs[0].folder / "summary.json").write_text("{}")
-    results.make_all(runs)
+    results.make_all(commands(runs))
     assert made() == ["emoji_alignment-is-1"]
     assert (results.KEPT / "emoji_alignment-is-1.log").read_text() == "threads: 1\n"
-    results.make_all(runs)
+    results.make_all(commands(runs))
     assert (runs[0].folder / "summary.json").read_text() == "{}"
 
 
 def test_a_failed_run_is_named_with_the_end_of_what_it_printed_and_no_other_begins(made, monkeypatch):
-    monkeypatch.setattr(results.os, "cpu_count", lambda: 1)
+    monkeypatch.setattr(demo_runs.os, "cpu_count", lambda: 1)
     runs = [Run("emoji_alignment", "sf", 1), *(Run("emoji_alignment", "is", seed) for seed in range(20))]
     with pytest.raises(RuntimeError, match=r"(?s)emoji_alignment-sf-1 failed.*no memory left"):
-        results.make_all(runs)
+        results.make_all(commands(runs))
     assert len(made()) < 20
 
 
 def test_a_seed_counts_once_all_of_its_runs_are_finished(made):
     runs = [Run("emoji_alignment", kind, seed) for seed in (0, 1) for kind in ("is", "shuffled")]
-    results.make_all(runs[:3])
+    results.make_all(commands(runs[:3]))
     assert results.complete_seeds(runs) == runs[:2]
 
 
@@ -188,7 +191,7 @@ def test_a_row_has_the_mean_of_the_seeds_and_what_each_of_them_has():
 
 def test_costs_stand_beside_their_ratio_to_importance_sampling():
     rows = results.cost_table({"jpeg_compressibility": of_all_kinds()})[2:]
-    assert rows == ["| `jpeg_compressibility` | 450 s | 315 s, 0.70 of IS | 360 s, 0.80 of IS |"]
+    assert rows == ["| Compressibility | 400 s | 300 s, 0.75 of IS | 360 s, 0.90 of IS |"]
 
 
 def test_a_long_command_is_broken_between_flags():
@@ -223,3 +226,64 @@ def test_images_before_are_above_those_after_both_estimators(tmp_path, monkeypat
         shown = np.asarray(Image.open(tmp_path / f"results-emoji_alignment-images-{picture}.png").convert("L"))
         heights = [np.nonzero(shown == value + first)[0].mean() for value in (10, 90, 170)]
         assert heights == sorted(heights)
+
+
+def test_a_spread_is_from_the_least_to_the_largest():
+    assert results.spread([1.0, -2.0, 3.0], "+.1f") == "-2.0 to +3.0"
+
+
+# ---- The page ----
+
+
+@pytest.fixture(scope="module")
+def figures() -> dict:
+    """Those of the page."""
+    return json.loads((ROOT / "benchmarks" / f"results-{results.READING_DATE}.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def found(figures) -> dict[tuple[str, str, int], Result]:
+    """By task, kind and seed."""
+    every = [Result(**entry) for entry in figures["results"]]
+    return {(result.task, result.kind, result.seed): result for result in every}
+
+
+def test_the_page_is_what_the_dated_figures_say(figures):
+    assert results.page(figures) == results.PAGE.read_text()
+
+
+def test_other_runs_are_not_said_to_show_the_same(figures):
+    assert "## What they show" in results.page(figures)
+    assert "## What they show" not in results.page(figures | {"date": "2027-01-01"})
+
+
+@pytest.mark.parametrize("task", results.TITLES)
+def test_every_run_gains_more_than_any_control(found, task):
+    learners = [found[task, kind, seed] for kind in ("is", "sf") for seed in results.SEEDS]
+    assert min(run.gain for run in learners) > max(found[task, "shuffled", seed].gain for seed in results.SEEDS)
+    assert min(run.gain_in_stderr for run in learners) > 4
+
+
+@pytest.mark.parametrize("seed", results.SEEDS)
+def test_one_large_update_gains_more_than_four_small_ones_and_loses_more_subjects(found, seed):
+    assert all(found[task, "sf", seed].gain > found[task, "is", seed].gain for task in results.TITLES)
+    recognised = {kind: found["jpeg_compressibility", kind, seed].recognised_after for kind in ("is", "sf")}
+    assert recognised["sf"] < recognised["is"]
+
+
+@pytest.mark.parametrize("seed", results.SEEDS)
+def test_the_control_goes_nowhere_in_particular(found, seed):
+    """JPEG sizes of one seed's two controls move in opposite directions; alignment falls, by another judge too."""
+    gains = [found[task, "shuffled", seed].gain for task in ("jpeg_compressibility", "jpeg_incompressibility")]
+    assert gains[0] * gains[1] > 0  # of opposite rewards
+    aligned = {kind: found["emoji_alignment", kind, seed] for kind in results.FLAGS}
+    assert aligned["shuffled"].gain < 0 and aligned["shuffled"].recognised_gain < 0
+    assert min(aligned["is"].recognised_gain, aligned["sf"].recognised_gain) > 0
+
+
+def test_with_incompressibility_the_bands_of_is_and_the_control_overlap(found):
+    last = {
+        kind: [found["jpeg_incompressibility", kind, seed].reward[-1] for seed in results.SEEDS]
+        for kind in ("is", "shuffled")
+    }
+    assert max(last["shuffled"]) > min(last["is"])
