@@ -86,7 +86,7 @@ def make_config(point: Point, one_pass: bool, processes: int = 1) -> Any:
     from ddpo_trl import DDPOConfig
 
     return DDPOConfig(
-        output_dir=str(ROOT / "build" / "scaling"),
+        output_dir=str(ROOT / "build" / "scaling" / str(os.getpid())),  # two trainers apart write each their own
         use_cpu=True,
         num_train_epochs=1,
         num_inference_steps=point.steps,

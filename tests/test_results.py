@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import results
 from PIL import Image
-from results import Result, Run
 
 import demo_runs
+import results
 from ddpo_trl.cli.demo import parse_arguments
 from ddpo_trl.record import LoggedImage, write_samples
+from results import Result, Run
 
 
 ROOT = Path(__file__).parents[1]

@@ -1,15 +1,8 @@
 """benchmarks/scaling.py: the line it fits is the least squares one, and its points are rounds that can be run."""
 
-import sys
-from pathlib import Path
-
 import pytest
 
 from ddpo_trl.plan import plan_batches
-
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-
 from scaling import AXES, BASE, FIGURES, PASSES, SHARED, TEAMS, Point, environments, fit_line, make_config, summary
 
 

@@ -1,10 +1,10 @@
 """Choices of the transitions to train on, as benchmarks/transitions.py compares them."""
 
 import pytest
-from transitions import CHOICES, COMMON
 
 from ddpo_trl.cli.demo import parse_arguments
 from ddpo_trl.plan import plan_batches
+from transitions import CHOICES, COMMON
 
 
 # Of the embedded pipeline's five steps.
