@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
@@ -286,6 +286,6 @@ def test_an_adapter_that_is_switched_off_is_refused():
 
 def test_an_adapter_on_another_network_is_refused():
     pipeline: Any = tiny_pipeline()
-    pipeline.text_encoder.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]), "words")
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["q_proj"]), pipeline.text_encoder, "words")
     with pytest.raises(ValueError, match=r"pipeline\.text_encoder carries an adapter.*missing from what is saved"):
         put_on_adapter(pipeline, None)
