@@ -186,7 +186,7 @@ def class_with_known_device(pipeline_class: type[DiffusionPipeline], denoiser: s
     The same class, but it looks for the device that it runs on only when the denoiser has moved.
 
     diffusers walks through all modules of all networks for it, several times in a call: of a replayed step on the
-    embedded pipeline that is 3 ms, nearly all that is spent outside the denoiser.
+    embedded pipeline that is 4 ms, nearly all that is spent outside the denoiser.
     """
     found: dict[torch.device, torch.device] = {}
 
