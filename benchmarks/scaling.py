@@ -1,5 +1,5 @@
 """
-How the cost of a round grows with its size: `python benchmarks/scaling.py`, 6 minutes with nothing beside them.
+How the cost of a round grows with its size: `make scaling`, 9 minutes with nothing beside them.
 
 Rounds of the real trainer on the embedded pipeline, in one pass and in two, from a base point along one size at a
 time: samples, denoising steps, latents, LoRA rank. Rounds of all points are interleaved and their medians given
