@@ -38,6 +38,7 @@ TRL_PYTHON = TRL_ENVIRONMENT / "bin" / "python"
 TRL_PACKAGES = ["trl==0.23.1", "transformers<5", "diffusers", "peft"]
 PROMPTS = ["cat face", "pizza", "tulip", "octopus"]
 GUIDANCE, LEARNING_RATE = 2.5, 1e-4
+SESSIONS = 2  # times that the processes of all sides are started
 
 
 class Case(NamedTuple):
@@ -288,7 +289,6 @@ class Child:
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
-        self.answer()  # it is ready
 
     def answer(self) -> dict[str, float]:
         assert self.process.stdout is not None and self.process.stderr is not None
@@ -387,18 +387,20 @@ def fetch_trl() -> None:
 
 
 def measure(case: str, repeats: int) -> dict[str, dict[str, list[float]]]:
-    """Figures of all rounds but the first, by side and name."""
-    pipeline_folder(case)  # made here, and only once
-    children = {run: Child(case, run, repeats + 1) for run in RUNS}
+    """Figures of all rounds, by side and name; half of them from processes started anew, some of which are slower."""
     figures: dict[str, dict[str, list[float]]] = {run: {} for run in RUNS}
-    for repeat in range(repeats + 1):
-        turns = list(children.items())
-        for run, child in turns if repeat % 2 else reversed(turns):
-            answer = child.round()
-            for name, value in answer.items() if repeat else ():
-                figures[run].setdefault(name, []).append(value)
-    for child in children.values():
-        child.process.communicate()
+    for session in range(SESSIONS):
+        children = {run: Child(case, run, repeats // SESSIONS + 1) for run in RUNS}
+        for child in children.values():
+            child.answer()  # it is ready
+        for repeat in range(repeats // SESSIONS + 1):
+            turns = list(children.items())
+            for run, child in turns if (session + repeat) % 2 else reversed(turns):
+                answer = child.round()
+                for name, value in answer.items() if repeat else ():  # the first is warm-up
+                    figures[run].setdefault(name, []).append(value)
+        for child in children.values():
+            child.process.communicate()
     return figures
 
 
@@ -468,7 +470,7 @@ def trl_environment() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
-    parser.add_argument("--repeats", type=int, default=5, help="rounds of each side that count")
+    parser.add_argument("--repeats", type=int, default=4, help="rounds of each side that count, an even number")
     parser.add_argument("--output", type=Path, default=ROOT / "outputs" / "bench.json")
     parser.add_argument("--case", choices=list(CASES), help=argparse.SUPPRESS)
     parser.add_argument("--run", choices=list(RUNS), help=argparse.SUPPRESS)
