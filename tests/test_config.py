@@ -331,6 +331,7 @@ def test_no_field_shadows_one_of_the_trainer_but_for_its_default():
         "lr_scheduler_type",
         "per_device_train_batch_size",
         "save_strategy",
+        "logging_nan_inf_filter",
         "logging_strategy",
         "metric_for_best_model",
     }

@@ -40,13 +40,12 @@ def colours(path: Path) -> set[tuple[int, ...]]:
 # ---- Figures ----
 
 
-def test_a_round_has_one_line_with_its_evaluation_and_later_columns_are_empty_before(tmp_path):
+def test_a_training_log_has_one_row_with_its_evaluation_and_later_columns_are_empty_before(tmp_path):
     history = [
         {"eval_reward": 0.1, "step": 0},  # before training: no round's
-        {"reward": 1.0, "episode": 8.0, "step": 2},
-        {"reward": 2.0, "episode": 16.0, "step": 4, "val/ratio": 1.0},
+        {"loss": 3.0, "reward": 1.0, "episode": 8.0, "step": 2},
+        {"loss": 3.0, "reward": 2.0, "episode": 16.0, "step": 4, "val/ratio": 1.0},
         {"eval_reward": 0.5, "eval_rewards/a, b/mean": 0.25, "epoch": 2.0, "step": 4},
-        {"loss": 3.0, "step": 5},
         {"train_runtime": 1.0, "step": 6},
     ]
     record.write_metrics(tmp_path, history, steps=2)
@@ -54,13 +53,19 @@ def test_a_round_has_one_line_with_its_evaluation_and_later_columns_are_empty_be
     assert first["round"] == "1" and second["round"] == "2"
     assert first["eval_reward"] == first["val/ratio"] == "" and second["eval_reward"] == "0.5"
     assert second["eval_rewards/a, b/mean"] == "0.25" and second["reward"] == "2.0"
-    assert "train_runtime" not in second and "loss" not in second
+    assert "train_runtime" not in second
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.csv"]
 
 
-def test_a_log_inside_a_round_belongs_to_that_round(tmp_path):
-    record.write_metrics(tmp_path, [{"reward": 1.0, "step": 1}, {"reward": 2.0, "step": 5}], steps=4)
-    assert [row["round"] for row in rows(tmp_path)] == ["1", "2"]
+def test_several_logs_inside_a_round_have_a_row_each_with_the_round_they_belong_to(tmp_path):
+    history = [
+        {"loss": 1.0, "reward": 1.0, "step": 1},
+        {"loss": 1.0, "policy/clipfrac_avg": 0.5, "step": 3},
+        {"loss": 1.0, "reward": 2.0, "step": 5},
+    ]
+    record.write_metrics(tmp_path, history, steps=4)
+    assert [row["round"] for row in rows(tmp_path)] == ["1", "1", "2"]
+    assert [row["policy/clipfrac_avg"] for row in rows(tmp_path)] == ["", "0.5", ""]
 
 
 def test_a_run_without_a_round_has_a_heading_and_no_lines(tmp_path):

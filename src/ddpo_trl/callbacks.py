@@ -1,5 +1,6 @@
-"""Progress on the terminal: a bar each for sampling, training and evaluation, with the running reward."""
+"""What is followed while a run goes on: progress bars with the running reward, and the time spent in training."""
 
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -91,3 +92,33 @@ class RoundProgress(TrainerCallback):
             if bar is not None:
                 bar.close()
         self._sampling = self._training = None
+
+
+class TrainingClock(TrainerCallback):
+    """Measures the time that rounds spend in training, without sampling, evaluation and saving."""
+
+    def __init__(self) -> None:
+        self._since: float | None = None
+        self._seconds = 0.0
+
+    def start(self) -> None:
+        """Start: the images of a round are scored."""
+        self._since = time.perf_counter()
+
+    def take(self) -> float:
+        """Return the seconds since the last call."""
+        self._count()
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._count()
+        self._since = None
+
+    def _count(self) -> None:
+        if self._since is not None:
+            now = time.perf_counter()
+            self._seconds += now - self._since
+            self._since = now

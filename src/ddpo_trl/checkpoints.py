@@ -32,6 +32,14 @@ def last_checkpoint(directory: str) -> str | None:
     return get_last_checkpoint(directory) if os.path.isdir(directory) else None
 
 
+def what_is_left(directory: str) -> str:
+    """Return the sentence that goes with the error of a run that ended early: where it can be resumed."""
+    checkpoint = last_checkpoint(directory)
+    if checkpoint is None:
+        return f"No round was saved: there is no checkpoint in {directory}."
+    return f"{checkpoint} is intact: train(resume_from_checkpoint=True) continues from there."
+
+
 def clear(directory: str) -> None:
     """Makes an empty folder, without what a killed run left there."""
     shutil.rmtree(directory, ignore_errors=True)

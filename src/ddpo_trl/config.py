@@ -195,6 +195,9 @@ class DDPOConfig(TrainingArguments):
             Prompts whose images are logged every time, with the same seeds and the pipeline's own scheduler: the first
             of `eval_prompts`, or those that training begins with. With them go half as many each of the best, the
             median and the worst samples of the round.
+        logging_nan_inf_filter (`bool`, *optional*, defaults to `False`):
+            Not used by this trainer and must stay `False`: a loss that is not finite ends the run before the weights
+            change, and no filter may hide it.
         logging_strategy (`str`, *optional*, defaults to `"epoch"`):
             When to log: `"epoch"` is once a round, `"steps"` every `logging_steps` updates.
         save_strategy (`str`, *optional*, defaults to `"epoch"`):
@@ -213,6 +216,9 @@ class DDPOConfig(TrainingArguments):
     )
     save_strategy: str = field(
         default="epoch", metadata={"help": "When to save a checkpoint: 'epoch' (between rounds), 'best' or 'no'."}
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Must stay False: a loss that is not finite ends the run."}
     )
     logging_strategy: str = field(
         default="epoch",
@@ -454,6 +460,11 @@ class DDPOConfig(TrainingArguments):
             )
 
     def _check_objective(self) -> None:
+        if self.logging_nan_inf_filter:
+            raise ValueError(
+                "logging_nan_inf_filter is True, which would log a loss that is not finite as the mean of those before. "
+                "Leave it at False: such a loss ends the run."
+            )
         choices = {
             "loss_type": ("is", "sf"),
             "on_invalid_reward": ("raise", "drop"),

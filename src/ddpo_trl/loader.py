@@ -136,7 +136,6 @@ class RolloutLoader:
             advantages=self._own_share(advantages).float().to(self.accelerator.device),
             metrics={
                 **self._reward_metrics(gathered, totals, prompts),
-                "episode": (self.round + 1) * self.plan.samples_per_round,
                 "time/sampling": sampled - start,
                 "time/scoring": sum(scores.seconds() for scores in pending),
                 "time/waiting_for_rewards": waited - sampled,
@@ -169,7 +168,10 @@ class RolloutLoader:
                 else:
                     batch = self.policy.sample(context, record=weights, stochastic=noisy)
             batches.append(batch)
-            pending.append(self.scorer.submit(batch.images, prompts, metadata, when=f"round {self.round}"))
+            when = f"round {self.round}"
+            pending.append(
+                self.scorer.submit(batch.images, prompts, metadata, when, batch.finite_steps, batch.steps_run)
+            )
             self.progress.sampled(size, [self.scorer.total(scores.marked()) for scores in pending if scores.done()])
         return batches, pending
 

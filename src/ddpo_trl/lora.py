@@ -25,6 +25,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from ddpo_trl.finite import check_weights
 from ddpo_trl.processes import sharded_like, whole
 
 
@@ -278,6 +279,7 @@ def save_adapter(
     name = denoiser_name(pipeline)
     denoiser = pipeline.components[name]
     weights = whole(get_peft_model_state_dict(denoiser, adapter_name=adapter))
+    check_weights(weights, directory)
     if not write:
         return
     config: PeftConfig = denoiser.peft_config[adapter]

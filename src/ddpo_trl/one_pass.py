@@ -165,7 +165,13 @@ def policy_gradient(batches: Sequence[SampledBatch], advantages: Tensor) -> list
     for batch, own in zip(batches, advantages.split(size), strict=True):
         assert batch.gradients is not None, "only batches of one pass come here"
         steps = batch.gradients.log_probs.shape[1]
-        parts = [torch.tensordot(own.to(each.device), each, dims=1) for each in batch.gradients.weights]
+        parts = [_weighted_sum(own.to(each.device), each) for each in batch.gradients.weights]
         batch.gradients.weights.clear()
         sums = [before + part for before, part in zip(sums, parts, strict=True)] if sums else parts
     return [-each / (len(advantages) * steps) for each in sums]
+
+
+def _weighted_sum(advantages: Tensor, gradients: Tensor) -> Tensor:
+    """Σ_i A_i g_i over `(B, ...)` gradients, which it may change: a dropped sample's may be NaN, and so is 0 · NaN."""
+    dropped = (advantages == 0).view(-1, *[1] * (gradients.ndim - 1))
+    return torch.tensordot(advantages, gradients.masked_fill_(dropped, 0.0), dims=1)

@@ -13,6 +13,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 
 from ddpo_trl.conditions import SettingOwners, conditions, setting_owners, settings_in_use
 from ddpo_trl.config import DDPOConfig
+from ddpo_trl.finite import check_weights
 from ddpo_trl.gaussian import kl_divergence, log_prob
 from ddpo_trl.lora import adapters_off, denoiser_name, describe_adapter, load_adapter, save_adapter
 from ddpo_trl.pipelines import call_with_grad, check_call, policy_copy, quiet_copy, with_denoiser
@@ -210,7 +211,14 @@ class Policy(nn.Module):
         self._check_all_run(source, steps)
         if self.settings.offload_rollout:
             steps = {index: step.to("cpu") for index, step in steps.items()}
-        return SampledBatch(context=context, images=images, steps=steps, conditions=self.conditions(stochastic))
+        return SampledBatch(
+            context=context,
+            images=images,
+            steps=steps,
+            conditions=self.conditions(stochastic),
+            finite_steps=source.finite_steps,
+            steps_run=source.steps_run,
+        )
 
     @torch.no_grad()
     def sample_with_gradients(
@@ -249,7 +257,14 @@ class Policy(nn.Module):
             log_probs=torch.stack(list(source.log_probs.values()), dim=1),
             weights=[each.to(device) for each in gradients.sums],
         )
-        return SampledBatch(context=context, images=images, steps={}, gradients=taken)
+        return SampledBatch(
+            context=context,
+            images=images,
+            steps={},
+            gradients=taken,
+            finite_steps=source.finite_steps,
+            steps_run=source.steps_run,
+        )
 
     def _sample_from(self, source: Sampling, context: Context) -> Tensor:
         with self.scheduler.acting(source):
@@ -417,6 +432,7 @@ def present_classes(module: nn.Module, names: Collection[str]) -> list[str]:
 
 def save_denoiser(denoiser: ModelMixin, directory: str, write: bool = True) -> None:
     """As `denoiser.save_pretrained(directory)`, also if its weights are sharded; arguments as for [`Policy.save`]."""
+    check_weights(dict(denoiser.named_parameters()), directory)
     if is_sharded(denoiser):
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         weights = get_model_state_dict(denoiser, options=options)  # on one process, the others get none

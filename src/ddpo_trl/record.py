@@ -100,7 +100,7 @@ def valid(reward: float) -> float | None:
 
 def write_metrics(directory: str | os.PathLike[str], log_history: Sequence[dict[str, Any]], steps: int) -> None:
     """
-    Writes `metrics.csv` anew: one line per logged round. A column that comes up later is empty before.
+    Write `metrics.csv` again: one row per training log. A column that comes up later is empty before.
 
     Args:
         directory (`str` or `os.PathLike`):
@@ -122,15 +122,14 @@ def write_metrics(directory: str | os.PathLike[str], log_history: Sequence[dict[
 
 
 def metrics_rows(log_history: Sequence[dict[str, Any]], steps: int) -> list[dict[str, Any]]:
-    """The logs that have a reward, each with its round and with the evaluation of that round."""
-    rows: dict[int, dict[str, Any]] = {}
+    """Return the training logs, each with its round and with the evaluations that follow it."""
+    rows: list[dict[str, Any]] = []
     for log in log_history:
-        round = math.ceil(log["step"] / steps)
-        if "reward" in log:
-            rows[round] = {"round": round, **log, **rows.get(round, {})}
-        elif round in rows:
-            rows[round] |= {name: value for name, value in log.items() if name.startswith("eval_")}
-    return list(rows.values())
+        if "loss" in log:
+            rows.append({"round": math.ceil(log["step"] / steps), **log})
+        elif rows:
+            rows[-1] |= {name: value for name, value in log.items() if name.startswith("eval_")}
+    return rows
 
 
 # ---- Images ----

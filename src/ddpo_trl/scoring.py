@@ -1,6 +1,7 @@
 """Runs the reward functions, in worker threads while the next batch is sampled, and checks what they return."""
 
 import asyncio
+import dataclasses
 import functools
 import inspect
 import itertools
@@ -18,13 +19,60 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
+from ddpo_trl.finite import NotFiniteError, finite_rows, image_problem
 from ddpo_trl.rewards import RemoteReward
 from ddpo_trl.types import RewardFunction
 from ddpo_trl.workers import CallTimeout, DaemonPool, call_within
 
 
-# Ends every message about a reward function, because it is the first thing that one asks.
-SAFE = "Checkpoints of finished rounds are intact."
+# Larger rewards would overflow when they are squared for a standard deviation.
+LARGEST_REWARD = torch.finfo(torch.float32).max
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoredBatch:
+    """
+    Sampled images on their way to the reward functions.
+
+    Args:
+        images (`torch.Tensor` of shape `(B, 3, H, W)` or `(B, F, 3, H, W)`):
+            Float32 in [0, 1].
+        prompts, metadata (`tuple` of length `B`):
+            What belongs to each image.
+        when (`str`):
+            For error messages, for instance `"round 3"`.
+        finite (`torch.Tensor` of shape `(B,)`):
+            Whether each image is finite. An image that is not has no reward, and no reward function sees it.
+        finite_steps (`torch.Tensor` of shape `(B,)`, *optional*), steps (`int`):
+            Denoising steps after which the latents of each sample were finite, of how many.
+    """
+
+    images: Tensor
+    prompts: tuple[str, ...]
+    metadata: tuple[Any, ...]
+    when: str
+    finite: Tensor
+    finite_steps: Tensor | None = None
+    steps: int = 0
+
+    def only(self, rows: Sequence[int]) -> "ScoredBatch":
+        """Return the batch with these images only."""
+        if len(rows) == len(self.prompts):
+            return self
+        return dataclasses.replace(
+            self,
+            images=self.images[list(rows)],
+            prompts=tuple(self.prompts[row] for row in rows),
+            metadata=tuple(self.metadata[row] for row in rows),
+        )
+
+    def problem(self, finite: Sequence[bool]) -> NotFiniteError | None:
+        """Return the error for the first image that is not finite; `None` if all are."""
+        if all(finite):
+            return None
+        index = finite.index(False)
+        finite_steps = None if self.finite_steps is None else self.finite_steps.tolist()
+        return image_problem(self.when, index, self.prompts[index], finite_steps, self.steps)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,12 +198,22 @@ class RewardScorer:
             raise ValueError(
                 f"reward_weights has {len(weights)} values for {len(self.functions)} reward functions; give one each."
             )
+        if not all(abs(weight) <= LARGEST_REWARD for weight in weights):
+            raise ValueError(f"reward_weights is {weights}; all of them must be finite.")
         self.weights = torch.tensor(weights, dtype=torch.float64)
         self.names = unique_names([reward_name(function) for function in self.functions])
         self.timeout = timeout
         self._pool = DaemonPool(max_workers, name="reward")
 
-    def submit(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Any], when: str) -> PendingRewards:
+    def submit(
+        self,
+        images: Tensor,
+        prompts: Sequence[str],
+        metadata: Sequence[Any],
+        when: str,
+        finite_steps: Tensor | None = None,
+        steps: int = 0,
+    ) -> PendingRewards:
         """
         Starts scoring a batch in the worker threads.
 
@@ -166,11 +224,21 @@ class RewardScorer:
                 What belongs to each image.
             when (`str`):
                 For error messages, for instance `"round 3"`.
+            finite_steps (`torch.Tensor` of shape `(B,)`, *optional*), steps (`int`, *optional*):
+                See [`ScoredBatch`]; for the message about an image that is not finite.
         """
-        batch = (images, tuple(prompts), tuple(metadata))
+        batch = ScoredBatch(
+            images=images,
+            prompts=tuple(prompts),
+            metadata=tuple(metadata),
+            when=when,
+            finite=finite_rows(images),
+            finite_steps=finite_steps,
+            steps=steps,
+        )
         return PendingRewards(
             futures=[
-                self._pool.submit(functools.partial(score, function, name, batch, when, self.timeout))
+                self._pool.submit(functools.partial(score, function, name, batch, self.timeout))
                 for function, name in zip(self.functions, self.names, strict=True)
             ]
         )
@@ -193,40 +261,45 @@ def _check_signature(function: RewardFunction, which: str) -> None:
         ) from error
 
 
-def score(
-    function: RewardFunction,
-    name: str,
-    batch: tuple[Tensor, tuple[str, ...], tuple[Any, ...]],
-    when: str,
-    timeout: float | None = None,
-) -> Scores:
+def score(function: RewardFunction, name: str, batch: ScoredBatch, timeout: float | None = None) -> Scores:
     """
-    Calls one reward function and checks its answer.
+    Call one reward function on the finite images of a batch and check its answer.
 
     It never raises: a failure is kept as the `problem`, because on one of several processes it must not be raised
     before the others know of it, and because it may be configured to cost no more than the samples concerned.
     """
-    prompts = batch[1]
-    where = f"{when}, prompts {list(prompts)}"
     start = time.perf_counter()
-    rewards = torch.full((len(prompts),), math.nan, dtype=torch.float64)
-    problem: Exception | None
+    finite = batch.finite.tolist()
+    rows = [row for row, is_finite in enumerate(finite) if is_finite]
+    rewards = torch.full((len(finite),), math.nan, dtype=torch.float64)
+    own_problem = None
+    if rows:
+        rewards[rows], own_problem = _answer(function, name, batch.only(rows), timeout)
+    problem = batch.problem(finite) or own_problem
+    return Scores(rewards=rewards, problem=problem, seconds=time.perf_counter() - start)
+
+
+def _answer(
+    function: RewardFunction, name: str, batch: ScoredBatch, timeout: float | None
+) -> tuple[Tensor, Exception | None]:
+    """Return the rewards of a batch, NaN where not valid, and the first problem."""
+    where = f"{batch.when}, prompts {list(batch.prompts)}"
     try:
         answer = call_within(timeout, functools.partial(_call, function, batch, timeout))
     except BaseException as error:  # a user's function may raise anything, and must be named whatever it is
         problem = _failure(error, name, where, timeout)
     else:
         try:
-            rewards, problem = as_rewards(answer, prompts, name, when)
+            return as_rewards(answer, batch.prompts, name, batch.when)
         except (TypeError, ValueError) as error:
             problem = error
         except Exception as error:  # an error on the GPU, for instance, comes up when its tensor is read
             problem = _failure(error, name, where, timeout)
-    return Scores(rewards=rewards, problem=problem, seconds=time.perf_counter() - start)
+    return torch.full((len(batch.prompts),), math.nan, dtype=torch.float64), problem
 
 
-def _call(function: RewardFunction, batch: tuple[Tensor, tuple[str, ...], tuple[Any, ...]], timeout: float | None):
-    answer = function(*batch)
+def _call(function: RewardFunction, batch: ScoredBatch, timeout: float | None) -> Any:
+    answer = function(batch.images, batch.prompts, batch.metadata)
     return asyncio.run(_await_within(timeout, answer)) if inspect.isawaitable(answer) else answer
 
 
@@ -248,10 +321,10 @@ def _failure(error: BaseException, name: str, where: str, timeout: float | None)
     if isinstance(error, CallTimeout):
         failure = TimeoutError(
             f"Reward function `{name}` gave no answer within {timeout:g} s ({where}). If it needs more, raise "
-            f"reward_timeout. {SAFE}"
+            "reward_timeout."
         )
     else:
-        failure = RuntimeError(f"Reward function `{name}` raised {type(error).__name__}: {error} ({where}). {SAFE}")
+        failure = RuntimeError(f"Reward function `{name}` raised {type(error).__name__}: {error} ({where}).")
         failure.__cause__ = error
     return failure
 
@@ -279,7 +352,7 @@ def as_rewards(
         `ValueError`: If it has not B values.
     """
     where = f"Reward function `{name}`" + (f" ({when})" if when else "")
-    of_batch = f"The prompts are {list(prompts)}. {SAFE}"
+    of_batch = f"The prompts are {list(prompts)}."
     if _has_info(answer, len(prompts)):
         answer = answer[0]
     if not isinstance(answer, list | tuple | np.ndarray | Tensor):
@@ -291,7 +364,7 @@ def as_rewards(
             f"{of_batch}"
         )
     places = [
-        (value, f"{where} returned {value!r} for image {index}", f"Its prompt is {prompt!r}. {SAFE}")
+        (value, f"{where} returned {value!r} for image {index}", f"Its prompt is {prompt!r}.")
         for index, (value, prompt) in enumerate(zip(values, prompts, strict=True))
     ]
     rewards = torch.tensor([_number(*place) for place in places], dtype=torch.float64)
@@ -320,13 +393,13 @@ def _number(value: Any, what: str, about: str) -> float:
         raise TypeError(f"{what}; it must be a number. {about}") from error
     if isinstance(value, str):  # "8", which float() takes
         raise TypeError(f"{what}; it must be a number. {about}")
-    return number if math.isfinite(number) else math.nan
+    return number if abs(number) <= LARGEST_REWARD else math.nan  # a NaN compares as false
 
 
 def _invalid_value(value: Any, what: str, about: str) -> TypeError | ValueError:
     if value is None:
         return TypeError(f"{what}; it must be a number. {about}")
-    return ValueError(f"{what}; rewards must be finite. {about}")
+    return ValueError(f"{what}; rewards must be finite in float32. {about}")
 
 
 def is_number(value: Any, count: int) -> bool:

@@ -25,10 +25,11 @@ from transformers.utils import logging
 from transformers.utils.hub import PushInProgress
 
 from ddpo_trl import advantages, checkpoints, hub
-from ddpo_trl.callbacks import RoundProgress
+from ddpo_trl.callbacks import RoundProgress, TrainingClock
 from ddpo_trl.checkpoints import CONFIG_NAME
 from ddpo_trl.config import DDPOConfig
 from ddpo_trl.evaluation import EvaluationRounds, Evaluator, Samples, check_evaluation, reward_names
+from ddpo_trl.finite import check_update
 from ddpo_trl.guard import replay_problem
 from ddpo_trl.loader import RolloutLoader
 from ddpo_trl.lora import freeze_all_but_denoiser, put_on_adapter
@@ -194,7 +195,10 @@ class DDPOTrainer(Trainer):
             self.normalize = advantages.normalize_by_batch
         self.rollout: Rollout  # of the current round
         self._metrics: defaultdict[str, list[Tensor | float]] = defaultdict(list)
-        self._training_since = 0.0
+        self.clock = TrainingClock()
+        self.add_callback(self.clock)
+        self._episodes = 0  # reward queries of the run
+        self._update_loss = torch.zeros((), device=args.device)  # of the update's micro-batches so far
         self._target_kl = TargetKL(math.inf if args.target_kl is None else args.target_kl)
         self._warned_of_rounding = False
         self._staging: str | None = None  # where a checkpoint is being written
@@ -240,7 +244,12 @@ class DDPOTrainer(Trainer):
                 logger.warning(f"There is no checkpoint in {self.args.output_dir} to resume from: starting anew.")
         if self.is_world_process_zero() and not self.args.disable_tqdm:
             print(f"Batch plan\n{self.plan}\nTrained\n  {self._policy.describe()}")
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        self._episodes = 0  # a checkpoint brings its own count
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        except BaseException as error:  # whatever ends a run, one asks next what is left of it
+            error.add_note(checkpoints.what_is_left(self.args.output_dir))
+            raise
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
@@ -250,12 +259,13 @@ class DDPOTrainer(Trainer):
         pass, the advantages weigh the gradients that sampling left.
         """
         if self.plan.one_pass:
-            return self._weigh_gradients()
-        if self._target_kl.reached:
+            loss = self._weigh_gradients()
+        elif self._target_kl.reached:
             loss = torch.zeros((), device=self.args.device)
         else:
             loss = super().training_step(model, inputs, num_items_in_batch)
-        if self.accelerator.sync_gradients and self.args.target_kl is not None:  # the update's last micro-batch
+        self._update_loss = self._update_loss + loss.detach()
+        if self.accelerator.sync_gradients:  # the update's last micro-batch
             self._end_update(model)
         return loss
 
@@ -265,7 +275,8 @@ class DDPOTrainer(Trainer):
         parameters = trained_weights(self._gradient_layers)
         for parameter, gradient in zip(parameters, policy_gradient(rollout.batches, rollout.advantages), strict=True):
             parameter.grad = self.accelerator.reduce(gradient.to(parameter), reduction="mean")
-        log_probs = rollout.log_probs
+        dropped = rollout.rewards.isnan().to(rollout.log_probs.device)
+        log_probs = rollout.log_probs.masked_fill(dropped[:, None], 0.0)  # may be NaN, and so would 0 · NaN
         weights = log_probs.new_tensor(list(self.plan.weights(rollout.round, self.args.seed).values()))  # of the steps
         objective = self._objective(log_probs, log_probs, rollout.advantages[:, None] * weights)
         for name, value in objective.metrics.items():
@@ -273,7 +284,12 @@ class DDPOTrainer(Trainer):
         return objective.loss
 
     def _end_update(self, model: nn.Module) -> None:
-        """Leaves the update out if it goes beyond `target_kl`. Trainer counts the step and goes on."""
+        """Check the gradient, and leave the update out if it goes beyond `target_kl`: Trainer counts it and goes on."""
+        loss, self._update_loss = self._update_loss, torch.zeros((), device=self.args.device)
+        update = f"optimizer step {self.state.global_step + 1} in round {self.rollout.round}"
+        check_update(self.accelerator, self._policy.parameters(), loss, update)
+        if self.args.target_kl is None:
+            return
         self._target_kl.end_update(self.accelerator)
         self._metrics["policy/updates_skipped"].append(float(self._target_kl.reached))
         if self._target_kl.reached:
@@ -301,13 +317,18 @@ class DDPOTrainer(Trainer):
         # Before any update π_θ is π_old. Taking it from this very pass keeps the ratio at 1 where other kernels or
         # half precision would move it.
         old_log_probs = log_probs.detach() if batch.on_policy else batch.log_probs
-        objective = self._objective(log_probs, old_log_probs, batch.advantages * self.plan.weight(batch.step))
+        objective = self._objective(
+            batch.counted(log_probs),
+            batch.counted(old_log_probs),
+            batch.counted(batch.advantages) * self.plan.weight(batch.step),
+        )
         loss, metrics = objective.loss, dict(objective.metrics)
-        if kl is not None:
-            loss = loss + self.args.kl_coef * kl.mean()
-            metrics["objective/kl"] = kl.detach().mean()
         if batch.on_policy:
-            metrics["val/ratio_deviation"] = self._ratio_deviation(log_probs.detach(), batch, inputs["samples"])
+            metrics["val/ratio_deviation"] = self._ratio_deviation(log_probs.detach(), batch)
+        if kl is not None:
+            loss = loss + self.args.kl_coef * batch.counted(kl).mean()
+            metrics["objective/kl"] = batch.counted(kl).detach().mean()
+        loss = loss * batch.share_counted  # the mean over all samples, to which dropped ones add nothing
         if not log_probs.requires_grad:
             raise RuntimeError(
                 f"No gradient reaches pipeline.{self._policy.denoiser_name} at step {batch.step}: the pipeline runs "
@@ -326,9 +347,10 @@ class DDPOTrainer(Trainer):
     def _start_optimising(self, rollout: Rollout) -> None:
         self.rollout = self.recorder.rollout = rollout
         self._target_kl.begin_round()
+        self._episodes += self.plan.samples_per_round
         for name, value in rollout.metrics.items():
             self._metrics[name].append(value)
-        self._training_since = time.perf_counter()
+        self.clock.start()
 
     def _normalizer(self) -> advantages.Normalizer:
         match self.args.advantage_normalization:
@@ -353,10 +375,10 @@ class DDPOTrainer(Trainer):
             return score_function(log_probs, advantages)
         return importance_sampling(log_probs, old_log_probs, advantages, self.args.cliprange)
 
-    def _ratio_deviation(self, log_probs: Tensor, batch: Transition, samples: Sequence[int]) -> Tensor:
+    def _ratio_deviation(self, log_probs: Tensor, batch: Transition) -> Tensor:
         """Largest |ratio − 1| of replay to rollout before any update; in the first round a large one is an error."""
         if self.state.global_step == self._initial_global_step:
-            origins = [self.rollout.origin(sample) for sample in samples]
+            origins = [self.rollout.origin(sample) for sample in batch.samples]
             if problem := replay_problem(self._policy, batch, log_probs, origins):
                 raise RuntimeError(problem)
         return (torch.exp(log_probs - batch.log_probs) - 1).abs().max()
@@ -403,16 +425,21 @@ class DDPOTrainer(Trainer):
         super().log(logs, start_time)
 
     def _take_metrics(self) -> dict[str, float]:
-        """Means (for a deviation the maximum) over micro-batches and processes, and empties the store."""
+        """
+        Combine what has gathered since the last log, over micro-batches, rounds and processes, and empty the store.
+
+        Means, except for a deviation (the largest) and times (the sum over the rounds of the log). `episode` is the
+        count so far.
+        """
+        self._metrics["time/training"].append(self.clock.take())
         metrics = {}
         for name, values in self._metrics.items():
             local = torch.tensor([float(value) for value in values], device=self.args.device)
             combine = torch.max if name == "val/ratio_deviation" else torch.mean
-            metrics[name] = combine(self.accelerator.gather(combine(local))).item()
+            own = torch.sum(local) if name.startswith("time/") else combine(local)
+            metrics[name] = combine(self.accelerator.gather(own)).item()
         self._metrics.clear()
-        metrics["time/training"] = time.perf_counter() - self._training_since
-        self._training_since = time.perf_counter()
-        return metrics
+        return {**metrics, "episode": self._episodes}
 
     # ---- Evaluation ----
 
@@ -552,7 +579,7 @@ class DDPOTrainer(Trainer):
         """What Trainer does not know of: the batch plan, the prompts' state, the rewards remembered of each prompt."""
         self.state.save_to_json(os.path.join(directory, TRAINER_STATE_NAME))  # with the final name of the best one
         with open(os.path.join(directory, PLAN_NAME), "w") as file:
-            json.dump(dataclasses.asdict(self.plan), file)
+            json.dump({**dataclasses.asdict(self.plan), "episodes": self._episodes}, file)
         torch.save(self.prompts.state_dict(), os.path.join(directory, PROMPTS_NAME))
         if self._prompt_statistics:
             with open(os.path.join(directory, PROMPT_STATISTICS_NAME), "w") as file:
@@ -574,6 +601,9 @@ class DDPOTrainer(Trainer):
         with open(os.path.join(checkpoint, PLAN_NAME)) as file:
             saved = json.load(file)
         plan = json.loads(json.dumps(dataclasses.asdict(self.plan)))  # tuples as lists, as they were saved
+        # Before there was a count, a checkpoint's rounds were all of this run's size.
+        rounds = self.state.global_step // self.plan.updates_per_round
+        self._episodes = saved.get("episodes", rounds * self.plan.samples_per_round)
         for change in checkpoints.changes(saved, plan):
             logger.warning(f"Resuming from {checkpoint}: {change}")
         prompts = torch.load(os.path.join(checkpoint, PROMPTS_NAME), weights_only=True)

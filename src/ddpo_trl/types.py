@@ -4,6 +4,7 @@ Shape legend, used in every docstring of the package: `B` samples of a batch, `N
 `...` the latent dimensions of one sample (`C, H, W` for Stable Diffusion).
 """
 
+import functools
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -121,6 +122,8 @@ class SampledBatch:
             Under which they were sampled.
         gradients ([`Gradients`], *optional*):
             In one pass only; `steps` is empty then.
+        finite_steps (`torch.Tensor` of shape `(B,)`, *optional*), steps_run (`int`):
+            Number of denoising steps after which the latents of each sample were finite, and of all that were run.
     """
 
     context: Context
@@ -128,6 +131,8 @@ class SampledBatch:
     steps: Mapping[int, Step]
     conditions: Conditions | None = None
     gradients: Gradients | None = None
+    finite_steps: Tensor | None = None
+    steps_run: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,6 +158,10 @@ class Transition:
             What the samples were made from.
         on_policy (`bool`):
             Whether no update has happened since the rollout was sampled.
+        samples (`Sequence[int]` of length `B`, *optional*):
+            Index of each sample in its rollout.
+        valid (`Sequence[int]`, *optional*):
+            Rows with a valid reward; `None` if all have one. The others take no part in any sum.
     """
 
     step: int
@@ -162,6 +171,19 @@ class Transition:
     advantages: Tensor
     context: Context
     on_policy: bool
+    samples: Sequence[int] = ()
+    valid: Sequence[int] | None = None
+
+    @property
+    def share_counted(self) -> float:
+        """Share of the rows that have a valid reward."""
+        return 1.0 if self.valid is None else len(self.valid) / len(self.context)
+
+    def counted(self, values: Tensor) -> Tensor:
+        """
+        Return those of `(B,)` values that belong to valid rewards; all if there are none, which then count 0 times.
+        """
+        return values[list(self.valid)] if self.valid else values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,15 +226,27 @@ class Rollout:
         """In one pass, log π_θ of all samples and trained steps: `(N, T)`."""
         return torch.cat([batch.gradients.log_probs for batch in self.batches if batch.gradients is not None])
 
+    @functools.cached_property
+    def valid(self) -> list[int]:
+        """Indices of the samples that have a valid reward."""
+        return (~self.rewards.isnan()).nonzero().flatten().tolist()
+
     def origin(self, sample: int) -> SampledBatch:
         """The batch in which a sample was drawn."""
         return self.batches[sample // len(self.batches[0].context)]
 
     def transition(self, samples: Sequence[int], step: int, on_policy: bool) -> Transition:
         """
-        Collects step `step` of the samples with the given indices into one micro-batch, on the advantages' device.
+        Collect step `step` of the samples with the given indices into one micro-batch, on the advantages' device.
+
+        A sample without a valid reward may hold NaN, and 0 · NaN is NaN. A valid sample is run instead, so that the
+        size of the micro-batch stays; `valid` says which rows count.
         """
         device = self.advantages.device
+        valid = None
+        if len(self.valid) < len(self.rewards):
+            valid = [row for row, sample in enumerate(samples) if sample in self.valid]
+            samples = [sample if sample in self.valid else [*self.valid, sample][0] for sample in samples]
         places = [divmod(sample, len(self.batches[0].context)) for sample in samples]
         recorded = [(self.batches[batch].steps[step], row) for batch, row in places]
         contexts = [(self.batches[batch].context, row) for batch, row in places]
@@ -231,6 +265,8 @@ class Rollout:
                 },
             ),
             on_policy=on_policy,
+            samples=samples,
+            valid=valid,
         )
 
 

@@ -8,6 +8,7 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from ddpo_trl.finite import finite_rows
 from ddpo_trl.gaussian import Reduction, log_prob
 from ddpo_trl.types import Step
 
@@ -69,6 +70,11 @@ class Sampling(ActionSource):
     Attributes:
         steps (`dict[int, Step]`):
             What was recorded, by step index.
+        steps_run (`int`):
+            Number of steps that were run.
+        finite_steps (`torch.Tensor` of shape `(B,)`, *optional*):
+            Number of steps after which the latents of each sample were finite; `None` before the first step. Counted
+            on the device, so that nothing waits for it.
     """
 
     def __init__(
@@ -85,6 +91,8 @@ class Sampling(ActionSource):
         self.stochastic = stochastic
         self.max_steps = max_steps
         self.steps: dict[int, Step] = {}
+        self.steps_run = 0
+        self.finite_steps: Tensor | None = None
 
     def schedule(self, timesteps: Tensor, skipped: int) -> Tensor:
         return timesteps if self.max_steps is None else timesteps[: skipped + self.max_steps]
@@ -101,7 +109,15 @@ class Sampling(ActionSource):
         if std > 0:
             action = mean + std * randn_tensor(mean.shape, generator=self.generators, device=mean.device)
         # Rounded before the density is taken: in bf16 the rounding alone moves a log-probability by more than ε.
-        return action.to(latents.dtype)
+        action = action.to(latents.dtype)
+        self._count_finite(action)
+        return action
+
+    def _count_finite(self, action: Tensor) -> None:
+        finite = finite_rows(action)
+        before = torch.zeros_like(finite, dtype=torch.long) if self.finite_steps is None else self.finite_steps
+        self.finite_steps = before + (finite & (before == self.steps_run))
+        self.steps_run += 1
 
     def next_latents(self, index: int, latents: Tensor, mean: Tensor, std: float) -> Tensor:
         action = self.draw(latents, mean, std)
