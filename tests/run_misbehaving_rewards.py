@@ -66,6 +66,33 @@ def too_many(rank: int, round: int, rewards: list[float]) -> Any:
     return [*rewards[:3], None]
 
 
+def with_a_nan_image_on_rank_one(output_dir: str, on_invalid_reward: str) -> tuple[DDPOTrainer, str]:
+    """A run whose autoencoder overflows once on rank 1, and the error that ended it."""
+    trainer = trainer_of(
+        output_dir, lambda rank, round, rewards: rewards, on_invalid_reward=on_invalid_reward, save_strategy="no"
+    )
+    vae = trainer.pipeline.vae
+    decode, calls = vae.decode, []
+
+    def overflowing(latents: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        output = decode(latents, *args, **kwargs)
+        calls.append(1)
+        if trainer.args.process_index == 1 and len(calls) == 1:
+            (output[0] if isinstance(output, tuple) else output.sample)[2] = float("nan")
+        return output
+
+    vae.decode = overflowing
+    try:
+        trainer.train()
+    except RuntimeError as error:
+        return trainer, str(error)
+    return trainer, ""
+
+
+def weights(trainer: DDPOTrainer) -> dict[str, torch.Tensor]:
+    return {name: p.detach() for name, p in trainer.model.named_parameters() if p.requires_grad}
+
+
 def main(output_dir: str, scenario: str) -> None:
     if scenario == "raise":
         trainer = trainer_of(output_dir, rank_one_raises)
@@ -87,9 +114,13 @@ def main(output_dir: str, scenario: str) -> None:
             failing.train()
         except RuntimeError as error:
             message = str(error)
+        overflowed, _ = with_a_nan_image_on_rank_one(output_dir, "drop")
+        _, raised_by_nan = with_a_nan_image_on_rank_one(output_dir, "raise")
         torch.save(
             {
-                "weights": {name: p.detach() for name, p in trainer.model.named_parameters() if p.requires_grad},
+                "weights": weights(trainer),
+                "weights_after_nan": weights(overflowed),
+                "raised_by_nan": raised_by_nan,
                 "invalid": [log["rewards/invalid"] for log in logs],
                 "reward": [log["reward"] for log in logs],
                 "rewards": trainer.rollout.rewards,

@@ -290,6 +290,14 @@ def test_when_one_rank_is_slow_and_the_other_drops_a_sample_training_goes_on_wit
     assert second["rewards"].isnan().nonzero().flatten().tolist() == [3]
 
 
+def test_when_one_rank_samples_a_nan_image_both_drop_it_or_both_raise(survivors):
+    first, second = survivors
+    for name, weight in first["weights_after_nan"].items():
+        assert weight.isfinite().all() and torch.equal(weight, second["weights_after_nan"][name])
+    for rank in survivors:
+        assert "The policy sampled an image that is not finite (round 0, image 2" in rank["raised_by_nan"]
+
+
 def test_when_more_than_half_is_invalid_over_all_ranks_all_of_them_raise(survivors):
     for rank in survivors:
         assert "5 of 8 samples of round 0 have no valid reward: too many to go on" in rank["too_many"]

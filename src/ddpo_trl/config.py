@@ -462,8 +462,8 @@ class DDPOConfig(TrainingArguments):
     def _check_objective(self) -> None:
         if self.logging_nan_inf_filter:
             raise ValueError(
-                "logging_nan_inf_filter is True, which would log a loss that is not finite as the mean of those before. "
-                "Leave it at False: such a loss ends the run."
+                "logging_nan_inf_filter is True, which would hide a loss that is not finite. Leave it at False, "
+                "so that such a loss ends the run."
             )
         choices = {
             "loss_type": ("is", "sf"),

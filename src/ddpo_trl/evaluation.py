@@ -11,8 +11,10 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
+from ddpo_trl.advantages import select
 from ddpo_trl.callbacks import RoundProgress
 from ddpo_trl.config import DDPOConfig
+from ddpo_trl.finite import finite_rows
 from ddpo_trl.policy import Policy
 from ddpo_trl.processes import gather
 from ddpo_trl.prompts import PromptPair
@@ -192,15 +194,16 @@ def diversity(images: Tensor, prompts: Sequence[str]) -> float | None:
 
     Args:
         images (`torch.Tensor` of shape `(N, ...)`):
-            In [0, 1].
+            In [0, 1]. Those that are not finite are left out.
         prompts (`Sequence[str]` of length `N`):
             What they were made from.
 
     Returns:
         Root mean square distance of pixels, in [0, 1], averaged over the pairs of a prompt and then over prompts;
-        `None` if no prompt occurs twice.
+        `None` if there are no two images of one prompt.
     """
-    flat = images.flatten(1).float()
+    finite = finite_rows(images)
+    flat, prompts = images.flatten(1).float()[finite], select(prompts, finite)
     groups = [
         flat[[row for row, other in enumerate(prompts) if other == prompt]] for prompt in sorted(repeated(prompts))
     ]

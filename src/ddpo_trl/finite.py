@@ -1,4 +1,4 @@
-"""NaN and infinity stop here: checks of sampled images, of gradients before an update, and of weights before saving."""
+"""NaN and infinity stop here: checks of images before scoring, gradients before an update, weights before saving."""
 
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -29,7 +29,9 @@ def finite_rows(values: Tensor) -> Tensor:
     return values.flatten(1).isfinite().all(1)
 
 
-def image_problem(when: str, index: int, prompt: str, finite_steps: Sequence[int] | None, steps: int) -> NotFiniteError:
+def image_problem(
+    when: str, index: int, prompt: str, finite_steps: Sequence[int] | None, steps: int
+) -> NotFiniteError:
     """
     Return the error for an image that is not finite. It names the policy: no reward function has seen the image.
 
@@ -48,7 +50,8 @@ def image_problem(when: str, index: int, prompt: str, finite_steps: Sequence[int
     if finite_steps is None:
         where = f"The denoiser or the autoencoder overflowed, or the weights diverged. {CAUSES}"
     elif finite_steps[index] < steps:
-        where = f"Its latents are not finite after denoising step {finite_steps[index]} (of 0 to {steps - 1}). {CAUSES}"
+        step = finite_steps[index]
+        where = f"Its latents are not finite after denoising step {step} (of 0 to {steps - 1}). {CAUSES}"
     else:
         where = (
             f"Its latents are finite after all {steps} denoising steps, so the autoencoder overflowed: keep it in "
@@ -89,7 +92,7 @@ def check_update(accelerator: Accelerator, parameters: Iterable[nn.Parameter], l
     if not all(map(torch.isfinite, torch.tensor(values))):
         named = ", ".join(f"{name} {value}" for name, value in zip(figures, values, strict=True))
         raise NotFiniteError(
-            f"The gradient of {when} is not finite ({named}). The weights are unchanged and nothing was saved. {CAUSES}"
+            f"The gradient of {when} is not finite ({named}), so the run stops before the round is saved. {CAUSES}"
         )
 
 

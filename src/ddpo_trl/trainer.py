@@ -284,7 +284,7 @@ class DDPOTrainer(Trainer):
         return objective.loss
 
     def _end_update(self, model: nn.Module) -> None:
-        """Check the gradient, and leave the update out if it goes beyond `target_kl`: Trainer counts it and goes on."""
+        """Check the gradient, and leave the update out if it goes beyond `target_kl`. Trainer counts the step."""
         loss, self._update_loss = self._update_loss, torch.zeros((), device=self.args.device)
         update = f"optimizer step {self.state.global_step + 1} in round {self.rollout.round}"
         check_update(self.accelerator, self._policy.parameters(), loss, update)
