@@ -131,9 +131,7 @@ def second_update(trainer: MiniBatches, updates: Updates) -> tuple[Tensor, Tenso
         reference = policies({})
         trainer.pipeline.unet.enable_adapters()
     now = policies(updates.weights[1])
-    divergences = [
-        reduced(kl_divergence(own, other), reduction) for own, other in zip(now, reference, strict=True)
-    ]
+    divergences = [reduced(kl_divergence(own, other), reduction) for own, other in zip(now, reference, strict=True)]
     return torch.exp(log_probs(now) - old), torch.stack(divergences, dim=1), advantages
 
 
