@@ -99,8 +99,18 @@ def pipeline() -> StableDiffusionPipeline:
     return tiny_pipeline()
 
 
+# A test marked so runs once in one pass and once in two. One whose settings don't allow one pass is an error then.
+in_both_passes = pytest.mark.parametrize("one_pass", [True, False], ids=["one pass", "two passes"])
+
+
 @pytest.fixture
-def make_config(tmp_path) -> Callable[..., DDPOConfig]:
+def one_pass() -> bool | None:
+    """What `make_config` sets `one_pass` to: the default of users. Modules about replay override it by `False`."""
+    return None
+
+
+@pytest.fixture
+def make_config(tmp_path, one_pass) -> Callable[..., DDPOConfig]:
     """A config whose run takes a second: 4 steps, 8 samples a round, one round."""
 
     def make(**overrides: Any) -> DDPOConfig:
@@ -119,7 +129,7 @@ def make_config(tmp_path) -> Callable[..., DDPOConfig]:
                 "num_sample_batches": 2,
                 "per_device_train_batch_size": 4,
                 "learning_rate": 1e-2,
-                "one_pass": False,  # most tests look at the second; tests/test_one_pass.py has the others
+                "one_pass": one_pass,
                 **overrides,
             }
         )

@@ -34,11 +34,14 @@ os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
 # Logged values about one call of `train` or about time, which a resumed run can't share.
 OF_THE_CALL = ("time/", "eps", "runtime", "per_second", "flos", "train_loss")
 
+# Of `make_trainer`: with a single update a round takes one pass, with the two that it has otherwise it can't.
+ONE_PASS: dict[str, Any] = {"num_mini_batches": 1}
+
 # Where a run can be killed: a function of the package, as module and attribute path, before or after it runs.
 EVENTS: dict[str, tuple[str, str]] = {
-    "sampling": ("ddpo_trl.policy", "Policy.sample"),
+    "sampling": ("ddpo_trl.policy", "Policy._sample_from"),
     "scoring": ("ddpo_trl.scoring", "score"),
-    "training": ("ddpo_trl.trainer", "DDPOTrainer.compute_loss"),
+    "training": ("ddpo_trl.trainer", "DDPOTrainer.training_step"),
     "saving weights": ("ddpo_trl.policy", "Policy.save"),
     "saving the rest": ("ddpo_trl.trainer", "DDPOTrainer._save_round"),
     "publishing": ("ddpo_trl.checkpoints", "publish"),
@@ -135,9 +138,9 @@ def kill_at(event: str, count: int) -> None:
     type.__setattr__(holder, name, deadly) if isinstance(holder, type) else vars(holder).update({name: deadly})
 
 
-def was_killed(directory: Path, rounds: int, kill: tuple[str, int] | None) -> bool:
+def was_killed(directory: Path, rounds: int, kill: tuple[str, int] | None, **settings: Any) -> bool:
     """Starts or resumes the run in another process, which may kill itself; otherwise it has finished."""
-    child = PROCESSES.Process(target=run, args=(directory, rounds, kill))
+    child = PROCESSES.Process(target=run, args=(directory, rounds, kill), kwargs=settings)
     child.start()
     child.join(timeout=300)
     if child.exitcode not in (0, -signal.SIGKILL):
@@ -145,22 +148,23 @@ def was_killed(directory: Path, rounds: int, kill: tuple[str, int] | None) -> bo
     return child.exitcode != 0
 
 
-def run_until_done(directory: Path, rounds: int, kills: list[tuple[str, int]]) -> int:
+def run_until_done(directory: Path, rounds: int, kills: list[tuple[str, int]], **settings: Any) -> int:
     """Starts the run again after each kill. Returns how often it was really killed."""
     survived = 0
     for kill in [*kills, None]:
-        if not was_killed(directory, rounds, kill):
+        if not was_killed(directory, rounds, kill, **settings):
             break
         survived += 1
     return survived
 
 
-def run(directory: Path, rounds: int, kill: tuple[str, int] | None) -> None:
+def run(directory: Path, rounds: int, kill: tuple[str, int] | None, **settings: Any) -> None:
     """What the other process does."""
     tqdm.set_lock(threading.RLock())  # its own one is a semaphore, which a killed process would leave behind
     torch.set_num_threads(1)
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
-        trainer = make_trainer(directory, rounds)
+        trainer = make_trainer(directory, rounds, **settings)
+        assert trainer.plan.one_pass == (settings == ONE_PASS)
         if kill is not None:
             kill_at(*kill)
         trainer.train(resume_from_checkpoint=True)

@@ -25,41 +25,39 @@ def parse(*arguments: str, output_dir: Path) -> DDPOConfig:
 # ---- Defaults ----
 
 
-@pytest.mark.parametrize(
-    ("name", "default"),
-    [
-        ("loss_type", "is"),
-        ("num_train_epochs", 100),
-        ("total_episodes", None),
-        ("num_inference_steps", 50),
-        ("guidance_scale", 5.0),
-        ("eta", 1.0),
-        ("num_ppo_epochs", 1),
-        ("num_mini_batches", 1),
-        ("cliprange", 1e-4),
-        ("log_prob_reduction", "mean"),
-        ("advantage_normalization", "batch"),
-        ("advantage_clip", 5.0),
-        ("on_invalid_reward", "raise"),
-        ("reward_timeout", None),
-        ("per_prompt_stat_tracking_buffer_size", 16),
-        ("per_prompt_stat_tracking_min_count", 16),
-        ("timestep_fraction", 1.0),
-        ("train_timestep_range", [0.0, 1.0]),
-        ("kl_coef", 0.0),
-        ("noise_level", 0.7),  # Flow-GRPO's
-        ("sde_type", "sde"),
-        ("sde_window_size", None),
-        ("sde_window_strategy", "fixed"),
-        ("sde_window_interval", 25),  # MixGRPO's
-        ("pipeline_inputs", None),
-        ("offload_text_encoders", False),
-        ("gradient_accumulation_steps", 1),  # derived
-        ("save_strategy", "epoch"),  # between rounds
-    ],
-)
-def test_the_defaults_are_those_of_the_design(tmp_path, name, default):
-    assert vars(DDPOConfig(output_dir=str(tmp_path), use_cpu=True))[name] == default
+def test_the_defaults_are_those_of_the_design(tmp_path):
+    expected = {
+        "loss_type": "is",
+        "num_train_epochs": 100,
+        "total_episodes": None,
+        "num_inference_steps": 50,
+        "guidance_scale": 5.0,
+        "eta": 1.0,
+        "num_ppo_epochs": 1,
+        "num_mini_batches": 1,
+        "cliprange": 1e-4,
+        "log_prob_reduction": "mean",
+        "advantage_normalization": "batch",
+        "advantage_clip": 5.0,
+        "on_invalid_reward": "raise",
+        "reward_timeout": None,
+        "per_prompt_stat_tracking_buffer_size": 16,
+        "per_prompt_stat_tracking_min_count": 16,
+        "timestep_fraction": 1.0,
+        "train_timestep_range": [0.0, 1.0],
+        "kl_coef": 0.0,
+        "noise_level": 0.7,  # Flow-GRPO's
+        "sde_type": "sde",
+        "sde_window_size": None,
+        "sde_window_strategy": "fixed",
+        "sde_window_interval": 25,  # MixGRPO's
+        "pipeline_inputs": None,
+        "offload_text_encoders": False,
+        "gradient_accumulation_steps": 1,  # derived
+        "save_strategy": "epoch",  # between rounds
+    }
+    config = vars(DDPOConfig(output_dir=str(tmp_path), use_cpu=True))
+    assert {name: config[name] for name in expected} == expected
 
 
 def test_ranges_of_two_configs_are_two_lists(tmp_path):
@@ -68,9 +66,9 @@ def test_ranges_of_two_configs_are_two_lists(tmp_path):
     assert second.train_timestep_range == [0.0, 1.0]
 
 
-@pytest.mark.parametrize(("passes", "mini_batches", "updates"), [(1, 1, 1), (1, 4, 4), (3, 2, 6)])
-def test_updates_of_a_round_are_passes_times_mini_batches(make_config, passes, mini_batches, updates):
-    assert make_config(num_ppo_epochs=passes, num_mini_batches=mini_batches).updates_per_round == updates
+def test_updates_of_a_round_are_passes_times_mini_batches(make_config):
+    for passes, mini_batches, updates in [(1, 1, 1), (1, 4, 4), (3, 2, 6)]:
+        assert make_config(num_ppo_epochs=passes, num_mini_batches=mini_batches).updates_per_round == updates
 
 
 # ---- Refusals: the argument, its value, the remedy ----
@@ -94,10 +92,10 @@ AT_LEAST_ONE = [
 
 
 @pytest.mark.parametrize("name", AT_LEAST_ONE)
-@pytest.mark.parametrize("value", [0, -3])
-def test_counts_below_one_are_refused(make_config, name, value):
-    with pytest.raises(ValueError, match=f"^{name} is {value}; it must be at least 1"):
-        make_config(**{name: value})
+def test_counts_below_one_are_refused(make_config, name):
+    for value in (0, -3):
+        with pytest.raises(ValueError, match=f"^{name} is {value}; it must be at least 1"):
+            make_config(**{name: value})
 
 
 NAN = float("nan")
@@ -300,9 +298,8 @@ def test_choices_are_checked_on_the_command_line(tmp_path, capsys):
 # ---- Documentation ----
 
 
-@pytest.mark.parametrize("field", OWN_FIELDS, ids=lambda field: field.name)
-def test_every_field_has_a_help_text(field):
-    assert field.metadata["help"].endswith(".")
+def test_every_field_has_a_help_text():
+    assert [field.name for field in OWN_FIELDS if not field.metadata.get("help", "").endswith(".")] == []
 
 
 def documented_defaults() -> dict[str, Any]:
@@ -312,14 +309,12 @@ def documented_defaults() -> dict[str, Any]:
     return {name: ast.literal_eval(match.group(1)) if match else None for name, match in stated.items()}
 
 
-@pytest.mark.parametrize("field", OWN_FIELDS, ids=lambda field: field.name)
-def test_every_field_is_documented_with_its_default(field):
-    default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-    assert documented_defaults()[field.name] == default
-
-
-def test_only_fields_are_documented():
-    assert documented_defaults().keys() <= {field.name for field in OWN_FIELDS}
+def test_every_field_is_documented_with_its_default_and_nothing_else_is():
+    defaults = {
+        field.name: field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        for field in OWN_FIELDS
+    }
+    assert documented_defaults() == defaults
 
 
 def test_no_field_shadows_one_of_the_trainer_but_for_its_default():

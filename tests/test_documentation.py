@@ -91,14 +91,20 @@ def test_the_example_script_runs(tmp_path, monkeypatch):
 DOCUMENTS = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
 
 
-@pytest.mark.parametrize("document", DOCUMENTS)
-def test_the_documents_name_files_and_commands_that_exist(document):
-    text = (ROOT / document).read_text()
-    for target in re.findall(r"\]\(((?!http)[^)#]+)\)", text):
-        assert (ROOT / document).parent.joinpath(target).exists(), target
-    commands = (ROOT / "Makefile").read_text()
-    for command in re.findall(r"(?:`|^)make ([a-z-]+)", text, flags=re.MULTILINE):
-        assert f"\n{command}:" in commands, command
-    for name in re.findall(r"`([\w/]+\.py)`", text):
-        places = [ROOT / "src" / "ddpo_trl" / name, ROOT / "tests" / name, ROOT / name]
-        assert any(place.is_file() for place in places) or name == "utils.py", name
+def test_the_documents_name_files_and_commands_that_exist():
+    missing = [f"{document}: {name}" for document in DOCUMENTS for name in missing_names(ROOT / document)]
+    assert missing == []
+
+
+def missing_names(document: Path) -> list[str]:
+    """Links, `make` commands and Python files that a document names and that don't exist."""
+    text, makefile = document.read_text(), (ROOT / "Makefile").read_text()
+    targets = re.findall(r"\]\(((?!http)[^)#]+)\)", text)
+    commands = re.findall(r"(?:`|^)make ([a-z-]+)", text, flags=re.MULTILINE)
+    files = set(re.findall(r"`([\w/]+\.py)`", text)) - {"utils.py"}
+    folders = [ROOT / "src" / "ddpo_trl", ROOT / "tests", ROOT]
+    return [
+        *(target for target in targets if not document.parent.joinpath(target).exists()),
+        *(f"make {command}" for command in commands if f"\n{command}:" not in makefile),
+        *(name for name in files if not any(folder.joinpath(name).is_file() for folder in folders)),
+    ]

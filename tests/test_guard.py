@@ -27,6 +27,12 @@ OPENING = r"another log-probability in training than in sampling: they differ by
 Plant = Callable[[DDPOTrainer], Any]
 
 
+@pytest.fixture
+def one_pass() -> bool:
+    """Replay is the second pass's."""
+    return False
+
+
 class BetweenSamplingAndTraining(TrainerCallback):
     """Does something when the rollout of the round is there and the first update is not."""
 

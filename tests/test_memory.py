@@ -20,8 +20,12 @@ def weights(trainer: DDPOTrainer) -> list[torch.Tensor]:
     return [parameter.detach().clone() for parameter in trainer.model.parameters() if parameter.requires_grad]
 
 
+OFFLOADING = ["offload_rollout", "offload_vae", "offload_text_encoders"]
+
+
 @pytest.mark.parametrize(
-    "option", ["offload_rollout", "offload_vae", "offload_text_encoders", "gradient_checkpointing"]
+    ("option", "one_pass"),
+    [*((option, one_pass) for option in OFFLOADING for one_pass in (True, False)), ("gradient_checkpointing", False)],
 )
 def test_what_saves_memory_changes_no_result(make_config, option):
     runs = []
@@ -46,7 +50,7 @@ def test_an_offloaded_rollout_is_on_the_cpu_and_its_micro_batches_where_the_adva
         return original(step, device)
 
     monkeypatch.setattr(Step, "to", to)
-    trainer = DDPOTrainer(make_config(offload_rollout=True), brightness, PROMPTS, tiny_pipeline())
+    trainer = DDPOTrainer(make_config(one_pass=False, offload_rollout=True), brightness, PROMPTS, tiny_pipeline())
     trainer.train()
     assert devices == ["cpu"] * 4 * 2  # four steps of two batches
     elsewhere = dataclasses.replace(trainer.rollout, advantages=trainer.rollout.advantages.to("meta"))
@@ -108,7 +112,7 @@ def test_an_option_that_the_autoencoder_does_not_have_is_refused(make_config, op
 
 @pytest.mark.parametrize("settings", [{}, {"sde_window_size": 2}, {"train_timestep_range": [0.0, 0.5]}])
 def test_the_plan_states_the_memory_of_a_round(make_config, settings):
-    trainer = DDPOTrainer(make_config(**settings), brightness, PROMPTS, tiny_pipeline())
+    trainer = DDPOTrainer(make_config(one_pass=False, **settings), brightness, PROMPTS, tiny_pipeline())
     trainer.train()
     states = [
         tensor

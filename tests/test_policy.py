@@ -30,7 +30,7 @@ from conformance.image_pipelines import (
     stable_diffusion_xl,
 )
 from conformance.newer_pipelines import kandinsky
-from conftest import tiny_pipeline
+from conftest import in_both_passes, tiny_pipeline
 from ddpo_trl import DDPOConfig
 from ddpo_trl.emoji import load_emoji_pipeline
 from ddpo_trl.lora import put_on_adapter
@@ -245,7 +245,7 @@ class Reads(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("one_pass", [False, True], ids=["two_passes", "one_pass"])
+@in_both_passes
 @pytest.mark.parametrize("name", ["Stable Diffusion 1.x", "Stable Diffusion 3", "FLUX.1"])
 def test_no_number_is_read_from_a_tensor_between_the_first_denoising_step_and_the_last(
     make_config, monkeypatch, name, one_pass

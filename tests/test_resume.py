@@ -16,7 +16,7 @@ from ddpo_trl import DDPOTrainer, checkpoints
 
 ROUNDS = 6
 
-# A round samples two batches, scores two, has 16 micro-batches, and writes and synchronises ten files.
+# In two passes a round samples two batches, scores two, has 16 micro-batches, and writes and synchronises ten files.
 KILLS = [
     ("sampling", 1),
     ("scoring", 2),
@@ -30,11 +30,19 @@ KILLS = [
     ("synchronising", 14),
 ]
 
+# In one pass it has a single micro-batch.
+KILLS_IN_ONE_PASS = [("sampling", 2), ("training", 1), ("saving the rest", 1), ("synchronising", 14)]
 
-def test_a_run_killed_at_ten_moments_equals_one_never_interrupted(tmp_path):
+
+@pytest.mark.parametrize(
+    ("settings", "kills"),
+    [({}, KILLS), (kill_a_run.ONE_PASS, KILLS_IN_ONE_PASS)],
+    ids=["two passes", "one pass"],
+)
+def test_a_run_killed_at_many_moments_equals_one_never_interrupted(tmp_path, settings, kills):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert kill_a_run.run_until_done(whole, ROUNDS, []) == 0
-    assert kill_a_run.run_until_done(parts, ROUNDS, KILLS) == len(KILLS)
+    assert kill_a_run.run_until_done(whole, ROUNDS, [], **settings) == 0
+    assert kill_a_run.run_until_done(parts, ROUNDS, kills, **settings) == len(kills)
     expected, resumed = (torch.load(run / kill_a_run.RESULT, weights_only=False) for run in (whole, parts))
     assert len(expected["logs"]) == ROUNDS + 1  # and the summary
     for name, value in expected.items():

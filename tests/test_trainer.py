@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 
 from conformance.image_pipelines import images as different_images
 from conformance.image_pipelines import inpainting_inputs, stable_diffusion_img2img, stable_diffusion_inpainting
-from conftest import brightness, tiny_pipeline
+from conftest import brightness, in_both_passes, tiny_pipeline
 from ddpo_trl import DDPOTrainer
 from ddpo_trl.types import Rollout
 
@@ -64,18 +64,20 @@ def test_the_gradient_does_not_depend_on_the_split_into_micro_batches(make_confi
     assert relative_difference(whole, split) < 1e-4
 
 
+@in_both_passes
 def test_score_function_and_importance_sampling_have_one_gradient_on_policy(make_config):
     of = {kind: gradients_of_a_round(make_config(loss_type=kind, max_grad_norm=0.0)) for kind in ("sf", "is")}
     assert relative_difference(of["sf"], of["is"]) < 1e-5
 
 
+@in_both_passes
 @pytest.mark.parametrize("weighting", ["uniform", "std"])
 def test_the_gradient_is_that_of_the_formula(make_config, weighting):
     """−mean over samples and steps of w · A · ∇log π, by autograd on a rollout that is replayed in one piece."""
-    config = make_config(loss_type="sf", max_grad_norm=0.0, transition_weighting=weighting)
-    recorder = GradientRecorder()
-    trainer = DDPOTrainer(config, brightness, PROMPTS, tiny_pipeline(), callbacks=[recorder])
-    trainer.args.learning_rate = 0.0
+    settings = {"loss_type": "sf", "max_grad_norm": 0.0, "transition_weighting": weighting}
+    actual = gradients_of_a_round(make_config(**settings))
+    config = make_config(**settings, one_pass=False, learning_rate=0.0)  # which keeps transitions and weights
+    trainer = DDPOTrainer(config, brightness, PROMPTS, tiny_pipeline())
     trainer.train()
     rewards = trainer.rollout.rewards
     advantages = ((rewards - rewards.mean()) / (rewards.std(correction=0) + 1e-6)).clamp(-5, 5).float()
@@ -88,9 +90,10 @@ def test_the_gradient_is_that_of_the_formula(make_config, weighting):
         losses.append(-(weights[step] * advantages * log_probs).mean())
     parameters = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
     expected = torch.autograd.grad(torch.stack(losses).mean(), list(parameters.values()))
-    assert relative_difference(recorder.gradients, dict(zip(parameters, expected, strict=True))) < 1e-4
+    assert relative_difference(actual, dict(zip(parameters, expected, strict=True))) < 1e-4
 
 
+@in_both_passes
 @pytest.mark.parametrize("loss_type", ["is", "sf"])
 @pytest.mark.parametrize("normalization", ["batch", "prompt", "group"])
 def test_equal_rewards_give_a_zero_gradient(make_config, loss_type, normalization):
@@ -102,7 +105,8 @@ def test_equal_rewards_give_a_zero_gradient(make_config, loss_type, normalizatio
 
 
 def test_only_the_transitions_in_train_timestep_range_are_trained_on(make_config):
-    trainer = RecordingTrainer(make_config(train_timestep_range=[0.25, 0.75]), brightness, PROMPTS, tiny_pipeline())
+    config = make_config(one_pass=False, train_timestep_range=[0.25, 0.75])
+    trainer = RecordingTrainer(config, brightness, PROMPTS, tiny_pipeline())
     trainer.train()
     seen = trainer.seen
     assert {micro_batch["step"] for micro_batch in seen} == {1, 2}
@@ -121,6 +125,7 @@ def test_timestep_fraction_draws_other_transitions_in_each_round(make_config):
     assert len(set(drawn)) > 1
 
 
+@in_both_passes
 @pytest.mark.parametrize(
     ("settings", "window_of_round"),
     [
@@ -137,21 +142,29 @@ def test_only_the_steps_of_the_window_get_noise_are_recorded_and_are_trained_on(
     config = make_config(sde_window_size=1, num_train_epochs=3, learning_rate=0.0, **settings)
     trainer = RecordingTrainer(config, brightness, PROMPTS, tiny_pipeline())
     trainer.train()
-    per_round = len(trainer.seen) // 3
-    assert per_round == 2  # two micro-batches of samples, one step each
-    windows = [
-        {batch["step"] for batch in trainer.seen[i : i + per_round]} for i in range(0, 3 * per_round, per_round)
-    ]
+    windows = [steps_with_noise(trainer, rollout) for rollout in trainer.rollouts]
     if window_of_round is None:
         assert all(len(window) == 1 for window in windows) and len(set(map(tuple, windows))) > 1
     else:
-        assert windows == [{step} for step in window_of_round]
-    for rollout, window in zip(trainer.rollouts, windows, strict=True):
-        for batch in rollout.batches:
-            assert set(batch.steps) == window
-            again = trainer._policy.sample(batch.context, stochastic=window)  # the rate is 0: it is the same policy
-            assert torch.equal(batch.images, again.images)
-            assert not torch.equal(batch.images, trainer._policy.sample(batch.context).images)
+        assert windows == [[step] for step in window_of_round]
+    if trainer.plan.one_pass:
+        assert all(rollout.log_probs.shape == (8, 1) for rollout in trainer.rollouts)
+    else:
+        assert [list(rollout.batches[0].steps) for rollout in trainer.rollouts] == windows
+        trained = [micro_batch["step"] for micro_batch in trainer.seen]
+        assert trained == [window[0] for window in windows for _ in range(2)]  # two micro-batches of samples
+
+
+def steps_with_noise(trainer: "RecordingTrainer", rollout: Rollout) -> list[int]:
+    """The step that alone has to have noise for the images of a rollout; the learning rate is 0."""
+    return [
+        step
+        for step in range(4)
+        if all(
+            torch.equal(batch.images, trainer._policy.sample(batch.context, stochastic={step}).images)
+            for batch in rollout.batches
+        )
+    ]
 
 
 def test_every_pass_visits_every_transition_once_in_optimizer_steps_of_equal_size(make_config):
@@ -197,7 +210,8 @@ def test_images_differ_between_samples_and_between_rounds(make_config):
 
 
 def test_a_run_without_updates_has_ratio_one_in_every_round(make_config):
-    trainer = DDPOTrainer(make_config(learning_rate=0.0, num_train_epochs=2), brightness, PROMPTS, tiny_pipeline())
+    config = make_config(one_pass=False, learning_rate=0.0, num_train_epochs=2)
+    trainer = DDPOTrainer(config, brightness, PROMPTS, tiny_pipeline())
     trainer.train()
     for log in reward_logs(trainer):
         assert log["val/ratio_deviation"] == 0.0
@@ -220,7 +234,7 @@ def test_later_updates_of_a_round_are_measured_against_the_policy_that_sampled_i
 def test_a_pipeline_that_does_not_repeat_itself_stops_the_first_round(make_config):
     pipeline = tiny_pipeline()
     pipeline.unet.register_forward_hook(lambda *args: (args[2][0] + torch.randn_like(args[2][0]),))
-    trainer = DDPOTrainer(make_config(), brightness, PROMPTS, pipeline)
+    trainer = DDPOTrainer(make_config(one_pass=False), brightness, PROMPTS, pipeline)
     with pytest.raises(RuntimeError, match="another log-probability in training than in sampling"):
         trainer.train()
 
@@ -265,7 +279,7 @@ def test_the_kl_to_the_reference_holds_the_policy_back(make_config):
 def test_the_denoiser_runs_once_per_transition_without_kl_and_twice_with_it(make_config):
     def calls(kl_coef):
         pipeline = tiny_pipeline()
-        trainer = DDPOTrainer(make_config(kl_coef=kl_coef), brightness, PROMPTS, pipeline)
+        trainer = DDPOTrainer(make_config(one_pass=False, kl_coef=kl_coef), brightness, PROMPTS, pipeline)
         count = []
         pipeline.unet.register_forward_hook(lambda *_: count.append(1))
         trainer.train()
@@ -306,11 +320,12 @@ def test_gradient_checkpointing_gives_the_same_gradient(make_config):
 
 
 def test_mixed_precision_samples_and_trains_under_the_same_autocast(make_config):
-    trainer = DDPOTrainer(make_config(bf16=True), brightness, PROMPTS, tiny_pipeline())
+    trainer = DDPOTrainer(make_config(one_pass=False, bf16=True), brightness, PROMPTS, tiny_pipeline())
     trainer.train()
     assert reward_logs(trainer)[0]["val/ratio_deviation"] == 0.0
 
 
+@in_both_passes
 def test_half_precision_pipelines_train_a_float32_adapter(make_config):
     pipeline = tiny_pipeline().to(torch.bfloat16)
     trainer = DDPOTrainer(make_config(), brightness, PROMPTS, pipeline)
@@ -320,9 +335,10 @@ def test_half_precision_pipelines_train_a_float32_adapter(make_config):
     assert all(weight.dtype == torch.float32 for weight in after.values())
     assert all(not torch.equal(after[name], before[name]) for name in after)
     assert pipeline.unet.conv_in.weight.dtype == torch.bfloat16
-    assert reward_logs(trainer)[0]["val/ratio_deviation"] == 0.0
+    assert trainer.plan.one_pass or reward_logs(trainer)[0]["val/ratio_deviation"] == 0.0
 
 
+@in_both_passes
 def test_two_runs_with_one_seed_are_equal_to_the_bit_and_another_seed_is_not(make_config):
     def run(seed):
         trainer = DDPOTrainer(make_config(seed=seed, num_train_epochs=2), brightness, PROMPTS, tiny_pipeline())
@@ -364,8 +380,9 @@ def test_the_images_of_a_round_do_not_depend_on_the_sample_batch_size_and_their_
     rollouts = {}
     for size in (1, 4, 16):
         config = make_config(
-            per_device_sample_batch_size=size, num_sample_batches=16 // size, num_train_epochs=2, learning_rate=0.0
-        )
+            per_device_sample_batch_size=size, num_sample_batches=16 // size, num_train_epochs=2, learning_rate=0.0,
+            one_pass=False,
+        )  # fmt: skip
         trainer = DDPOTrainer(config, brightness, PROMPTS, tiny_pipeline())
         trainer.train()
         rollouts[size] = trainer.rollout  # of the second round
@@ -378,14 +395,16 @@ def test_the_images_of_a_round_do_not_depend_on_the_sample_batch_size_and_their_
             assert torch.equal(noise[size][sample].latents[sample % size], noise[1][sample].latents[0])
 
 
+@in_both_passes
 @pytest.mark.parametrize("normalization", ["batch", "prompt"])
-def test_a_run_resumed_after_a_round_ends_as_if_never_interrupted(make_config, normalization, tmp_path):
+def test_a_run_resumed_after_a_round_ends_as_if_never_interrupted(make_config, normalization, one_pass, tmp_path):
+    updates = 1 if one_pass else 2  # of a round
     settings = {
         "num_train_epochs": 4,
         "save_strategy": "epoch",
         "advantage_normalization": normalization,
         "per_prompt_stat_tracking_min_count": 2,
-        "num_mini_batches": 2,
+        "num_mini_batches": updates,
     }
 
     def random_prompt() -> tuple[str, Any]:
@@ -396,11 +415,11 @@ def test_a_run_resumed_after_a_round_ends_as_if_never_interrupted(make_config, n
     )
     whole.train()
     config = make_config(output_dir=str(tmp_path / "parts"), **settings)
-    stopper = StopAfter(steps=4)
+    stopper = StopAfter(steps=2 * updates)
     DDPOTrainer(config, brightness, random_prompt, tiny_pipeline(), callbacks=[stopper]).train()
     resumed = DDPOTrainer(config, brightness, random_prompt, tiny_pipeline())
     resumed.train(resume_from_checkpoint=True)
-    assert resumed.state.global_step == 8
+    assert resumed.state.global_step == 4 * updates
     expected = lora_weights(whole)
     assert all(torch.equal(weight, expected[name]) for name, weight in lora_weights(resumed).items())
     rewards = [[log["reward"] for log in reward_logs(trainer)] for trainer in (whole, resumed)]
@@ -550,6 +569,7 @@ def img2img_pipeline() -> Any:
 IMAGE_PAIRS = list(zip(PROMPTS, ({"image": image} for image in different_images(3)), strict=True))
 
 
+@in_both_passes
 def test_metadata_named_in_pipeline_inputs_is_handed_to_the_pipeline_for_each_sample(make_config):
     pipeline = img2img_pipeline()
     handed: list[list[Any]] = []
@@ -566,13 +586,14 @@ def test_metadata_named_in_pipeline_inputs_is_handed_to_the_pipeline_for_each_sa
     trainer.train()
     image_of = {prompt: metadata["image"] for prompt, metadata in IMAGE_PAIRS}
     # two batches are sampled, then the micro-batches of shuffled samples are replayed: 2 at 3 steps, all that are run
-    assert len(handed) == 2 + len(trainer.seen) == 2 + 2 * 3
+    replayed = 0 if trainer.plan.one_pass else 2 * 3
+    assert len(handed) == 2 + len(trainer.seen) == 2 + replayed
     prompts = trainer.rollout.prompts
     samples = [range(4), range(4, 8), *(micro_batch["samples"] for micro_batch in trainer.seen)]
     for images, rows in zip(handed, samples, strict=True):
         assert len(images) == 4
         assert all(image is image_of[prompts[row]] for image, row in zip(images, rows, strict=True))
-    assert reward_logs(trainer)[0]["val/ratio_deviation"] == 0.0
+    assert trainer.plan.one_pass or reward_logs(trainer)[0]["val/ratio_deviation"] == 0.0
     # and to the pipeline with its own scheduler
     handed.clear()
     samples_of_eval = trainer.generate_samples()
@@ -585,7 +606,7 @@ def test_what_a_pipeline_draws_beside_its_latents_belongs_to_the_sample(make_con
     inputs = inpainting_inputs(3)
     images, masks = inputs["image"], inputs["mask_image"]
     pairs = [(prompt, {"image": images[i], "mask_image": masks[i]}) for i, prompt in enumerate(PROMPTS)]
-    config = make_config(pipeline_inputs=["image", "mask_image"])
+    config = make_config(one_pass=False, pipeline_inputs=["image", "mask_image"])
     trainer = RecordingTrainer(config, brightness, pairs, stable_diffusion_inpainting(0))
     trainer.train()
     assert any({sample // 4 for sample in micro_batch["samples"]} == {0, 1} for micro_batch in trainer.seen)
