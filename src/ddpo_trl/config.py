@@ -417,8 +417,11 @@ class DDPOConfig(TrainingArguments):
                 raise ValueError(f"{name} is {value}; it must be above 0.")
         if self.log_images_rounds < 0:
             raise ValueError(f"log_images_rounds is {self.log_images_rounds}; it must be 0 (no pictures) or above.")
-        if not self.kl_coef >= 0:
-            raise ValueError(f"kl_coef is {self.kl_coef}; it must be 0 (no KL) or above.")
+        for name in ("learning_rate", "weight_decay", "kl_coef"):
+            if not 0 <= (value := vars(self)[name]) < math.inf:
+                raise ValueError(f"{name} is {value}; it must be a finite number, 0 or above.")
+        if self.max_grad_norm is not None and not self.max_grad_norm >= 0:
+            raise ValueError(f"max_grad_norm is {self.max_grad_norm}; it must be above 0, or 0 for no clipping.")
         for name in ("total_episodes", "sde_window_size"):
             if (value := vars(self)[name]) is not None and value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1, or None.")
