@@ -356,6 +356,7 @@ class DDPOConfig(TrainingArguments):
             self.metric_for_best_model = "eval_reward"  # Trainer falls back to a loss, which evaluation does not have
         super().__post_init__()
         self._check_positive()
+        self._check_finite()
         self._check_noise()
         self._check_ranges()
         self._check_objective()
@@ -417,11 +418,6 @@ class DDPOConfig(TrainingArguments):
                 raise ValueError(f"{name} is {value}; it must be above 0.")
         if self.log_images_rounds < 0:
             raise ValueError(f"log_images_rounds is {self.log_images_rounds}; it must be 0 (no pictures) or above.")
-        for name in ("learning_rate", "weight_decay", "kl_coef"):
-            if not 0 <= (value := vars(self)[name]) < math.inf:
-                raise ValueError(f"{name} is {value}; it must be a finite number, 0 or above.")
-        if self.max_grad_norm is not None and not self.max_grad_norm >= 0:
-            raise ValueError(f"max_grad_norm is {self.max_grad_norm}; it must be above 0, or 0 for no clipping.")
         for name in ("total_episodes", "sde_window_size"):
             if (value := vars(self)[name]) is not None and value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1, or None.")
@@ -430,6 +426,13 @@ class DDPOConfig(TrainingArguments):
                 f"reward_timeout is {self.reward_timeout}; it must be a number of seconds above 0, or None for no "
                 "limit."
             )
+
+    def _check_finite(self) -> None:
+        for name in ("learning_rate", "weight_decay", "kl_coef"):
+            if not 0 <= (value := vars(self)[name]) < math.inf:
+                raise ValueError(f"{name} is {value}; it must be a finite number, 0 or above.")
+        if self.max_grad_norm is not None and not self.max_grad_norm >= 0:
+            raise ValueError(f"max_grad_norm is {self.max_grad_norm}; it must be above 0, or 0 for no clipping.")
 
     def _check_noise(self) -> None:
         if not self.eta > 0:
