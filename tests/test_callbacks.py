@@ -2,7 +2,7 @@
 
 import re
 
-from conftest import brightness, tiny_pipeline
+from conftest import brightness, in_both_passes, tiny_pipeline
 from ddpo_trl import DDPOTrainer
 
 
@@ -17,10 +17,12 @@ def shown(make_config, capfd, **settings: object) -> str:
     return "".join(capfd.readouterr())
 
 
-def test_sampling_training_and_evaluation_have_a_bar_each(make_config, capfd):
+@in_both_passes
+def test_sampling_training_and_evaluation_have_a_bar_each(make_config, one_pass, capfd):
+    micro_batches = 2 if one_pass else 16
     text = shown(make_config, capfd, disable_tqdm=False, num_train_epochs=2, eval_strategy="epoch")
     assert re.search(r"Sampling, round 2: 100%.* 8/8 \[.*image/s, reward=0\.5", text)
-    assert re.search(r"Training: 100%.* 16/16 \[.*micro-batch/s, reward=0\.5\d* ± ", text)
+    assert re.search(rf"Training: 100%.* {micro_batches}/{micro_batches} \[.*micro-batch.*, reward=0\.5\d* ± ", text)
     assert len(re.findall(r"Evaluation: +0%.* 0/3 \[.*image/s\]", text)) == 2 * 2 + 1  # it is quicker than a bar moves
 
 

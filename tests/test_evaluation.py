@@ -9,7 +9,7 @@ from diffusers import StableDiffusionPipeline
 from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.integrations.integration_utils import rewrite_logs
 
-from conftest import brightness, tiny_pipeline
+from conftest import brightness, in_both_passes, tiny_pipeline
 from ddpo_trl import DDPOConfig, DDPOTrainer
 from ddpo_trl.evaluation import EvaluationRounds, check_evaluation, diversity, metric_names
 from ddpo_trl.seeding import Stream, derived_seed
@@ -229,8 +229,9 @@ def test_a_callback_may_ask_for_more_evaluations(make_config):
     assert any(isinstance(callback, EvaluationRounds) for callback in trainer.callback_handler.callbacks)
 
 
-def test_evaluation_leaves_training_alone(make_config):
-    settings = {"num_train_epochs": 3, "num_mini_batches": 2}
+@in_both_passes
+def test_evaluation_leaves_training_alone(make_config, one_pass):
+    settings = {"num_train_epochs": 3, "num_mini_batches": 1 if one_pass else 2}
     plain, evaluated = (
         trainer_for(make_config(**settings, **more), eval_reward_fns=redness)
         for more in ({}, {"eval_strategy": "epoch", "eval_on_start": True})

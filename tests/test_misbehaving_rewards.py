@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import brightness, tiny_pipeline
+from conftest import brightness, in_both_passes, tiny_pipeline
 from ddpo_trl import DDPOTrainer
 from ddpo_trl.advantages import PromptStatistics
 from launch import launch
@@ -156,6 +156,7 @@ def test_the_other_samples_have_the_advantages_that_they_would_have_alone(make_c
         assert remembered[trainer.rollout.prompts[4]] == rewards[second].tolist()
 
 
+@in_both_passes
 def test_a_dropped_sample_adds_nothing_to_the_gradient(make_config):
     """With the only samples that differ dropped, the gradient is exactly zero."""
     config = make_config(on_invalid_reward="drop", max_grad_norm=0.0, weight_decay=0.0, optim="sgd")

@@ -1,7 +1,7 @@
 """DDPO learns: tiny images get brighter or darker as asked, and neither when the rewards are shuffled."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -30,32 +30,36 @@ class Gain(NamedTuple):
             In units of the standard deviation of the reward between images, before training.
         standard_error (`float`):
             Of the mean, in the same unit.
+        logs (`list[dict[str, float]]`):
+            Of the rounds.
     """
 
     mean: float
     standard_error: float
+    logs: list[dict[str, float]]
 
     def is_learning(self) -> bool:
         return self.mean > 4 * self.standard_error and self.mean > LEAST_GAIN
 
 
-def gain(make_config, sign: int, loss_type: str = "is", shuffle: bool = False) -> Gain:
+def gain(make_config, sign: int, shuffle: bool = False, **settings: Any) -> Gain:
     """Trains on `sign` x brightness and measures what it brought."""
 
     def reward(images: Tensor, prompts: tuple[str, ...], metadata: tuple) -> Tensor:
         return sign * brightness(images, prompts, metadata)
 
     config = make_config(
-        loss_type=loss_type,
-        num_train_epochs=16,
-        num_inference_steps=5,
-        guidance_scale=1.0,
-        pipeline_kwargs={"height": 8, "width": 8},
-        per_device_sample_batch_size=64,
-        num_sample_batches=4,
-        per_device_train_batch_size=64,
-        learning_rate=1e-2,
-        logging_strategy="no",
+        **{
+            "num_train_epochs": 16,
+            "num_inference_steps": 5,
+            "guidance_scale": 1.0,
+            "pipeline_kwargs": {"height": 8, "width": 8},
+            "per_device_sample_batch_size": 64,
+            "num_sample_batches": 4,
+            "per_device_train_batch_size": 64,
+            "learning_rate": 1e-2,
+            **settings,
+        }
     )
     # Convolutions carry the colour of a random network; its attention hardly reaches the image.
     adapter = LoraConfig(r=4, lora_alpha=4, target_modules=["conv1", "conv2", "conv_out"])
@@ -65,12 +69,13 @@ def gain(make_config, sign: int, loss_type: str = "is", shuffle: bool = False) -
     before = trainer.generate_samples().rewards[:, 0]
     trainer.train()
     gains = (trainer.generate_samples().rewards[:, 0] - before) / before.std()
-    return Gain(gains.mean().item(), gains.std().item() / math.sqrt(len(gains)))
+    logs = [log for log in trainer.state.log_history if "reward" in log]
+    return Gain(gains.mean().item(), gains.std().item() / math.sqrt(len(gains)), logs)
 
 
 @pytest.mark.parametrize("loss_type, sign", [("is", +1), ("is", -1), ("sf", +1)])
 def test_training_moves_brightness_in_the_direction_of_the_reward(make_config, loss_type, sign):
-    assert gain(make_config, sign, loss_type).is_learning()
+    assert gain(make_config, sign, loss_type=loss_type).is_learning()
 
 
 def test_shuffled_rewards_teach_nothing(make_config):
