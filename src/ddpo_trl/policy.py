@@ -2,7 +2,7 @@
 
 import copy
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
@@ -241,7 +241,7 @@ class Policy(nn.Module):
             reduction=self.settings.log_prob_reduction,
             stochastic=stochastic,
         )
-        with gradients.watching():
+        with gradients.watch.watching():
             images = self._sample_from(source, context)
         self._check_all_run(source, source.log_probs)
         device = "cpu" if self.settings.offload_rollout else self.denoiser.device
@@ -250,6 +250,32 @@ class Policy(nn.Module):
             weights=[each.to(device) for each in gradients.sums],
         )
         return SampledBatch(context=context, images=images, steps={}, gradients=taken)
+
+    @torch.no_grad()
+    def differentiate(self, context: Context, step: int, take: Callable[[Tensor], None]) -> None:
+        """
+        Samples as [`~Policy.sample_with_gradients`] does up to one step, and leaves: no image is made.
+
+        Args:
+            context ([`~ddpo_trl.types.Context`] of length `B`):
+                What the samples are made from.
+            step (`int`):
+                Index of a step in the sampler's schedule.
+            take (`Callable[[torch.Tensor], None]`):
+                Receives the log-probabilities of the step's actions, `(B,)`, with their graph. It is not called if the
+                pipeline ends before the step.
+        """
+
+        def take_and_leave(index: int, log_probs: Tensor) -> None:
+            take(log_probs)
+            raise StepReplayed
+
+        self.eval()
+        source = DifferentiatedSampling(
+            take_and_leave, generators=seeded(context), record={step}, reduction=self.settings.log_prob_reduction
+        )
+        with self.scheduler.acting(source), suppress(StepReplayed):
+            self._run(self.policy_pipeline, context, generator=source.generators, output_type="latent")
 
     def _sample_from(self, source: Sampling, context: Context) -> Tensor:
         with self.scheduler.acting(source):

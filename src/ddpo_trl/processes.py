@@ -1,8 +1,9 @@
-"""What the processes of a run hold together: results that are gathered, weights that are sharded (FSDP2)."""
+"""What the processes of a run hold together: gathered results, decisions, weights that are sharded (FSDP2)."""
 
 from collections.abc import Mapping
 
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator, DistributedType, PartialState
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -23,6 +24,23 @@ def gather(accelerator: Accelerator, values: Tensor) -> Tensor:
     if accelerator.num_processes == 1:
         return values.cpu()
     return accelerator.gather(values.to(accelerator.device)).cpu()
+
+
+def first_reason(own: str | None) -> str | None:
+    """
+    The first reason that any process has for or against something: so all decide alike. All processes have to call it.
+
+    Args:
+        own (`str`, *optional*):
+            That of this process, as the end of a sentence; `None` if it has none.
+
+    Returns:
+        `str` or `None`: The same on all processes. Of several processes it names the one that it comes from.
+    """
+    if PartialState().num_processes == 1:
+        return own
+    reasons = enumerate(gather_object([own]))
+    return next((f"on process {rank} {reason}" for rank, reason in reasons if reason is not None), None)
 
 
 def check_wrapping(accelerator: Accelerator) -> None:
