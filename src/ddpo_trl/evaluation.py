@@ -101,8 +101,9 @@ class Evaluator:
 
     def generate(self, pairs: Sequence[PromptPair]) -> Samples:
         """Images made with the pipeline's own scheduler, and their rewards."""
-        images, (rewards,) = self._make_and_score(pairs, self.policy.generate, [self.scorer])
-        return Samples([prompt for prompt, _ in pairs], images, rewards)
+        made = self._make_and_score(pairs, self.policy.generate, [self.scorer])
+        (rewards,) = made.rewards
+        return Samples([prompt for prompt, _ in pairs], self._of_all(made.images, made.places), rewards)
 
     def image_seed(self, index: int) -> int:
         """Seed of the image of the prompt with this index."""
@@ -125,8 +126,10 @@ class Evaluator:
             return self.policy.sample(context, stochastic=noisy_steps).images
 
         scorers = [self.scorer] if self.held_out is None else [self.scorer, self.held_out]
-        images, rewards = self._make_and_score(pairs, self.policy.generate, scorers)
-        _, (sampled_rewards,) = self._make_and_score(pairs, sample, [self.scorer])
+        images, places, rewards = self._make_and_score(pairs, self.policy.generate, scorers)
+        prompts = [prompt for prompt, _ in pairs]
+        again = sorted(repeated(prompts))
+        of_repeated = self._of_all(images, places, [index for index, prompt in enumerate(prompts) if prompt in again])
         totals = self.scorer.total(rewards[0])
         values = {
             "reward": mean(totals),

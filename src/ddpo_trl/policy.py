@@ -19,7 +19,7 @@ from ddpo_trl.pipelines import call_with_grad, check_call, policy_copy, quiet_co
 from ddpo_trl.processes import is_sharded
 from ddpo_trl.sample_gradients import SampleGradients, TrainedLayer
 from ddpo_trl.schedulers import DifferentiatedSampling, Replay, Sampling, StepReplayed, policy_scheduler
-from ddpo_trl.types import Conditions, Context, Gradients, SampledBatch
+from ddpo_trl.types import Conditions, Context, Gradients, SampledBatch, Step, steps_to
 
 
 class Survey(NamedTuple):
@@ -206,10 +206,10 @@ class Policy(nn.Module):
         """
         source = Sampling(seeded(context), record, self.settings.log_prob_reduction, stochastic, max_steps)
         images = self._sample_from(source, context)
-        steps = source.steps
+        steps: Mapping[int, Step] = source.steps
         self._check_all_run(source, steps)
         if self.settings.offload_rollout:
-            steps = {index: step.to("cpu") for index, step in steps.items()}
+            steps = steps_to(steps, "cpu")
         return SampledBatch(context=context, images=images, steps=steps, conditions=self.conditions(stochastic))
 
     @torch.no_grad()

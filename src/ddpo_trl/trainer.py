@@ -224,6 +224,7 @@ class DDPOTrainer(Trainer):
             seed=self.args.seed,
             accelerator=self.accelerator,
             progress=self.progress,
+            before_sampling=self._forget_rollout,
             on_rollout=self._start_optimising,
         )
 
@@ -324,6 +325,10 @@ class DDPOTrainer(Trainer):
     @property
     def _policy(self) -> Policy:
         return self.accelerator.unwrap_model(self.model)
+
+    def _forget_rollout(self) -> None:
+        self.recorder.rollout = None
+        vars(self).pop("rollout", None)
 
     def _start_optimising(self, rollout: Rollout) -> None:
         self.rollout = self.recorder.rollout = rollout

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from datasets import Dataset
@@ -15,7 +15,15 @@ PromptFunction = Callable[[], PromptPair]
 
 
 class PromptSource(ABC):
-    """Draws the prompts of a round."""
+    """
+    Draws the prompts of a round.
+
+    Attributes:
+        alike_on_all_processes (`bool`):
+            Whether every process draws the same.
+    """
+
+    alike_on_all_processes: ClassVar[bool]
 
     @abstractmethod
     def draw(self, round: int, count: int) -> list[PromptPair]:
@@ -57,6 +65,8 @@ class FunctionPrompts(PromptSource):
             Returns `(prompt, metadata)`. If it has `state_dict` and `load_state_dict`, a checkpoint holds its state.
     """
 
+    alike_on_all_processes = False
+
     def __init__(self, prompt_fn: PromptFunction):
         self.prompt_fn = prompt_fn
         self.previewed: list[PromptPair] = []
@@ -95,6 +105,8 @@ class ShuffledPrompts(PromptSource):
         seed (`int`):
             Seed of the run.
     """
+
+    alike_on_all_processes = True
 
     def __init__(self, pairs: Sequence[PromptPair], seed: int):
         self.pairs = pairs
