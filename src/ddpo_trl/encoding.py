@@ -57,7 +57,13 @@ class EmbeddingCache:
     Embeddings by what they were made from, in CPU memory: the last used ones, up to [`MAX_CACHED_BYTES`].
 
     What one has in common with the one before it is kept once: the negative prompt's.
+
+    Attributes:
+        largest (`int`):
+            Bytes of the largest so far, with what it has in common.
     """
+
+    largest = 0
 
     def __init__(self) -> None:
         self._entries: OrderedDict[Hashable, tuple[Any, int]] = OrderedDict()
@@ -94,6 +100,7 @@ class EmbeddingCache:
         size = sum(one.tensor.nbytes for one in self._newest if not any(one is other for other in before))
         self._entries[key] = kept, size
         self._bytes += size
+        self.largest = max(self.largest, sum(one.tensor.nbytes for one in self._newest))
 
     def shrink(self) -> None:
         """Forgets the longest unused ones until the rest takes no more than it may."""
@@ -185,6 +192,11 @@ class PromptEncoder:
             return []
         with torch.no_grad(), self._at_hand():
             return [self._encode_prompt(*args, **kwargs) for args, kwargs in calls]
+
+    @property
+    def largest(self) -> int:
+        """Bytes of the largest embedding of a prompt so far."""
+        return self._cache.largest
 
     @contextmanager
     def _at_hand(self) -> Iterator[None]:

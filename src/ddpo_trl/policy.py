@@ -31,10 +31,13 @@ class Survey(NamedTuple):
             σ_t of each step, from noise to image; 0 for deterministic steps.
         state_bytes (`int`):
             Memory of one sample's state x_t.
+        embedding_bytes (`int`):
+            Memory of what its prompt is encoded to, the negative prompt included; 0 if the pipeline's are not known.
     """
 
     stds: list[float]
     state_bytes: int
+    embedding_bytes: int
 
 
 class PolicyOutput(NamedTuple):
@@ -151,7 +154,9 @@ class Policy(nn.Module):
         with torch.no_grad():
             latents = self._visit(self.policy_pipeline, Replay(0), context).latents
         assert latents is not None, "_visit raises if no step was run"
-        return Survey(stds=self.scheduler.stds, state_bytes=latents[0].nbytes)
+        encoder = vars(self.policy_pipeline).get("encode_prompt")
+        embedding_bytes = 0 if encoder is None else encoder.largest
+        return Survey(self.scheduler.stds, latents[0].nbytes, embedding_bytes)
 
     def describe(self) -> str:
         """One line about what is trained."""

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from accelerate.utils import save_fsdp_optimizer
+from accelerate.utils import broadcast_object_list, save_fsdp_optimizer
 from datasets import Dataset
 from diffusers import DiffusionPipeline
 from peft import PeftConfig
@@ -38,8 +38,15 @@ from ddpo_trl.one_pass import TRIAL_SAMPLES, autocast, choose_passes, policy_gra
 from ddpo_trl.pipelines import move
 from ddpo_trl.plan import plan_batches
 from ddpo_trl.policy import Policy
-from ddpo_trl.processes import check_wrapping
-from ddpo_trl.prompts import PromptFunction, PromptPair, prompt_pairs, prompt_source
+from ddpo_trl.processes import check_alike, check_wrapping
+from ddpo_trl.prompts import (
+    PromptFunction,
+    PromptPair,
+    ShuffledPrompts,
+    fingerprint,
+    prompt_pairs,
+    prompt_source,
+)
 from ddpo_trl.sample_gradients import trained_weights
 from ddpo_trl.scoring import RewardScorer, first_problem
 from ddpo_trl.seeding import Stream, derived_seed
@@ -154,6 +161,7 @@ class DDPOTrainer(Trainer):
             self.eval_scorer = RewardScorer(
                 eval_reward_fns, None, args.max_workers, args.reward_timeout, argument="eval_reward_fns"
             )
+        self._check_alike(args)
         if type(self).evaluate is DDPOTrainer.evaluate:  # another one may measure something else
             check_evaluation(args, self.eval_prompts, reward_names(self.scorer, self.eval_scorer))
         if args.use_lora:
@@ -163,7 +171,7 @@ class DDPOTrainer(Trainer):
             freeze_all_but_denoiser(pipeline, peft_config)
         move(pipeline, args.device, args)
         policy = Policy(pipeline, args, adapter)
-        prompt, metadata = self.prompts.preview(1)[0]
+        ((prompt, metadata),) = self._preview(1)
         trial_size = min(TRIAL_SAMPLES, args.per_device_sample_batch_size)
         trial_seeds = [derived_seed(args.seed, Stream.EVALUATION, index) for index in range(trial_size)]
         trial = policy.context([prompt] * trial_size, [metadata] * trial_size, trial_seeds)
@@ -202,7 +210,7 @@ class DDPOTrainer(Trainer):
         self._staging: str | None = None  # where a checkpoint is being written
         self._example_prompt = prompt
         self._try_reward_function(prompt, metadata, trial_size)
-        fixed = fixed_prompts(args, self.eval_prompts, self.prompts, self.plan.prompts_per_round)
+        fixed = fixed_prompts(args, self.eval_prompts, self._preview, self.plan.prompts_per_round)
         self.recorder = RunRecorder(lambda: self._evaluator, fixed, self.callback_handler.callbacks)
         self.add_callback(self.recorder)
 
@@ -380,6 +388,20 @@ class DDPOTrainer(Trainer):
                 f"({args.per_device_sample_batch_size})."
             )
 
+    def _check_alike(self, args: DDPOConfig) -> None:
+        """Refuses processes that were given other settings, prompts or reward functions than the first."""
+        given: dict[str, Any] = {**args.shared_settings, "reward_fn": self.scorer.names}
+        if isinstance(self.prompts, ShuffledPrompts) and args.world_size > 1:
+            given["prompt_fn"] = fingerprint(self.prompts.pairs)
+        if self.eval_prompts is not None and args.world_size > 1:
+            given["eval_prompts"] = fingerprint(self.eval_prompts)
+        check_alike(given)
+
+    def _preview(self, count: int) -> list[PromptPair]:
+        """The first prompts of a run that starts at round 0, those of the first process on all."""
+        pairs = self.prompts.preview(count)
+        return pairs if self.prompts.alike_on_all_processes else broadcast_object_list(pairs)
+
     def _try_reward_function(self, prompt: str, metadata: Any, size: int) -> None:
         """
         Scores an image made in one denoising step: a faulty reward function is refused at construction. Where batches
@@ -389,6 +411,7 @@ class DDPOTrainer(Trainer):
         seed = derived_seed(self.args.seed, Stream.EVALUATION, 0)
         with self.accelerator.autocast():
             image = self._policy.sample(self._policy.context([prompt], [metadata], [seed]), max_steps=1).images
+        self.plan = dataclasses.replace(self.plan, image_bytes=image.nbytes)
         images = torch.cat([image, image / 2])[:size]
         scorers = [self.scorer] if self.eval_scorer is None else [self.scorer, self.eval_scorer]
         when = "trial at construction"

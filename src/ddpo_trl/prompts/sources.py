@@ -1,5 +1,6 @@
 """Where a trainer draws prompts from: a function, a dataset or a list. Each yields `(prompt, metadata)` pairs."""
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Protocol, runtime_checkable
@@ -175,6 +176,15 @@ def prompt_pairs(prompts: Any, argument: str) -> Sequence[PromptPair]:
     if not pairs:
         raise ValueError(f"{argument} is empty; give at least one prompt.")
     return pairs
+
+
+def fingerprint(pairs: Sequence[PromptPair]) -> str:
+    """How many prompts there are, and a number that another list of texts does not have."""
+    texts = pairs.dataset["prompt"] if isinstance(pairs, DatasetPairs) else [prompt for prompt, _ in pairs]
+    digest = hashlib.sha256()
+    for text in texts:
+        digest.update(text.encode() + b"\0")
+    return f"{len(pairs)} prompts ({digest.hexdigest()[:12]})"
 
 
 def _dataset_pairs(dataset: Dataset, argument: str) -> DatasetPairs:
