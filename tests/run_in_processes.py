@@ -1,8 +1,13 @@
 """Training runs for tests/test_processes.py, in one process or several."""
 
+import dataclasses
 import sys
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
+from unittest import mock
 
+import psutil
 import torch
 from accelerate import PartialState
 from transformers import TrainerCallback
@@ -100,6 +105,42 @@ def stopped_run(output_dir: str, num_processes: int) -> dict[str, Any]:
     }
 
 
+def refusal(construct: Callable[[], Any]) -> str:
+    try:
+        construct()
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def unequal_processes(output_dir: str) -> dict[str, Any]:
+    """What both processes decide where the second one has no memory left, or was given something else."""
+    process = PartialState().process_index
+    config = make_config(output_dir, 2)
+
+    def trainer(prompts: Any = PROMPTS, **settings: Any) -> DDPOTrainer:
+        return DDPOTrainer(dataclasses.replace(config, **settings), brightness, prompts, tiny_pipeline())
+
+    available = psutil.virtual_memory()._replace(available=10_000)
+    with mock.patch("psutil.virtual_memory", lambda: available) if process else nullcontext():
+        chosen = trainer()
+        chosen.train()
+        insisting = refusal(lambda: trainer(one_pass=True))
+
+    def drawing() -> tuple[str, dict[str, Any]]:
+        return f"{PROMPTS[process]} alone", {}
+
+    return {
+        "one_pass": chosen.plan.one_pass,
+        "because": chosen.plan.two_passes_because,
+        "weights": weights(chosen),
+        "insisting": insisting,
+        "other settings": refusal(lambda: trainer(learning_rate=1e-2 * (1 + process))),
+        "other prompts": refusal(lambda: trainer(PROMPTS[:: 1 - 2 * process])),
+        "example": trainer(drawing)._example_prompt,
+    }
+
+
 def decisions(trainer: DDPOTrainer) -> list[bool]:
     """Whether 1 on the first process and 3 on the second end the updates, for targets on both sides of their mean."""
     reached = []
@@ -117,6 +158,8 @@ def main(output_dir: str, num_processes: int) -> None:
         "one_pass": plain_run(f"{output_dir}/one_pass", num_processes, one_pass=True),
         "stopped": stopped_run(f"{output_dir}/stopped", num_processes),
     }
+    if num_processes == 2:
+        results["unequal"] = unequal_processes(f"{output_dir}/unequal")
     rank = torch.distributed.get_rank() if num_processes > 1 else 0
     torch.save(results, f"{output_dir}/rank-{rank}.pt")
     PartialState().destroy_process_group()  # or its threads may be cut off when the process exits

@@ -372,14 +372,33 @@ def test_flags_of_the_launcher_are_told_from_mistakes():
     assert unknown == ["--num_processes", "2"]
 
 
-def test_processes_are_started_and_their_status_comes_back(capfd):
+def test_processes_are_started_and_their_status_comes_back(capfd, monkeypatch):
     """With commands that take no time."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     two = ["--num_processes", "2", "--main_process_port", "0"]
     assert launch(["--version"], "multi_gpu", two) == 0
     version = capfd.readouterr().out.split()
     assert len(version) == 2 and version[0] == version[1]
     assert launch(["trian"], "multi_gpu", two) == 2
     assert "Did you mean train?" in capfd.readouterr().err
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="needs a machine without an accelerator")
+@pytest.mark.parametrize("flags", [["--accelerate_config", "multi_gpu"], ["--num_processes", "2"]], ids=lambda f: f[0])
+def test_processes_that_could_not_join_are_refused_with_the_remedy(capsys, monkeypatch, flags):
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    status, _, error = run(capsys, "train", *WHAT, *flags)
+    assert status == 2 and "there is no GPU here. Add --use_cpu" in error
+
+
+def test_several_processes_on_cpus_are_started_and_joined_without_mpi(monkeypatch):
+    started = []
+    monkeypatch.setattr("ddpo_trl.cli.launch.launch_command", started.append)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "false")
+    for flags in (["--num_processes", "2"], ["--num_processes", "2", "--cpu"]):
+        assert launch(["train"], None, flags, use_cpu="--cpu" not in flags) == 0
+        assert started[-1].multi_gpu and not started[-1].cpu
+        assert os.environ["ACCELERATE_USE_CPU"] == "true"
 
 
 @pytest.mark.slow

@@ -196,11 +196,11 @@ def test_a_call_about_a_single_text_goes_straight_through():
 
 
 def test_the_prompts_used_longest_ago_are_forgotten_first(monkeypatch):
-    monkeypatch.setattr(encoding, "MAX_CACHED_PROMPTS", 2)
+    monkeypatch.setattr(encoding, "MAX_CACHED_BYTES", 2 * 4)  # of two prompts
     encode, calls = recording()
     encode(["cat", "mouse"])
     encode(["cat"])  # the mouse now is the one used longest ago
-    encode(["owlet"])
+    encode(["ow"])
     calls.clear()
     encode(["cat"])
     assert calls == []
@@ -209,7 +209,7 @@ def test_the_prompts_used_longest_ago_are_forgotten_first(monkeypatch):
 
 
 def test_a_batch_of_more_prompts_than_are_kept_is_whole(monkeypatch):
-    monkeypatch.setattr(encoding, "MAX_CACHED_PROMPTS", 2)
+    monkeypatch.setattr(encoding, "MAX_CACHED_BYTES", 2 * 4)  # of two prompts
     encode, calls = recording()
     assert encode(["a", "ab", "abc", "abcd", "a"]).tolist() == [[1.0], [2.0], [3.0], [4.0], [1.0]]
     assert len(calls) == 4

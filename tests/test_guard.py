@@ -130,13 +130,15 @@ def change_noise(trainer: DDPOTrainer) -> None:
 
 
 def scale_embeddings(trainer: DDPOTrainer) -> None:
-    for embeddings in trainer._policy.policy_pipeline.encode_prompt._cache.values():
-        embeddings[0].mul_(1.5)
+    for embeddings, _ in trainer._policy.policy_pipeline.encode_prompt._cache._entries.values():
+        embeddings[0].tensor.mul_(1.5)
 
 
 def exchange_embeddings(trainer: DDPOTrainer) -> None:
-    cache = trainer._policy.policy_pipeline.encode_prompt._cache
-    cache.update(zip(list(cache), list(cache.values())[::-1], strict=True))
+    encoder = trainer._policy.policy_pipeline.encode_prompt
+    entries = encoder._cache._entries
+    entries.update(zip(list(entries), list(entries.values())[::-1], strict=True))
+    encoder._present.clear()
 
 
 def change_weights(trainer: DDPOTrainer) -> None:

@@ -1,11 +1,13 @@
 """Two real processes (gloo), started by `accelerate launch`, train as one does."""
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from accelerate import DistributedType
@@ -13,6 +15,8 @@ from diffusers import UNet2DConditionModel
 from PIL import Image
 
 from conftest import tiny_pipeline
+from ddpo_trl import DDPOConfig
+from ddpo_trl.one_pass import free_memory
 from ddpo_trl.processes import check_wrapping
 from launch import launch
 
@@ -150,6 +154,51 @@ def test_evaluation_figures_are_those_of_all_processes(stopped_runs):
     assert first["metrics"] == second["metrics"]
     assert first["metrics"] == pytest.approx(alone["metrics"], abs=1e-3)  # the weights differ by AdamW's rounding
     assert "eval_diversity" in alone["metrics"]
+
+
+# ---- What is not the same on both ----
+
+
+def test_one_process_without_memory_has_all_take_two_passes_and_say_why(both):
+    _, ranks = both
+    first, second = (rank["unequal"] for rank in ranks)
+    assert first["one_pass"] is second["one_pass"] is False
+    assert first["because"] == second["because"]
+    assert re.fullmatch("on process 1 the gradients of a round's samples take .* GiB are free", first["because"])
+    assert largest_difference(first["weights"], second["weights"]) == 0.0
+    assert (
+        first["insisting"]
+        == second["insisting"]
+        == (f"one_pass is True, but {first['because']}. Leave one_pass out to take two passes.")
+    )
+
+
+def test_processes_that_were_given_different_things_are_refused_on_both(both):
+    _, ranks = both
+    for rank in ranks:
+        assert rank["unequal"]["other settings"].startswith("learning_rate is 0.01 on process 0 and 0.02 on process 1")
+        assert re.match('prompt_fn is "3 prompts .* on process 0 and "3 prompts', rank["unequal"]["other prompts"])
+
+
+def test_all_processes_are_tried_with_the_prompt_that_the_first_one_draws(both):
+    _, ranks = both
+    assert [rank["unequal"]["example"] for rank in ranks] == ["cat alone", "cat alone"]
+
+
+def test_processes_that_are_not_joined_are_refused(monkeypatch):
+    """What `accelerate launch --multi_gpu` starts on a machine without GPUs."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    monkeypatch.setattr(DDPOConfig, "world_size", 1)
+    with pytest.raises(ValueError, match="2 processes were started, but .*Set use_cpu=True"):
+        DDPOConfig()
+
+
+def test_processes_on_one_host_share_its_memory(monkeypatch):
+    memory = psutil.virtual_memory()._replace(available=8_000)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert free_memory(torch.device("cpu")) == 2_000
 
 
 # ---- The example configs ----

@@ -23,8 +23,8 @@ HARMLESS_CHANGES = {
     "one_pass": "gradients, by the rounding of their sums",
 }
 
-# What follows from the others, or from the memory that is free.
-NOT_COMPARED = {"two_passes_because", "gradient_bytes"}
+# What follows from the others, from the first prompt, or from the memory that is free.
+NOT_COMPARED = {"two_passes_because", "gradient_bytes", "image_bytes", "embedding_bytes"}
 
 
 def last_checkpoint(directory: str) -> str | None:

@@ -6,7 +6,7 @@ import warnings
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
-from accelerate.utils import parse_flag_from_env
+from accelerate.utils import get_int_from_env, parse_flag_from_env
 from transformers import TrainingArguments
 
 from ddpo_trl import trl_config
@@ -15,6 +15,14 @@ from ddpo_trl import trl_config
 WindowStrategy = Literal["fixed", "progressive", "random"]
 TransitionWeighting = Literal["uniform", "std"]
 
+
+# Where launchers tell how many processes they started, as accelerate looks for it.
+PROCESS_COUNTS = ["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"]
+
+# Settings that each process may have for itself: what it says and where, and who it is.
+OWN_SETTINGS = {
+    "disable_tqdm", "hub_token", "local_rank", "log_level", "log_level_replica", "report_to", "run_name",
+}  # fmt: skip
 
 # What the trainer hands to the pipeline's `__call__` itself, in sampling or in replay.
 OWN_PIPELINE_ARGUMENTS = {
@@ -355,6 +363,7 @@ class DDPOConfig(TrainingArguments):
         if self.metric_for_best_model is None and (self.load_best_model_at_end or self.save_strategy == "best"):
             self.metric_for_best_model = "eval_reward"  # Trainer falls back to a loss, which evaluation does not have
         super().__post_init__()
+        self._check_processes()
         self._check_positive()
         self._check_finite()
         self._check_noise()
@@ -503,6 +512,11 @@ class DDPOConfig(TrainingArguments):
             )
 
     @property
+    def shared_settings(self) -> dict[str, Any]:
+        """Those that all processes of a run have to have alike."""
+        return {name: value for name, value in self.to_dict().items() if name not in OWN_SETTINGS}
+
+    @property
     def reason_for_two_passes(self) -> str | None:
         """
         Why these settings need every step run again in training; `None` if they don't.
@@ -522,6 +536,14 @@ class DDPOConfig(TrainingArguments):
             "samples that a backward pass may hold": sample_size > train_size,
         }
         return next((reason for reason, applies in reasons.items() if applies), None)
+
+    def _check_processes(self) -> None:
+        started = get_int_from_env(PROCESS_COUNTS, 1)
+        if started > 1 and self.world_size == 1:
+            raise ValueError(
+                f"{started} processes were started, but they found no accelerator each over which to join: every one "
+                "would train a run of its own. Set use_cpu=True for one run on their CPUs, or start a single process."
+            )
 
     def _check_one_pass(self) -> None:
         if self.one_pass and (reason := self.reason_for_two_passes):

@@ -1,4 +1,7 @@
-"""Prompt embeddings, computed once per prompt: replay runs no text encoder, and the encoders may leave the GPU."""
+"""Prompt embeddings, computed once per prompt: replay runs no text encoder, and the encoders may leave the GPU.
+
+They are kept in CPU memory. On the GPU are those of one batch.
+"""
 
 import copy
 import functools
@@ -6,15 +9,17 @@ import inspect
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.utils import recursively_apply
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 
-# Embeddings of this many prompts are kept. Stable Diffusion's take 0.5 MB each in float32, a T5-XXL's 8 MB.
-MAX_CACHED_PROMPTS = 1024
+# What the embeddings that are kept may take. In bfloat16 a prompt has 0.1 MiB for Stable Diffusion, 4 for Wan.
+MAX_CACHED_BYTES = 2 * 2**30
 
 # Inputs of a text encoder whose outputs are kept: the negative prompt, which comes with every other prompt again.
 MAX_CACHED_INPUTS = 4
@@ -23,6 +28,85 @@ MAX_CACHED_INPUTS = 4
 PER_SAMPLE_PREFIXES = ("prompt", "negative_prompt")
 
 SETTING_TYPES = (str, int, float, bool, type(None), torch.device, torch.dtype)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """
+    A tensor in CPU memory.
+
+    Args:
+        tensor (`torch.Tensor`):
+            There.
+        device (`torch.device`):
+            Where it belongs.
+    """
+
+    tensor: Tensor
+    device: torch.device
+
+    def equals(self, other: "Kept") -> bool:
+        """Whether one can stand for the other."""
+        own, its = self.tensor, other.tensor
+        same_kind = (self.device, own.dtype, own.shape) == (other.device, its.dtype, its.shape)
+        return same_kind and torch.equal(own, its)
+
+
+class EmbeddingCache:
+    """
+    Embeddings by what they were made from, in CPU memory: the last used ones, up to [`MAX_CACHED_BYTES`].
+
+    What one has in common with the one before it is kept once: the negative prompt's.
+
+    Attributes:
+        largest (`int`):
+            Bytes of the largest so far, with what it has in common.
+    """
+
+    largest = 0
+
+    def __init__(self) -> None:
+        self._entries: OrderedDict[Hashable, tuple[Any, int]] = OrderedDict()
+        self._bytes = 0
+        self._newest: list[Kept] = []
+
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._entries
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def touch(self, key: Hashable) -> None:
+        """Makes an embedding the last used one."""
+        self._entries.move_to_end(key)
+
+    def get(self, key: Hashable) -> Any:
+        """An embedding where it belongs."""
+        embedding, _ = self._entries[key]
+        return recursively_apply(
+            lambda kept: kept.tensor.to(kept.device), embedding, test_type=lambda value: isinstance(value, Kept)
+        )
+
+    def put(self, key: Hashable, embedding: Any) -> None:
+        """Keeps an embedding."""
+        before, self._newest = self._newest, []
+
+        def keep(tensor: Tensor) -> Kept:
+            own = Kept(tensor.cpu(), tensor.device)
+            self._newest.append(next((other for other in before if own.equals(other)), own))
+            return self._newest[-1]
+
+        kept = recursively_apply(keep, embedding)
+        size = sum(one.tensor.nbytes for one in self._newest if not any(one is other for other in before))
+        self._entries[key] = kept, size
+        self._bytes += size
+        self.largest = max(self.largest, sum(one.tensor.nbytes for one in self._newest))
+
+    def shrink(self) -> None:
+        """Forgets the longest unused ones until the rest takes no more than it may."""
+        while self._bytes > MAX_CACHED_BYTES and self._entries:
+            _, (_, size) = self._entries.popitem(last=False)
+            self._bytes -= size
 
 
 def text_encoders(pipeline: DiffusionPipeline) -> dict[str, nn.Module]:
@@ -59,7 +143,8 @@ class PromptEncoder:
         self.pipeline = pipeline
         self.encoders = text_encoders(pipeline)
         self.offload = offload
-        self._cache: OrderedDict[Hashable, Any] = OrderedDict()
+        self._cache = EmbeddingCache()
+        self._present: dict[Hashable, Any] = {}  # those of the last batch: steps of the same samples come in a row
         self._ragged_example: Any = None  # what encode_prompt returns for prompts of different lengths
         pipeline.register_modules(**{name: remembering(encoder) for name, encoder in self.encoders.items()})
         self._encode_prompt = pipeline.encode_prompt
@@ -79,17 +164,19 @@ class PromptEncoder:
         keys = [call_key(call) for call in calls]
         missing = {key: call for key, call in zip(keys, calls, strict=True) if key not in self._cache}
         encoded = self._encode([(call.args, call.kwargs) for call in missing.values()])
-        self._cache.update(zip(missing, encoded, strict=True))
-        embeddings = [self._cache[key] for key in keys]
+        for key, embedding in zip(missing, encoded, strict=True):
+            self._cache.put(key, embedding)
+        self._present = {key: self._present[key] if key in self._present else self._cache.get(key) for key in keys}
         for key in keys:
-            self._cache.move_to_end(key)
-        while len(self._cache) > MAX_CACHED_PROMPTS:
-            self._cache.popitem(last=False)
+            self._cache.touch(key)
+        self._cache.shrink()
+        embeddings = [self._present[key] for key in keys]
         if self._ragged_example is None and (lengths := [text_length(one) for one in embeddings]):
             shortest, longest = lengths.index(min(lengths)), lengths.index(max(lengths))
             if lengths[shortest] < lengths[longest]:
-                self._ragged_example = self._encode_together(calls[shortest], calls[longest])
-                check_mask(self._ragged_example, lengths[longest])
+                example = self._encode_together(calls[shortest], calls[longest])
+                check_mask(example, lengths[longest])
+                self._ragged_example = recursively_apply(lambda tensor: tensor.new_empty(0), example)
         return join(embeddings, self._ragged_example)
 
     def _encode_together(self, *calls: inspect.BoundArguments) -> Any:
@@ -105,6 +192,11 @@ class PromptEncoder:
             return []
         with torch.no_grad(), self._at_hand():
             return [self._encode_prompt(*args, **kwargs) for args, kwargs in calls]
+
+    @property
+    def largest(self) -> int:
+        """Bytes of the largest embedding of a prompt so far."""
+        return self._cache.largest
 
     @contextmanager
     def _at_hand(self) -> Iterator[None]:

@@ -1,7 +1,7 @@
 """Evaluation on prompts of their own, with the scheduler that the pipeline's users will run."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -11,7 +11,6 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
-from ddpo_trl.advantages import select
 from ddpo_trl.callbacks import RoundProgress
 from ddpo_trl.config import DDPOConfig
 from ddpo_trl.finite import finite_rows
@@ -39,6 +38,24 @@ class Samples(NamedTuple):
     prompts: list[str]
     images: Tensor
     rewards: Tensor
+
+
+class Made(NamedTuple):
+    """
+    What an evaluation has made of its prompts.
+
+    Args:
+        images (`torch.Tensor` of shape `(n, ...)`):
+            Those made on this process, on the CPU; as many on each.
+        places (`list[int]` of length `N`):
+            Where each prompt's image is among those of all processes, in their order.
+        rewards (`list[torch.Tensor]` of shapes `(N, F)`):
+            A tensor for each scorer, over all processes.
+    """
+
+    images: Tensor
+    places: list[int]
+    rewards: list[Tensor]
 
 
 class EvaluationRounds(TrainerCallback):
@@ -103,7 +120,10 @@ class Evaluator:
 
     def generate(self, pairs: Sequence[PromptPair]) -> Samples:
         """Images made with the pipeline's own scheduler, and their rewards."""
-        images, (rewards,) = self._make_and_score(pairs, self.policy.generate, [self.scorer])
+        made = self._make_and_score(pairs, self.policy.generate, [self.scorer])
+        (rewards,) = made.rewards
+        chunks = torch.arange(len(pairs)).split(self.batch_size)
+        images = torch.cat([self._images(made, chunk.tolist()) for chunk in chunks])
         return Samples([prompt for prompt, _ in pairs], images, rewards)
 
     def image_seed(self, index: int) -> int:
@@ -127,8 +147,11 @@ class Evaluator:
             return self.policy.sample(context, stochastic=noisy_steps).images
 
         scorers = [self.scorer] if self.held_out is None else [self.scorer, self.held_out]
-        images, rewards = self._make_and_score(pairs, self.policy.generate, scorers)
-        _, (sampled_rewards,) = self._make_and_score(pairs, sample, [self.scorer])
+        made = self._make_and_score(pairs, self.policy.generate, scorers)
+        distance = mean_distance(self._images(made, rows) for rows in groups([prompt for prompt, _ in pairs]))
+        rewards = made.rewards
+        del made
+        (sampled_rewards,) = self._make_and_score(pairs, sample, [self.scorer]).rewards
         totals = self.scorer.total(rewards[0])
         values = {
             "reward": mean(totals),
@@ -138,15 +161,14 @@ class Evaluator:
         for name, column in zip(reward_names(self.scorer, self.held_out), torch.cat(rewards, dim=1).T, strict=True):
             values[f"rewards/{name}/mean"] = mean(column)
             values[f"rewards/{name}/std"] = std(column)
-        distance = diversity(images, [prompt for prompt, _ in pairs])
         if distance is not None:
             values["diversity"] = distance
         return {f"{prefix}_{name}": value for name, value in values.items()}
 
     def _make_and_score(
         self, pairs: Sequence[PromptPair], make: Callable[[Context], Tensor], scorers: Sequence[RewardScorer]
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Images `(N, ...)` of all prompts on the CPU, and from each scorer rewards `(N, F)`, over all processes."""
+    ) -> Made:
+        """This process's images, and the rewards of all."""
         # Padded: all processes make equally many batches, as a sharded denoiser needs, and gather equal shapes.
         with self.accelerator.split_between_processes(list(range(len(pairs))), apply_padding=True) as share:
             chunks = [share[first : first + self.batch_size] for first in range(0, len(share), self.batch_size)]
@@ -161,7 +183,19 @@ class Evaluator:
         place_of = {index: place for place, index in enumerate(gather(self.accelerator, torch.tensor(share)).tolist())}
         places = [place_of[index] for index in range(len(pairs))]
         all_rewards = [gather(self.accelerator, columns)[places] for columns in rewards]
-        return gather(self.accelerator, torch.cat(images))[places], all_rewards
+        return Made(torch.cat(images), places, all_rewards)
+
+    def _images(self, made: Made, indices: Sequence[int]) -> Tensor:
+        """`(len(indices), ...)` on the CPU: images of some prompts, wherever they were made. All have to call it."""
+        own = len(made.images)
+        places = [made.places[index] - self.accelerator.process_index * own for index in indices]
+        if self.accelerator.num_processes == 1:
+            return made.images[places]
+        images = torch.zeros(len(indices), *made.images.shape[1:], device=self.accelerator.device)
+        for row, place in enumerate(places):
+            if 0 <= place < own:  # or else another process adds it
+                images[row] = made.images[place]
+        return self.accelerator.reduce(images, reduction="sum").cpu()
 
     def _make_batch(
         self,
@@ -202,15 +236,19 @@ def diversity(images: Tensor, prompts: Sequence[str]) -> float | None:
         Root mean square distance of pixels, in [0, 1], averaged over the pairs of a prompt and then over prompts;
         `None` if there are no two images of one prompt.
     """
-    finite = finite_rows(images)
-    flat, prompts = images.flatten(1).float()[finite], select(prompts, finite)
-    groups = [
-        flat[[row for row, other in enumerate(prompts) if other == prompt]] for prompt in sorted(repeated(prompts))
-    ]
-    if not groups:
-        return None
-    distances = torch.stack([torch.pdist(group).mean() for group in groups])
-    return distances.mean().item() / flat.shape[1] ** 0.5
+    return mean_distance(images[rows] for rows in groups(prompts))
+
+
+def groups(prompts: Sequence[str]) -> list[list[int]]:
+    """The places of each prompt that occurs at least twice."""
+    return [[row for row, other in enumerate(prompts) if other == one] for one in sorted(repeated(prompts))]
+
+
+def mean_distance(images: Iterable[Tensor]) -> float | None:
+    """As [`diversity`], of the images of each prompt; only those of one are looked at at a time."""
+    flat = (group[finite_rows(group)].flatten(1).float() for group in images)
+    distances = [torch.pdist(group).mean() / group.shape[1] ** 0.5 for group in flat if len(group) > 1]
+    return torch.stack(distances).mean().item() if distances else None
 
 
 def repeated(prompts: Sequence[str]) -> set[str]:

@@ -1,5 +1,6 @@
 """The rollout loader: what `transformers.Trainer` takes for a data loader makes one rollout per epoch."""
 
+import dataclasses
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -82,6 +83,8 @@ class RolloutLoader:
             The Trainer's.
         progress ([`~ddpo_trl.callbacks.RoundProgress`]):
             Shows how far sampling is.
+        before_sampling (`Callable[[], None]`):
+            Called when a round begins, so that the rollout before makes way for the next.
         on_rollout (`Callable[[Rollout], None]`):
             Receives every finished rollout before its micro-batches are yielded.
     """
@@ -99,6 +102,7 @@ class RolloutLoader:
     seed: int
     accelerator: Accelerator
     progress: RoundProgress
+    before_sampling: Callable[[], None]
     on_rollout: Callable[[Rollout], None]
     round: int = 0
 
@@ -110,6 +114,7 @@ class RolloutLoader:
         self.round = epoch
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
+        self.before_sampling()
         self.on_rollout(self._collect())
         for micro_batch in self._micro_batches():
             yield vars(micro_batch)
@@ -143,9 +148,9 @@ class RolloutLoader:
         )
 
     def _draw_prompts(self) -> list[PromptPair]:
-        """The pairs of all samples of all processes, drawn on one of them: the others might draw differently."""
+        """The pairs of all samples of all processes: those of the first, where the others might draw differently."""
         pairs = self.prompts.draw(self.round, self.plan.prompts_per_round)
-        if self.accelerator.num_processes > 1:
+        if self.accelerator.num_processes > 1 and not self.prompts.alike_on_all_processes:
             pairs = broadcast_object_list(pairs)
         return [pair for pair in pairs for _ in range(self.plan.num_images_per_prompt)]
 
@@ -167,11 +172,12 @@ class RolloutLoader:
                     batch = self.policy.sample_with_gradients(context, weights, self.gradient_layers, noisy)
                 else:
                     batch = self.policy.sample(context, record=weights, stochastic=noisy)
-            batches.append(batch)
             when = f"round {self.round}"
             pending.append(
                 self.scorer.submit(batch.images, prompts, metadata, when, batch.finite_steps, batch.steps_run)
             )
+            # The reward functions have them where they were made; then what is shown of them is all that is wanted.
+            batches.append(dataclasses.replace(batch, images=batch.images.cpu()))
             self.progress.sampled(size, [self.scorer.total(scores.marked()) for scores in pending if scores.done()])
         return batches, pending
 

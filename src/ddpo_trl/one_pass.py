@@ -1,8 +1,12 @@
 """Whether a round can be trained in one pass, and what the rewards make of the gradients it kept."""
 
+import contextlib
 import dataclasses
+import gc
+import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from typing import NamedTuple
 
 import psutil
 import torch
@@ -11,7 +15,18 @@ from torch import Tensor
 from ddpo_trl.config import DDPOConfig
 from ddpo_trl.plan import BatchPlan
 from ddpo_trl.policy import Policy
-from ddpo_trl.sample_gradients import SampleGradients, TrainedLayer, row_layout, trained_layers, trained_weights
+from ddpo_trl.processes import first_reason
+from ddpo_trl.sample_gradients import (
+    Call,
+    TrainedLayer,
+    Watch,
+    reached_rows,
+    row_layout,
+    trained_layers,
+    trained_weights,
+    weight_gradients,
+)
+from ddpo_trl.schedulers import NoGradient
 from ddpo_trl.types import Context, SampledBatch
 
 
@@ -21,20 +36,24 @@ TOLERANCE = 0.05
 # What the gradients may take of the memory that is free when training starts.
 MEMORY_SHARE = 0.5
 
+# Samples that tell the layout of the rows.
+TRIAL_SAMPLES = 2
+
 
 def choose_passes(
     config: DDPOConfig, policy: Policy, trial: Context, plan: BatchPlan
 ) -> tuple[BatchPlan, dict[TrainedLayer, int]]:
     """
-    Decides between one pass and two.
+    Decides between one pass and two, on all processes alike: if one of them can't take one pass, none does. All have
+    to call it.
 
     Args:
         config ([`DDPOConfig`]):
             `one_pass` and what may stand against it.
         policy ([`~ddpo_trl.policy.Policy`]):
             Tried on a step, to tell the gradients of single samples apart.
-        trial ([`~ddpo_trl.types.Context`] of length 2):
-            Two samples for it.
+        trial ([`~ddpo_trl.types.Context`]):
+            Samples for it: 2, or 1 if that is the batch size.
         plan ([`~ddpo_trl.plan.BatchPlan`]):
             The sizes.
 
@@ -49,14 +68,36 @@ def choose_passes(
     weights = sum(parameter.numel() for parameter in policy.parameters() if parameter.requires_grad)
     plan = dataclasses.replace(plan, one_pass=True, gradient_bytes=4 * weights)
     if reason is None:
-        try:
-            check_memory(plan.rollout_bytes, torch.device("cpu") if config.offload_rollout else config.device)
-            layers = layers_of_samples(policy, trial, plan.trainable_steps[0])
-        except ValueError as error:
-            if config.one_pass:
-                raise ValueError(f"one_pass is True, but {error}. Leave one_pass out to take two passes.") from error
-            reason = str(error)
-    return dataclasses.replace(plan, one_pass=reason is None, two_passes_because=reason), layers
+        layers, own_reason = _try_one_pass(config, policy, trial, plan)
+        reason = first_reason(own_reason)
+        if reason and config.one_pass:
+            raise ValueError(f"one_pass is True, but {reason}. Leave one_pass out to take two passes.")
+    return dataclasses.replace(plan, one_pass=reason is None, two_passes_because=reason), {} if reason else layers
+
+
+def _try_one_pass(
+    config: DDPOConfig, policy: Policy, trial: Context, plan: BatchPlan
+) -> tuple[dict[TrainedLayer, int], str | None]:
+    """The layers to watch; or why this process can't take one pass."""
+    try:
+        check_memory(plan.rollout_bytes, torch.device("cpu") if config.offload_rollout else config.device)
+        return layers_of_samples(policy, trial, plan.trainable_steps[0]), None
+    except (ValueError, NoGradient) as error:
+        return {}, str(error)
+    except torch.OutOfMemoryError as error:
+        message, _, _ = str(error).partition(". GPU")
+    # Only now is the error gone, and with it the frames that hold the tensors.
+    gc.collect()
+    torch.accelerator.empty_cache()
+    return {}, f"a step of {len(trial)} samples with gradients needs more memory than there is ({message})"
+
+
+def autocast(config: DDPOConfig) -> AbstractContextManager[None]:
+    """What `accelerator.autocast()` is going to be, before there is an accelerator."""
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    if config.mixed_precision not in dtypes:
+        return contextlib.nullcontext()
+    return torch.autocast(config.device.type, dtype=dtypes[config.mixed_precision])
 
 
 def check_memory(needed: int, device: torch.device) -> None:
@@ -69,63 +110,97 @@ def check_memory(needed: int, device: torch.device) -> None:
         device (`torch.device`):
             Where they are kept.
     """
-    on_gpu = device.type == "cuda"
-    free = torch.cuda.mem_get_info(device)[0] if on_gpu else psutil.virtual_memory().available
+    free = free_memory(device)
     if needed > MEMORY_SHARE * free:
-        remedy = "; offload_rollout=True keeps them in CPU memory" if on_gpu else ""
+        remedy = "; offload_rollout=True keeps them in CPU memory" if device.type != "cpu" else ""
         raise ValueError(
             f"the gradients of a round's samples take {needed / 2**30:.3g} GiB, and {free / 2**30:.3g} GiB are free"
             f"{remedy}"
         )
 
 
+def free_memory(device: torch.device) -> int:
+    """Bytes that this process may still use: of the host's memory its share among the processes there."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type not in ("cpu", "mps"):  # the latter computes in the host's memory
+        return torch.accelerator.get_memory_info(device)[0]
+    return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
 def layers_of_samples(policy: Policy, trial: Context, step: int) -> dict[TrainedLayer, int]:
     """
-    The layers to watch, each with its layout of rows, found by running a step of two samples and tried on it.
+    The layers to watch, each with its layout of rows, found by differentiating a step of two samples, one after the
+    other. All rows of a single sample are its own.
 
     Args:
         policy ([`~ddpo_trl.policy.Policy`]):
             The policy.
-        trial ([`~ddpo_trl.types.Context`] of length 2):
-            Two samples.
+        trial ([`~ddpo_trl.types.Context`]):
+            Two samples, or one if there is never more than one in a batch.
         step (`int`):
             Index of a denoising step that is trained on.
 
     Raises:
         `ValueError`: If gradients can't be told apart by sample.
     """
-    layers = dict.fromkeys(trained_layers(policy.denoiser), 1)
-    weights = trained_weights(layers)
-    recorded = policy.sample(trial, record={step}, max_steps=step + 1).steps.get(step)
-    if recorded is None:
-        raise ValueError(f"the pipeline ends before step {step}")
-    gradients = SampleGradients(layers, batch_size=2)
-    with _shaken(weights), gradients.watching(), torch.enable_grad():
-        log_probs = policy(step, recorded.latents, recorded.next_latents, trial).log_probs
-        if not log_probs.requires_grad:
-            raise ValueError(f"no gradient reaches the trained layers at step {step}")
-        _find_layouts(gradients, log_probs, layers)
-        shares = torch.tensor([1.0, -2.0], device=log_probs.device)
-        expected = torch.autograd.grad(shares @ log_probs, weights, retain_graph=True, allow_unused=True)
-        gradients.add(log_probs)
-    found = [torch.tensordot(shares, each, dims=1) for each in gradients.sums]
-    wanted = [torch.zeros_like(own) if grad is None else grad for own, grad in zip(found, expected, strict=True)]
-    difference, size = (
-        sum(each.square().sum().item() for each in tensors) ** 0.5
-        for tensors in ([own - other for own, other in zip(found, wanted, strict=True)], wanted)
-    )
-    if not difference <= TOLERANCE * size:
+    layers = trained_layers(policy.denoiser)
+    with _shaken(trained_weights(layers)):
+        tries = [_differentiated(policy, trial, step, layers, sample) for sample in range(len(trial))]
+    if not sum(each.missed for each in tries) <= TOLERANCE**2 * sum(each.size for each in tries):
         raise ValueError("the gradients of single samples don't add up to that of the batch")
-    return layers
+    layouts = dict.fromkeys(layers, 1)
+    if len(trial) == TRIAL_SAMPLES:
+        first, second = (each.rows for each in tries)
+        for index in first.keys() & second.keys():  # else no gradient ever gets there
+            (layer, of_first), (_, of_second) = first[index], second[index]
+            layouts[layer] = row_layout(of_first, of_second)
+    return layouts
 
 
-def _find_layouts(gradients: SampleGradients, log_probs: Tensor, layers: dict[TrainedLayer, int]) -> None:
-    """Fills in the layouts, from the log-probabilities of two samples."""
-    outputs = [call.outputs for call in gradients.calls]
-    first, second = (torch.autograd.grad(each, outputs, retain_graph=True, allow_unused=True) for each in log_probs)
-    for call, of_first, of_second in zip(gradients.calls, first, second, strict=True):
-        if of_first is not None and of_second is not None:  # else no gradient ever gets there
-            layers[call.layer] = row_layout(of_first, of_second)
+class _Differentiated(NamedTuple):
+    """
+    What came of differentiating the log-probability of one sample of a batch.
+
+    Args:
+        rows (`dict[int, tuple[torch.nn.Module, torch.Tensor]]`):
+            By the index of a layer's call, the layer and the rows of its outputs that the gradient reaches.
+        missed (`float`):
+            Squared distance of what the rows' products add up to from PyTorch's gradient of the weights.
+        size (`float`):
+            Squared norm of that.
+    """
+
+    rows: dict[int, tuple[TrainedLayer, Tensor]]
+    missed: float
+    size: float
+
+
+def _differentiated(
+    policy: Policy, trial: Context, step: int, layers: Sequence[TrainedLayer], sample: int
+) -> _Differentiated:
+    rows: dict[int, tuple[TrainedLayer, Tensor]] = {}
+    sums = {weight: torch.zeros_like(weight, dtype=torch.float32) for weight in trained_weights(layers)}
+    expected: list[Tensor | None] = []
+
+    def take(call: Call, grad: Tensor) -> None:
+        rows[call.index] = call.layer, reached_rows(grad)
+        for weight, gradient in weight_gradients(call.layer, call.inputs, grad).items():
+            sums[weight] += gradient.sum(0)
+
+    watch = Watch(layers, take)
+    with watch.watching():
+        policy.differentiate(
+            trial, step, lambda log_probs: expected.extend(watch.backward(log_probs[sample], list(sums)))
+        )
+    if not expected:
+        raise ValueError(f"the pipeline ends before step {step}")
+    missed = [own if grad is None else own - grad for own, grad in zip(sums.values(), expected, strict=True)]
+    return _Differentiated(rows, _squared(missed), _squared([grad for grad in expected if grad is not None]))
+
+
+def _squared(tensors: Sequence[Tensor]) -> float:
+    return sum(each.float().square().sum().item() for each in tensors)
 
 
 @contextmanager

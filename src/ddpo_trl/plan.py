@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from ddpo_trl.config import DDPOConfig, TransitionWeighting, WindowStrategy
+from ddpo_trl.encoding import MAX_CACHED_BYTES
 from ddpo_trl.seeding import Stream, generator
 
 
@@ -49,6 +50,8 @@ class BatchPlan:
             Why not.
         gradient_bytes (`int`):
             Memory of one sample's gradient.
+        image_bytes, embedding_bytes (`int`):
+            Memory of one sample's image, and of what its prompts are encoded to.
 
     Raises:
         `ValueError`: If the sizes do not divide. The message holds the whole plan.
@@ -72,6 +75,8 @@ class BatchPlan:
     one_pass: bool = False
     two_passes_because: str | None = None
     gradient_bytes: int = 0
+    image_bytes: int = 0
+    embedding_bytes: int = 0
 
     def __post_init__(self):
         unit = self.num_mini_batches * self.per_device_train_batch_size
@@ -176,6 +181,17 @@ class BatchPlan:
         steps = self.window_size or len(self.trainable_steps)
         return self.samples_per_process * (steps + 1) * self.state_bytes
 
+    @property
+    def images_bytes(self) -> int:
+        """CPU memory of a round's images on one process."""
+        return self.samples_per_process * self.image_bytes
+
+    @property
+    def embeddings_bytes(self) -> int:
+        """CPU memory, at most, of what the prompts of a round are encoded to on one process."""
+        prompts = min(self.samples_per_process, self.prompts_per_round)
+        return min(prompts * self.embedding_bytes, MAX_CACHED_BYTES)
+
     def rounds_for(self, total_episodes: int) -> int:
         """Rounds that hold at least `total_episodes` reward queries."""
         return math.ceil(total_episodes / self.samples_per_round)
@@ -212,6 +228,10 @@ class BatchPlan:
                 f"{self._samples_at_once} on each process",
             ),
             *self._rows_of_passes(),
+            (
+                "CPU memory of images, prompts",
+                f"{self.images_bytes / 2**20:.3g} MiB and up to {self.embeddings_bytes / 2**20:.3g} MiB of embeddings",
+            ),
         ]
 
     @property
@@ -248,7 +268,7 @@ class BatchPlan:
         return "\n".join(f"  {what:<32} {how}" for what, how in self.rows())
 
 
-def plan_batches(config: DDPOConfig, stds: list[float], state_bytes: int = 0) -> BatchPlan:
+def plan_batches(config: DDPOConfig, stds: list[float], state_bytes: int = 0, embedding_bytes: int = 0) -> BatchPlan:
     """
     The plan of a run.
 
@@ -260,6 +280,8 @@ def plan_batches(config: DDPOConfig, stds: list[float], state_bytes: int = 0) ->
             trained on.
         state_bytes (`int`, *optional*, defaults to `0`):
             Memory of one sample's state x_t.
+        embedding_bytes (`int`, *optional*, defaults to `0`):
+            Memory of what one sample's prompts are encoded to.
 
     Raises:
         `ValueError`: If no step can be trained on, or the sizes do not divide.
@@ -292,4 +314,5 @@ def plan_batches(config: DDPOConfig, stds: list[float], state_bytes: int = 0) ->
         stds=tuple(stds),
         transition_weighting=config.transition_weighting,
         state_bytes=state_bytes,
+        embedding_bytes=embedding_bytes,
     )

@@ -2,7 +2,7 @@
 
 import copy
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
@@ -20,7 +20,7 @@ from ddpo_trl.pipelines import call_with_grad, check_call, policy_copy, quiet_co
 from ddpo_trl.processes import is_sharded
 from ddpo_trl.sample_gradients import SampleGradients, TrainedLayer
 from ddpo_trl.schedulers import DifferentiatedSampling, Replay, Sampling, StepReplayed, policy_scheduler
-from ddpo_trl.types import Conditions, Context, Gradients, SampledBatch
+from ddpo_trl.types import Conditions, Context, Gradients, SampledBatch, Step, steps_to
 
 
 class Survey(NamedTuple):
@@ -32,10 +32,13 @@ class Survey(NamedTuple):
             σ_t of each step, from noise to image; 0 for deterministic steps.
         state_bytes (`int`):
             Memory of one sample's state x_t.
+        embedding_bytes (`int`):
+            Memory of what its prompt is encoded to, the negative prompt included; 0 if the pipeline's are not known.
     """
 
     stds: list[float]
     state_bytes: int
+    embedding_bytes: int
 
 
 class PolicyOutput(NamedTuple):
@@ -152,7 +155,9 @@ class Policy(nn.Module):
         with torch.no_grad():
             latents = self._visit(self.policy_pipeline, Replay(0), context).latents
         assert latents is not None, "_visit raises if no step was run"
-        return Survey(stds=self.scheduler.stds, state_bytes=latents[0].nbytes)
+        encoder = vars(self.policy_pipeline).get("encode_prompt")
+        embedding_bytes = 0 if encoder is None else encoder.largest
+        return Survey(self.scheduler.stds, latents[0].nbytes, embedding_bytes)
 
     def describe(self) -> str:
         """One line about what is trained."""
@@ -207,10 +212,10 @@ class Policy(nn.Module):
         """
         source = Sampling(seeded(context), record, self.settings.log_prob_reduction, stochastic, max_steps)
         images = self._sample_from(source, context)
-        steps = source.steps
+        steps: Mapping[int, Step] = source.steps
         self._check_all_run(source, steps)
         if self.settings.offload_rollout:
-            steps = {index: step.to("cpu") for index, step in steps.items()}
+            steps = steps_to(steps, "cpu")
         return SampledBatch(
             context=context,
             images=images,
@@ -249,7 +254,7 @@ class Policy(nn.Module):
             reduction=self.settings.log_prob_reduction,
             stochastic=stochastic,
         )
-        with gradients.watching():
+        with gradients.watch.watching():
             images = self._sample_from(source, context)
         self._check_all_run(source, source.log_probs)
         device = "cpu" if self.settings.offload_rollout else self.denoiser.device
@@ -265,6 +270,32 @@ class Policy(nn.Module):
             finite_steps=source.finite_steps,
             steps_run=source.steps_run,
         )
+
+    @torch.no_grad()
+    def differentiate(self, context: Context, step: int, take: Callable[[Tensor], None]) -> None:
+        """
+        Samples as [`~Policy.sample_with_gradients`] does up to one step, and leaves: no image is made.
+
+        Args:
+            context ([`~ddpo_trl.types.Context`] of length `B`):
+                What the samples are made from.
+            step (`int`):
+                Index of a step in the sampler's schedule.
+            take (`Callable[[torch.Tensor], None]`):
+                Receives the log-probabilities of the step's actions, `(B,)`, with their graph. It is not called if the
+                pipeline ends before the step.
+        """
+
+        def take_and_leave(index: int, log_probs: Tensor) -> None:
+            take(log_probs)
+            raise StepReplayed
+
+        self.eval()
+        source = DifferentiatedSampling(
+            take_and_leave, generators=seeded(context), record={step}, reduction=self.settings.log_prob_reduction
+        )
+        with self.scheduler.acting(source), suppress(StepReplayed):
+            self._run(self.policy_pipeline, context, generator=source.generators, output_type="latent")
 
     def _sample_from(self, source: Sampling, context: Context) -> Tensor:
         with self.scheduler.acting(source):

@@ -1,8 +1,11 @@
-"""What the processes of a run hold together: results that are gathered, weights that are sharded (FSDP2)."""
+"""What the processes of a run hold together: gathered results, decisions, weights that are sharded (FSDP2)."""
 
+import json
 from collections.abc import Mapping
+from typing import Any
 
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator, DistributedType, PartialState
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -23,6 +26,55 @@ def gather(accelerator: Accelerator, values: Tensor) -> Tensor:
     if accelerator.num_processes == 1:
         return values.cpu()
     return accelerator.gather(values.to(accelerator.device)).cpu()
+
+
+def first_reason(own: str | None) -> str | None:
+    """
+    The first reason that any process has for or against something: so all decide alike. All processes have to call it.
+
+    Args:
+        own (`str`, *optional*):
+            That of this process, as the end of a sentence; `None` if it has none.
+
+    Returns:
+        `str` or `None`: The same on all processes. Of several processes it names the one that it comes from.
+    """
+    if PartialState().num_processes == 1:
+        return own
+    reasons = enumerate(gather_object([own]))
+    return next((f"on process {rank} {reason}" for rank, reason in reasons if reason is not None), None)
+
+
+def check_alike(values: Mapping[str, Any]) -> None:
+    """
+    Refuses processes that were given different things: what each of them decides by itself would not be the same.
+
+    All processes have to call it.
+
+    Args:
+        values (`Mapping[str, Any]`):
+            What they were given, by name. What JSON does not know is not compared.
+
+    Raises:
+        `ValueError`: On all processes, with the name and both values.
+    """
+    if PartialState().num_processes == 1:
+        return
+    first, *others = gather_object([{name: as_json(value) for name, value in values.items()}])
+    for rank, other in enumerate(others, start=1):
+        if names := [name for name in first if first[name] != other.get(name)]:
+            raise ValueError(
+                f"{names[0]} is {first[names[0]]} on process 0 and {other.get(names[0])} on process {rank}; give all "
+                "processes of a run the same."
+            )
+
+
+def as_json(value: Any) -> str:
+    """A value as text that is the same in another process; an empty one for what has none."""
+    try:
+        return json.dumps(value, sort_keys=True)
+    except TypeError:
+        return ""
 
 
 def check_wrapping(accelerator: Accelerator) -> None:

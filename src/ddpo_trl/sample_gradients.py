@@ -4,7 +4,8 @@ The score-function gradient is linear in the advantages, g = −Σ_i A_i ∇log 
 sample, the rewards only have to weigh them, and no step has to be run a second time.
 """
 
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -21,27 +22,88 @@ class Call(NamedTuple):
     One call of a layer in a forward pass.
 
     Args:
+        index (`int`):
+            How many calls of watched layers came before it in this forward pass.
         layer (`torch.nn.Linear` or `torch.nn.Conv2d`):
             The layer.
         inputs (`torch.Tensor` of shape `(R, ...)`):
             What went in. The rows R are those of all samples: twice as many with classifier-free guidance, more where
             a sample has several frames.
-        outputs (`torch.Tensor` of shape `(R, ...)`):
-            What came out, which requires a gradient.
     """
 
+    index: int
     layer: TrainedLayer
     inputs: Tensor
-    outputs: Tensor
+
+
+class Watch:
+    """
+    Hands over the gradient of each output of some layers, the moment a backward pass has it.
+
+    So no two of them need to be in memory at a time, nor the outputs themselves. What they are made into is up to
+    `take`; PyTorch's own product with the inputs, which sums over the batch, is not asked for.
+
+    Args:
+        layers (`Iterable[torch.nn.Module]`):
+            The layers.
+        take (`Callable[[Call, torch.Tensor], None]`):
+            Called with a call and the gradient of its outputs, in the order of the backward pass. Calls whose outputs
+            have no part in what is differentiated do not come.
+    """
+
+    def __init__(self, layers: Iterable[TrainedLayer], take: Callable[[Call, Tensor], None]):
+        self.layers = list(layers)
+        self.take = take
+        # Outputs before which there is no other: a backward pass that goes back to these comes by all.
+        self._first_outputs: list[Tensor] = []
+        self._calls = 0
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """The layers are watched while the context is open and grad mode is on."""
+        hooks = [layer.register_forward_hook(self._remember) for layer in self.layers]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _remember(self, layer: Any, inputs: tuple[Tensor, ...], outputs: Tensor) -> None:
+        if not torch.is_grad_enabled():
+            return
+        if not inputs[0].requires_grad:
+            # Autocast may have cast the weight while grad mode was off: then the outputs are in no graph yet.
+            self._first_outputs.append(outputs.requires_grad_())
+        outputs.register_hook(functools.partial(self._hand_over, Call(self._calls, layer, inputs[0].detach())))
+        self._calls += 1
+
+    def _hand_over(self, call: Call, grad: Tensor) -> None:
+        with torch.autocast(
+            grad.device.type, enabled=False
+        ):  # which a backward pass may find otherwise than a forward
+            self.take(call, grad)
+
+    def backward(self, value: Tensor, others: Sequence[Tensor] = ()) -> tuple[Tensor | None, ...]:
+        """
+        Runs the backward pass of a forward pass that was watched, and forgets it.
+
+        Args:
+            value (`torch.Tensor` of shape `()`):
+                What is differentiated.
+            others (`Sequence[torch.Tensor]`, *optional*):
+                Tensors whose gradients are wanted beside.
+
+        Returns:
+            `tuple`: The gradients of `others`, `None` for those that have no part in the value.
+        """
+        first_outputs, self._first_outputs, self._calls = self._first_outputs, [], 0
+        gradients = torch.autograd.grad(value, [*first_outputs, *others], allow_unused=True)
+        return gradients[len(first_outputs) :]
 
 
 class SampleGradients:
     """
     Sums up, for each sample of a batch, the gradient of its log-probability over the steps of its trajectory.
-
-    While [`~SampleGradients.watching`] is open, the trained layers leave their inputs and outputs here, and
-    [`~SampleGradients.add`] turns them into gradients. PyTorch goes back to the layers' outputs only; the product with
-    their inputs, which it would sum over the batch, is taken sample by sample.
 
     Args:
         layers (`Mapping[torch.nn.Module, int]`):
@@ -51,8 +113,8 @@ class SampleGradients:
             B.
 
     Attributes:
-        calls (`list[Call]`):
-            What the layers have left since the last [`~SampleGradients.add`].
+        watch ([`Watch`]):
+            Is to be watching while the denoiser runs.
         sums (`list[torch.Tensor]`):
             A tensor of shape `(B, *weight.shape)` for each weight of [`trained_weights`], float32.
     """
@@ -60,7 +122,7 @@ class SampleGradients:
     def __init__(self, layers: Mapping[TrainedLayer, int], batch_size: int):
         self.layers = layers
         self.batch_size = batch_size
-        self.calls: list[Call] = []
+        self.watch = Watch(layers, self._take)
         self._sums: dict[Tensor, Tensor] = {
             weight: torch.zeros(batch_size, *weight.shape, device=weight.device) for weight in trained_weights(layers)
         }
@@ -69,44 +131,25 @@ class SampleGradients:
     def sums(self) -> list[Tensor]:
         return list(self._sums.values())
 
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        """The layers report their calls while the context is open and grad mode is on."""
-        hooks = [layer.register_forward_hook(self._remember) for layer in self.layers]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-    def _remember(self, layer: Any, inputs: tuple[Tensor, ...], outputs: Tensor) -> None:
-        if torch.is_grad_enabled():
-            # Autocast may have cast the weight while grad mode was off: then nothing before this is in the graph.
-            outputs.requires_grad_()
-            self.calls.append(Call(layer, inputs[0].detach(), outputs))
-
     def add(self, log_probs: Tensor) -> None:
         """
-        Adds the gradients of a step's log-probabilities and forgets the calls that led to them.
+        Adds the gradients of a step's log-probabilities.
 
         Args:
             log_probs (`torch.Tensor` of shape `(B,)`):
                 log π_θ of the step's actions. A sample's depends on its own rows only, so one backward pass of their
                 sum serves all.
         """
-        calls, self.calls = self.calls, []
-        grads = torch.autograd.grad(log_probs.sum(), [call.outputs for call in calls], allow_unused=True)
-        for call, grad in zip(calls, grads, strict=True):
-            if grad is None:  # what the network makes of this output is not part of its prediction
-                continue
-            of_rows = weight_gradients(call.layer, call.inputs, grad)
-            inner = self.layers[call.layer]
-            for weight, gradient in of_rows.items():
-                by_sample = gradient.unflatten(0, (-1, self.batch_size, inner))
-                self._sums[weight] += by_sample.sum((0, 2))
+        self.watch.backward(log_probs.sum())
+
+    def _take(self, call: Call, grad: Tensor) -> None:
+        inner = self.layers[call.layer]
+        for weight, gradient in weight_gradients(call.layer, call.inputs, grad).items():
+            by_sample = gradient.unflatten(0, (-1, self.batch_size, inner))
+            self._sums[weight] += by_sample.sum((0, 2))
 
 
-def trained_weights(layers: Mapping[TrainedLayer, int]) -> list[nn.Parameter]:
+def trained_weights(layers: Iterable[TrainedLayer]) -> list[nn.Parameter]:
     """The parameters of the layers that require a gradient."""
     return [weight for layer in layers for weight in layer.parameters(recurse=False) if weight.requires_grad]
 
@@ -191,6 +234,11 @@ def _has_known_gradient(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear)
 
 
+def reached_rows(grad: Tensor) -> Tensor:
+    """`(R,)`: on which rows of `(R, ...)` a gradient is anything but 0."""
+    return grad.flatten(1).abs().amax(1) > 0
+
+
 def row_layout(of_first: Tensor, of_second: Tensor) -> int:
     """
     How many rows in a row belong to one sample, told from a batch of two.
@@ -199,9 +247,9 @@ def row_layout(of_first: Tensor, of_second: Tensor) -> int:
     rows for each, such as the frames of a video.
 
     Args:
-        of_first, of_second (`torch.Tensor` of shape `(R, ...)`):
-            The gradients of the samples' log-probabilities. Each vanishes on the rows of the other, and may on some of
-            its own: keys of an empty negative prompt, all alike, get none.
+        of_first, of_second (`torch.Tensor` of shape `(R,)`, bool):
+            The rows that the gradient of each sample's log-probability reaches. It vanishes on the rows of the other,
+            and may on some of its own: keys of an empty negative prompt, all alike, get none.
 
     Returns:
         `int`: The smallest n that fits.
@@ -209,10 +257,9 @@ def row_layout(of_first: Tensor, of_second: Tensor) -> int:
     Raises:
         `ValueError`: If none does.
     """
-    first, second = (grad.flatten(1).abs().amax(1) > 0 for grad in (of_first, of_second))
-    rows = len(first)
+    rows = len(of_first)
     for inner in range(1, rows // 2 + 1):
-        is_second = torch.arange(rows, device=first.device) // inner % 2 == 1
-        if rows % (2 * inner) == 0 and not (first & is_second).any() and not (second & ~is_second).any():
+        is_second = torch.arange(rows, device=of_first.device) // inner % 2 == 1
+        if rows % (2 * inner) == 0 and not (of_first & is_second).any() and not (of_second & ~is_second).any():
             return inner
     raise ValueError("which rows of its layers belong to which sample can't be told")

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
@@ -18,7 +18,7 @@ from ddpo_trl import record
 from ddpo_trl.config import DDPOConfig
 from ddpo_trl.evaluation import Evaluator
 from ddpo_trl.processes import gather
-from ddpo_trl.prompts import PromptPair, PromptSource
+from ddpo_trl.prompts import PromptPair
 from ddpo_trl.record import Kind, LoggedImage
 from ddpo_trl.report import write_report
 from ddpo_trl.types import Rollout
@@ -117,7 +117,10 @@ def rounds_done(args: DDPOConfig, state: TrainerState) -> int:
 
 
 def fixed_prompts(
-    config: DDPOConfig, eval_prompts: Sequence[PromptPair] | None, prompts: PromptSource, prompts_per_round: int
+    config: DDPOConfig,
+    eval_prompts: Sequence[PromptPair] | None,
+    preview: Callable[[int], list[PromptPair]],
+    prompts_per_round: int,
 ) -> list[PromptPair]:
     """
     The prompts whose images are logged again and again, the same on all processes, which have to call it all.
@@ -127,8 +130,8 @@ def fixed_prompts(
             Says how many. None if no images are logged.
         eval_prompts (`Sequence[tuple[str, Any]]`, *optional*):
             The first of these are taken, if there are any.
-        prompts ([`~ddpo_trl.prompts.PromptSource`]):
-            Else those that training begins with.
+        preview (`Callable[[int], list[tuple[str, Any]]]`):
+            Else those that training begins with: gives so many, the same on all processes.
         prompts_per_round (`int`):
             More are not taken of them: the first round has to draw what was previewed.
     """
@@ -136,8 +139,7 @@ def fixed_prompts(
         return []
     if eval_prompts is not None:
         return [eval_prompts[index] for index in range(min(config.num_logged_images, len(eval_prompts)))]
-    pairs = prompts.preview(min(config.num_logged_images, prompts_per_round))
-    return broadcast_object_list(pairs) if config.world_size > 1 else pairs
+    return preview(min(config.num_logged_images, prompts_per_round))
 
 
 # ---- The images ----

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from accelerate.utils import save_fsdp_optimizer
+from accelerate.utils import broadcast_object_list, save_fsdp_optimizer
 from datasets import Dataset
 from diffusers import DiffusionPipeline
 from peft import PeftConfig
@@ -35,18 +35,25 @@ from ddpo_trl.loader import RolloutLoader
 from ddpo_trl.lora import freeze_all_but_denoiser, put_on_adapter
 from ddpo_trl.model_card import write_model_card
 from ddpo_trl.objectives import importance_sampling, score_function
-from ddpo_trl.one_pass import choose_passes, policy_gradient
+from ddpo_trl.one_pass import TRIAL_SAMPLES, autocast, choose_passes, policy_gradient
 from ddpo_trl.pipelines import move
 from ddpo_trl.plan import plan_batches
 from ddpo_trl.policy import Policy
-from ddpo_trl.processes import check_wrapping
-from ddpo_trl.prompts import PromptFunction, PromptPair, prompt_pairs, prompt_source
+from ddpo_trl.processes import check_alike, check_wrapping
+from ddpo_trl.prompts import (
+    PromptFunction,
+    PromptPair,
+    ShuffledPrompts,
+    fingerprint,
+    prompt_pairs,
+    prompt_source,
+)
 from ddpo_trl.sample_gradients import trained_weights
 from ddpo_trl.scoring import RewardScorer, first_problem
 from ddpo_trl.seeding import Stream, derived_seed
 from ddpo_trl.target_kl import TargetKL
 from ddpo_trl.tracking import RunRecorder, fixed_prompts
-from ddpo_trl.types import Context, Objective, RewardFunction, Rollout, Transition
+from ddpo_trl.types import Objective, RewardFunction, Rollout, Transition
 
 
 logger = logging.get_logger(__name__)
@@ -82,8 +89,8 @@ class DDPOTrainer(Trainer):
             Settings. It is copied: a config can serve several trainers.
         reward_fn (`Callable` or `list[Callable]`):
             See [`~ddpo_trl.types.RewardFunction`]. Several are added up, weighted by `config.reward_weights`. Called
-            once at construction, on two images made with a single denoising step, so that a wrong signature or return
-            value is refused before time is spent.
+            once at construction, on an image made with a single denoising step and, unless batches have one image, a
+            darker copy of it: so a wrong signature or return value is refused before time is spent.
         prompt_fn (`Callable`, `datasets.Dataset` or `list[str]`):
             A function that returns `(prompt, metadata)`; a dataset with a `prompt` column, whose other columns are the
             metadata; or a list of strings.
@@ -155,6 +162,7 @@ class DDPOTrainer(Trainer):
             self.eval_scorer = RewardScorer(
                 eval_reward_fns, None, args.max_workers, args.reward_timeout, argument="eval_reward_fns"
             )
+        self._check_alike(args)
         if type(self).evaluate is DDPOTrainer.evaluate:  # another one may measure something else
             check_evaluation(args, self.eval_prompts, reward_names(self.scorer, self.eval_scorer))
         if args.use_lora:
@@ -164,11 +172,13 @@ class DDPOTrainer(Trainer):
             freeze_all_but_denoiser(pipeline, peft_config)
         move(pipeline, args.device, args)
         policy = Policy(pipeline, args, adapter)
-        prompt, metadata = self.prompts.preview(1)[0]
-        trial_seeds = [derived_seed(args.seed, Stream.EVALUATION, index) for index in range(2)]
-        trial = policy.context([prompt] * 2, [metadata] * 2, trial_seeds)
-        plan = plan_batches(args, *policy.survey(trial))
-        self.plan, self._gradient_layers = choose_passes(args, policy, trial, plan)
+        ((prompt, metadata),) = self._preview(1)
+        trial_size = min(TRIAL_SAMPLES, args.per_device_sample_batch_size)
+        trial_seeds = [derived_seed(args.seed, Stream.EVALUATION, index) for index in range(trial_size)]
+        trial = policy.context([prompt] * trial_size, [metadata] * trial_size, trial_seeds)
+        with autocast(args):
+            plan = plan_batches(args, *policy.survey(trial))
+            self.plan, self._gradient_layers = choose_passes(args, policy, trial, plan)
         args.gradient_accumulation_steps = self.plan.micro_batches_per_update
         if args.total_episodes is not None:
             args.num_train_epochs = self.plan.rounds_for(args.total_episodes)
@@ -203,8 +213,8 @@ class DDPOTrainer(Trainer):
         self._warned_of_rounding = False
         self._staging: str | None = None  # where a checkpoint is being written
         self._example_prompt = prompt
-        self._try_reward_function(trial, metadata)
-        fixed = fixed_prompts(args, self.eval_prompts, self.prompts, self.plan.prompts_per_round)
+        self._try_reward_function(prompt, metadata, trial_size)
+        fixed = fixed_prompts(args, self.eval_prompts, self._preview, self.plan.prompts_per_round)
         self.recorder = RunRecorder(lambda: self._evaluator, fixed, self.callback_handler.callbacks)
         self.add_callback(self.recorder)
 
@@ -226,6 +236,7 @@ class DDPOTrainer(Trainer):
             seed=self.args.seed,
             accelerator=self.accelerator,
             progress=self.progress,
+            before_sampling=self._forget_rollout,
             on_rollout=self._start_optimising,
         )
 
@@ -344,6 +355,10 @@ class DDPOTrainer(Trainer):
     def _policy(self) -> Policy:
         return self.accelerator.unwrap_model(self.model)
 
+    def _forget_rollout(self) -> None:
+        self.recorder.rollout = None
+        vars(self).pop("rollout", None)
+
     def _start_optimising(self, rollout: Rollout) -> None:
         self.rollout = self.recorder.rollout = rollout
         self._target_kl.begin_round()
@@ -395,12 +410,34 @@ class DDPOTrainer(Trainer):
                 f"({args.per_device_sample_batch_size})."
             )
 
-    def _try_reward_function(self, trial: Context, metadata: Any) -> None:
-        """Scores two images made in one denoising step: a faulty reward function is refused at construction."""
+    def _check_alike(self, args: DDPOConfig) -> None:
+        """Refuses processes that were given other settings, prompts or reward functions than the first."""
+        given: dict[str, Any] = {**args.shared_settings, "reward_fn": self.scorer.names}
+        if isinstance(self.prompts, ShuffledPrompts) and args.world_size > 1:
+            given["prompt_fn"] = fingerprint(self.prompts.pairs)
+        if self.eval_prompts is not None and args.world_size > 1:
+            given["eval_prompts"] = fingerprint(self.eval_prompts)
+        check_alike(given)
+
+    def _preview(self, count: int) -> list[PromptPair]:
+        """The first prompts of a run that starts at round 0, those of the first process on all."""
+        pairs = self.prompts.preview(count)
+        return pairs if self.prompts.alike_on_all_processes else broadcast_object_list(pairs)
+
+    def _try_reward_function(self, prompt: str, metadata: Any, size: int) -> None:
+        """
+        Scores an image made in one denoising step: a faulty reward function is refused at construction. Where batches
+        have more than one, it comes a second time, darker, since what a function makes of one image tells little of
+        what it makes of two.
+        """
+        seed = derived_seed(self.args.seed, Stream.EVALUATION, 0)
         with self.accelerator.autocast():
-            images = self._policy.sample(trial, max_steps=1).images
+            image = self._policy.sample(self._policy.context([prompt], [metadata], [seed]), max_steps=1).images
+        self.plan = dataclasses.replace(self.plan, image_bytes=image.nbytes)
+        images = torch.cat([image, image / 2])[:size]
         scorers = [self.scorer] if self.eval_scorer is None else [self.scorer, self.eval_scorer]
-        scores = [scorer.submit(images, trial.prompts, [metadata] * 2, "trial at construction") for scorer in scorers]
+        when = "trial at construction"
+        scores = [scorer.submit(images, [prompt] * size, [metadata] * size, when) for scorer in scorers]
         first_problem(scores, raises=True)  # whatever on_invalid_reward says: here it is a mistake
 
     # ---- Wrapped models ----

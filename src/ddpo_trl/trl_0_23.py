@@ -120,8 +120,8 @@ class DDPOTrainer(trainer.DDPOTrainer):
     def _start_optimising(self, rollout: Rollout) -> None:
         super()._start_optimising(rollout)
         # Among them are the trial at construction, and what an evaluation scored.
-        scored = {id(row[0]): row for row in self._scored}
+        scored = {id(row[1]): row for row in self._scored}  # by the very prompts, since images are on the CPU by now
         self._scored.clear()
         if self.image_samples_hook is not None and self.is_world_process_zero():
-            image_data = [scored[id(batch.images)] for batch in rollout.batches]
+            image_data = [scored[id(batch.context.prompts)] for batch in rollout.batches]
             self.image_samples_hook(image_data, self.state.global_step, self.accelerator.trackers[0])

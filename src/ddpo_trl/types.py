@@ -58,6 +58,28 @@ class Step:
         return Step(**{name: tensor.to(device) for name, tensor in vars(self).items()})
 
 
+def steps_to(steps: Mapping[int, Step], device: torch.device | str) -> dict[int, Step]:
+    """
+    Recorded steps on another device. The action of one step is the state of the next, one tensor, and stays one.
+
+    Args:
+        steps (`Mapping[int, Step]`):
+            By the index of the step.
+        device (`torch.device` or `str`):
+            Where to.
+    """
+    moved: dict[int, Tensor] = {}
+
+    def move(tensor: Tensor) -> Tensor:
+        if id(tensor) not in moved:
+            moved[id(tensor)] = tensor.to(device)
+        return moved[id(tensor)]
+
+    return {
+        index: Step(**{name: move(tensor) for name, tensor in vars(step).items()}) for index, step in steps.items()
+    }
+
+
 @dataclass(frozen=True, kw_only=True)
 class Conditions:
     """
@@ -115,7 +137,7 @@ class SampledBatch:
         context ([`Context`] of length `B`):
             What they were made from.
         images (`torch.Tensor` of shape `(B, 3, H, W)`, or `(B, F, 3, H, W)` for video):
-            What the pipeline made, float32 in [0, 1].
+            What the pipeline made, float32 in [0, 1]; in a rollout, on the CPU.
         steps (`Mapping[int, Step]`):
             The recorded transitions, by the index of their step in the sampler's schedule (0 is the noisiest).
         conditions ([`Conditions`], *optional*):

@@ -1,11 +1,15 @@
 """`ddpo-trl train` on several processes: the same command line, handed over to `accelerate launch`."""
 
+import argparse
 import os
 import subprocess
 from collections.abc import Sequence
 from importlib.resources import files
 
+import torch
+from accelerate.commands.config import load_config_from_file
 from accelerate.commands.launch import launch_command, launch_command_parser
+from accelerate.utils import DistributedType, parse_flag_from_env
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from ddpo_trl.cli.errors import UsageError, did_you_mean
@@ -42,7 +46,9 @@ def config_path(name: str) -> str:
     return presets[name]
 
 
-def launch(command: Sequence[str], accelerate_config: str | None, options: Sequence[str]) -> int:
+def launch(
+    command: Sequence[str], accelerate_config: str | None, options: Sequence[str], use_cpu: bool = False
+) -> int:
     """
     Runs a command of `ddpo-trl` by `accelerate launch`.
 
@@ -53,14 +59,20 @@ def launch(command: Sequence[str], accelerate_config: str | None, options: Seque
             See [`config_path`]; without it accelerate takes its default file, if there is one.
         options (`Sequence[str]`):
             Further flags of `accelerate launch`.
+        use_cpu (`bool`, *optional*, defaults to `False`):
+            Whether the command itself runs on the CPU.
 
     Returns:
         `int`: Exit status of the process that failed first; 0 if none did.
+
+    Raises:
+        [`~ddpo_trl.cli.errors.UsageError`]: If the processes could not make one run together.
     """
     config = [] if accelerate_config is None else ["--config_file", config_path(accelerate_config)]
     arguments = launch_command_parser().parse_args([*config, *options, "--module", "ddpo_trl.cli", *command, LAUNCHED])
     if arguments.training_script != "ddpo_trl.cli":  # argparse took a stray word for it
         raise UsageError(f"{arguments.training_script!r} is the value of no flag.")
+    _join_processes(arguments, use_cpu or parse_flag_from_env("ACCELERATE_USE_CPU"))
     try:
         launch_command(arguments)
     except ChildFailedError as error:
@@ -68,3 +80,27 @@ def launch(command: Sequence[str], accelerate_config: str | None, options: Seque
     except subprocess.CalledProcessError as error:
         return error.returncode
     return 0
+
+
+def _join_processes(arguments: argparse.Namespace, use_cpu: bool) -> None:
+    """
+    Has several processes make one run. Left alone, accelerate starts one of them where it sees no GPUs, or all and
+    does not join them; on CPUs it wants MPI, though gloo comes with PyTorch.
+    """
+    config = None if arguments.config_file is None else load_config_from_file(arguments.config_file)
+    number = arguments.num_processes or (1 if config is None else config.num_processes)
+    if number == 1 or arguments.mpirun_hostfile is not None:
+        return
+    use_cpu = use_cpu or arguments.cpu or (config is not None and config.use_cpu)
+    if not (use_cpu or torch.accelerator.is_available()):
+        raise UsageError(
+            f"{number} processes are to train one run, but there is no GPU here. Add --use_cpu to train on the CPU, "
+            "or leave out --accelerate_config and --num_processes."
+        )
+    if use_cpu:
+        os.environ["ACCELERATE_USE_CPU"] = "true"  # of the processes that are started
+        arguments.cpu = False  # MPI
+    others = (arguments.use_fsdp, arguments.use_deepspeed, arguments.use_megatron_lm, arguments.tpu)
+    single = config is None or config.distributed_type in (DistributedType.NO, DistributedType.MULTI_CPU)
+    if single and not any(others):
+        arguments.multi_gpu = True  # by torchrun, whatever the processes run on

@@ -134,7 +134,7 @@ def main(argv: Sequence[str]) -> int:
     if not unknown and arguments.accelerate_config is None:
         return train(arguments, config, parser.given(argv))
     parser.refuse(unknown, launch_flags() if unknown else ())
-    return launch(["train", *argv], arguments.accelerate_config, unknown)
+    return launch(["train", *argv], arguments.accelerate_config, unknown, config.use_cpu)
 
 
 def train(arguments: TrainArguments, config: DDPOConfig, settings: Mapping[str, Any]) -> int:

@@ -2,16 +2,26 @@
 
 from ddpo_trl.prompts.lists import animal_activities, common_animals, fill_template, imagenet_animals
 from ddpo_trl.prompts.loading import load_prompts
-from ddpo_trl.prompts.sources import PromptFunction, PromptPair, PromptSource, prompt_pairs, prompt_source
+from ddpo_trl.prompts.sources import (
+    PromptFunction,
+    PromptPair,
+    PromptSource,
+    ShuffledPrompts,
+    fingerprint,
+    prompt_pairs,
+    prompt_source,
+)
 
 
 __all__ = [
     "PromptFunction",
     "PromptPair",
     "PromptSource",
+    "ShuffledPrompts",
     "animal_activities",
     "common_animals",
     "fill_template",
+    "fingerprint",
     "imagenet_animals",
     "load_prompts",
     "prompt_pairs",

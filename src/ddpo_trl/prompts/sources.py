@@ -1,8 +1,9 @@
 """Where a trainer draws prompts from: a function, a dataset or a list. Each yields `(prompt, metadata)` pairs."""
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from datasets import Dataset
@@ -15,7 +16,15 @@ PromptFunction = Callable[[], PromptPair]
 
 
 class PromptSource(ABC):
-    """Draws the prompts of a round."""
+    """
+    Draws the prompts of a round.
+
+    Attributes:
+        alike_on_all_processes (`bool`):
+            Whether every process draws the same.
+    """
+
+    alike_on_all_processes: ClassVar[bool]
 
     @abstractmethod
     def draw(self, round: int, count: int) -> list[PromptPair]:
@@ -57,6 +66,8 @@ class FunctionPrompts(PromptSource):
             Returns `(prompt, metadata)`. If it has `state_dict` and `load_state_dict`, a checkpoint holds its state.
     """
 
+    alike_on_all_processes = False
+
     def __init__(self, prompt_fn: PromptFunction):
         self.prompt_fn = prompt_fn
         self.previewed: list[PromptPair] = []
@@ -95,6 +106,8 @@ class ShuffledPrompts(PromptSource):
         seed (`int`):
             Seed of the run.
     """
+
+    alike_on_all_processes = True
 
     def __init__(self, pairs: Sequence[PromptPair], seed: int):
         self.pairs = pairs
@@ -163,6 +176,15 @@ def prompt_pairs(prompts: Any, argument: str) -> Sequence[PromptPair]:
     if not pairs:
         raise ValueError(f"{argument} is empty; give at least one prompt.")
     return pairs
+
+
+def fingerprint(pairs: Sequence[PromptPair]) -> str:
+    """How many prompts there are, and a number that another list of texts does not have."""
+    texts = pairs.dataset["prompt"] if isinstance(pairs, DatasetPairs) else [prompt for prompt, _ in pairs]
+    digest = hashlib.sha256()
+    for text in texts:
+        digest.update(text.encode() + b"\0")
+    return f"{len(pairs)} prompts ({digest.hexdigest()[:12]})"
 
 
 def _dataset_pairs(dataset: Dataset, argument: str) -> DatasetPairs:

@@ -1,6 +1,13 @@
 """Diffusers schedulers whose steps are a Gaussian policy."""
 
-from ddpo_trl.schedulers.actions import ActionSource, DifferentiatedSampling, Replay, Sampling, StepReplayed
+from ddpo_trl.schedulers.actions import (
+    ActionSource,
+    DifferentiatedSampling,
+    NoGradient,
+    Replay,
+    Sampling,
+    StepReplayed,
+)
 from ddpo_trl.schedulers.convert import policy_scheduler
 from ddpo_trl.schedulers.policy import PolicyScheduler
 
@@ -8,6 +15,7 @@ from ddpo_trl.schedulers.policy import PolicyScheduler
 __all__ = [
     "ActionSource",
     "DifferentiatedSampling",
+    "NoGradient",
     "PolicyScheduler",
     "Replay",
     "Sampling",

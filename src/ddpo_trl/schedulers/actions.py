@@ -17,6 +17,10 @@ class StepReplayed(Exception):
     """Leaves a pipeline's `__call__` after the one step that was wanted: nothing behind it has to run."""
 
 
+class NoGradient(RuntimeError):
+    """What a step was differentiated for has no part in it."""
+
+
 class ActionSource(ABC):
     """Where the action x_{t-1} of a step comes from. Steps are counted from the first that the pipeline runs."""
 
@@ -159,7 +163,7 @@ class DifferentiatedSampling(Sampling):
         if std > 0 and index in self.record:
             log_probs = log_prob(action, mean, std, self.reduction)
             if not log_probs.requires_grad:
-                raise RuntimeError(
+                raise NoGradient(
                     f"No gradient reaches the trained network at step {index}: the pipeline runs another one there. "
                     "Leave such steps out with train_timestep_range."
                 )
