@@ -36,8 +36,8 @@ def without_dropout(config: PeftConfig) -> PeftConfig:
         if field.name.endswith("dropout") and (value := vars(config)[field.name]):
             vars(config)[field.name] = 0.0
             logger.warning(
-                f"{field.name} is {value}, and is set to 0: sampling and training run the denoiser in evaluation mode, "
-                "where dropout never acts, and the saved adapter must not drop anything in training mode either."
+                f"{field.name} is {value}, and is set to 0: sampling and training run the denoiser in evaluation "
+                "mode, where dropout never acts, and the saved adapter must not drop anything in training mode either."
             )
     return config
 
@@ -105,7 +105,7 @@ def _with_default(config: PeftConfig, name: str) -> PeftConfig:
 def _leaves_base_alone(config: PeftConfig) -> bool:
     """Whether a layer whose adapter was trained and switched off computes what it did before it had one."""
     config = copy.deepcopy(config)
-    vars(config).update({name: None for name in PLACES & vars(config).keys()})
+    vars(config).update(dict.fromkeys(PLACES & vars(config).keys()))
     vars(config).update({name: {} for name in PATTERNS & vars(config).keys()})
     vars(config)["target_modules"] = {STAND_IN}
     with torch.random.fork_rng(devices=[]), torch.no_grad():
