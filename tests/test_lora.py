@@ -37,6 +37,7 @@ from ddpo_trl.lora import (
     attention_projections,
     default_lora_config,
     denoiser_name,
+    freeze_all_but_denoiser,
     has_lora_loader,
     load_adapter,
     put_on_adapter,
@@ -320,6 +321,17 @@ def test_fused_projections_are_refused_with_the_remedy(target):
         put_on_adapter(pipeline, LoraConfig(r=2, target_modules=[target]))
     pipeline.unfuse_qkv_projections(vae=False)
     assert put_on_adapter(pipeline, None) == ADAPTER_NAME
+
+
+def test_weights_of_the_denoiser_that_would_not_be_loaded_again_are_refused():
+    pipeline: Any = tiny_pipeline()
+    pipeline.fuse_qkv_projections(vae=False)
+    with pytest.raises(ValueError, match=r"projections of pipeline\.unet are fused.*unfuse_qkv_projections\(\)"):
+        freeze_all_but_denoiser(pipeline, None)
+    pipeline = tiny_pipeline()
+    pipeline.unet.mid_block.new = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=r"not in its config, such as mid_block\.new\.weight.*unload_ip_adapter"):
+        freeze_all_but_denoiser(pipeline, None)
 
 
 def test_an_adapter_on_another_network_is_refused():

@@ -133,8 +133,8 @@ def check_projections(denoiser: nn.Module, name: str) -> None:
             fused = isinstance(module, AttentionModuleMixin) and module.fused_projections
         if fused:
             raise ValueError(
-                f"The attention projections of pipeline.{name} are fused, and the pipelines that load the saved "
-                f"adapter have them apart. Call `pipeline.{name}.unfuse_qkv_projections()` first."
+                f"The attention projections of pipeline.{name} are fused, and the pipelines that load what is "
+                f"saved have them apart. Call `pipeline.{name}.unfuse_qkv_projections()` first."
             )
 
 

@@ -334,7 +334,8 @@ def freeze_all_but_denoiser(pipeline: DiffusionPipeline, peft_config: PeftConfig
             Must be `None` here.
 
     Raises:
-        `ValueError`: If there is an adapter or a `peft_config`, or the weights are in half precision.
+        `ValueError`: If there is an adapter or a `peft_config`, the weights are in half precision, or the denoiser has
+            weights that would not be loaded again.
     """
     name = denoiser_name(pipeline)
     denoiser = pipeline.components[name]
@@ -345,6 +346,15 @@ def freeze_all_but_denoiser(pipeline: DiffusionPipeline, peft_config: PeftConfig
         raise ValueError(
             f"use_lora is False, which trains pipeline.{name} itself, but its weights are {denoiser.dtype}. Load the "
             "pipeline with dtype=torch.float32, and set bf16=True or fp16=True for mixed precision."
+        )
+    check_projections(denoiser, name)
+    with torch.device("meta"):
+        known = type(denoiser).from_config(denoiser.config).state_dict().keys()
+    if unknown := [key for key in denoiser.state_dict() if key not in known]:
+        raise ValueError(
+            f"use_lora is False, but pipeline.{name} has weights that are not in its config, such as {unknown[0]}, and "
+            f"would not be loaded again. Take away what was added to it, such as an IP-Adapter with "
+            "`pipeline.unload_ip_adapter()`, or train a LoRA adapter."
         )
     for component_name, component in pipeline.components.items():
         if isinstance(component, nn.Module) and component_name != name:
