@@ -17,8 +17,9 @@ import yaml
 from datasets import Dataset
 from diffusers import StableDiffusionPipeline
 from huggingface_hub import ModelCardData
+from peft import get_peft_model_state_dict
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers.debug_utils import DebugOption
 
 from conformance.image_pipelines import IMAGE_CASES
@@ -479,6 +480,71 @@ def test_the_base_pipeline_is_named_by_the_card_or_asked_for(trained, tmp_path, 
     (tmp_path / "README.md").write_text(f"---\n{card.to_yaml()}\n---\n")
     status, _, err = run(capsys, "sample", str(tmp_path), "--prompt", "a cat", "--use_cpu")
     assert status == 2 and "weights" in err and "don't fit" in err and err.count("\n") == 1  # the tiny pipeline's
+
+
+def as_kohya(name: str) -> str:
+    """A weight's name as kohya's sd-scripts writes it, and A1111 and ComfyUI read it."""
+    layer, _, part = name.removeprefix("unet.").rpartition(".lora_")
+    return f"lora_unet_{layer.replace('.', '_')}.lora_{'down' if part.startswith('A') else 'up'}.weight"
+
+
+@pytest.fixture(scope="module")
+def weights() -> dict[str, torch.Tensor]:
+    """LoRA weights of the tiny pipeline that change its images, as diffusers names them."""
+    pipeline = tiny_pipeline()
+    adapter = put_on_adapter(pipeline, None)
+    torch.manual_seed(1)
+    for layer in adapter_layers(pipeline.unet):
+        torch.nn.init.normal_(layer.lora_B[adapter].weight, std=0.3)
+    return {f"unet.{name}": weight for name, weight in get_peft_model_state_dict(pipeline.unet).items()}
+
+
+def sheet_of(weights: dict[str, torch.Tensor], folder: Path, tiny: str, capsys: Any) -> tuple[int, str]:
+    save_file({name: weight.contiguous() for name, weight in weights.items()}, folder / LORA_WEIGHTS_NAME)
+    status, _, err = run(
+        capsys, "sample", str(folder), "--model", tiny, "--prompt", "a cat", "--use_cpu", "--num_inference_steps", "2"
+    )
+    assert (folder / "sheet.png").is_file() == (status == 0)
+    return status, err.splitlines()[-1] if err else ""
+
+
+def test_weights_of_other_tools_are_converted(weights, tiny, tmp_path, capsys):
+    twice = {as_kohya(name): weight for name, weight in weights.items()}
+    alphas = {name.partition(".")[0] + ".alpha": torch.tensor(8.0) for name in twice}  # twice the rank
+    for folder in ("ours", "theirs"):
+        (tmp_path / folder).mkdir()
+    ours = {name: weight * (2 if "lora_B" in name else 1) for name, weight in weights.items()}
+    assert sheet_of(ours, tmp_path / "ours", tiny, capsys)[0] == 0
+    assert sheet_of({**twice, **alphas}, tmp_path / "theirs", tiny, capsys)[0] == 0
+    sheets = [Image.open(tmp_path / folder / "sheet.png").tobytes() for folder in ("ours", "theirs")]
+    assert sheets[0] == sheets[1]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: {name.replace("unet.", "diffusion_model."): x for name, x in w.items()}, "64 of the 64 weights"),
+        (lambda w: {name.replace("unet.", "transformer."): x for name, x in w.items()}, "64 of the 64 weights"),
+        (lambda w: {name.removeprefix("unet."): x for name, x in w.items()}, "64 of the 64 weights"),
+        (lambda w: {**w, **{f"unet.new.lora_{part}.weight": torch.ones(4, 4) for part in "AB"}}, "2 of the 66"),
+        (lambda w: {"lora_unet_mid_block.hada_w1_a": torch.ones(4, 4)}, "don't fit .*hada_w1_a"),
+        (lambda w: {"something": torch.ones(1)}, "don't fit .*Invalid LoRA checkpoint"),
+        (lambda w: {name: torch.zeros_like(x) for name, x in w.items()}, "change nothing in these images"),
+        (lambda w: {name: torch.ones(4, 4) for name in w}, "don't fit .*Give the --model"),
+    ],
+    ids=["ComfyUI", "another denoiser", "no prefix", "layers beside", "LoHa", "no LoRA", "untrained", "other sizes"],
+)  # fmt: skip
+def test_weights_that_cant_be_applied_are_no_sheet(weights, tiny, tmp_path, capsys, change, message):
+    status, err = sheet_of(change(weights), tmp_path, tiny, capsys)
+    assert status == 2
+    assert re.search(message, err), err
+
+
+def test_weights_for_a_text_encoder_are_not_left_out_in_silence(weights, tiny, tmp_path, capsys):
+    of_text = {f"text_encoder.encoder.layers.0.self_attn.q_proj.lora_{part}.weight": torch.ones(4, 16) for part in "A"}
+    of_text |= {name.replace("lora_A", "lora_B"): weight.T for name, weight in of_text.items()}
+    status, err = sheet_of({**weights, **of_text}, tmp_path, tiny, capsys)
+    assert status == 2 and ("text_encoder too" in err or "don't fit" in err)  # peft or transformers may not load them
 
 
 def test_videos_are_shown_by_the_frame_in_the_middle():

@@ -454,6 +454,35 @@ def test_the_standard_deviation_has_no_leap_towards_pure_noise(next_sigma, noise
     np.testing.assert_array_less(stds[0] - stds[half_way], noise_level * (1 - sigmas[half_way]) + 1e-12)
 
 
+@pytest.mark.parametrize("steps", [2, 3, 4, 5, 10, 28])
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_a_step_draws_at_most_the_noise_of_its_state(steps, shift):
+    """std = σ solved for the noise level; the message has three digits of it, rounded down. 0.7 always fits."""
+    policy = settle(flow_policy(euler(shift=shift), 100.0), num_inference_steps=steps)
+    sigmas = policy.sigmas.double().numpy()
+    now, following = sigmas[:-2], sigmas[1:-1]  # the last step has no noise
+    length = now - following
+    exact = np.sqrt(now * np.maximum(1 - now, length) / length).min()
+    with pytest.raises(ValueError, match="noise_level is 100, with which step") as error:
+        policy.check_noise(range(steps))
+    limit = float(str(error.value).split("Set noise_level to ")[1].split(" at most")[0])
+    assert 0.99 * exact < limit <= exact
+    policy.noise_level = limit
+    policy.check_noise(range(steps))
+    assert (np.array(policy.stds[:-1]) <= now).all()
+    policy.noise_level = 0.7
+    policy.check_noise(range(steps))
+
+
+def test_coefficient_preserving_steps_can_draw_all_noise_anew():
+    policy = settle(flow_policy(euler(), 1.0, "cps"), num_inference_steps=5)
+    policy.check_noise(range(5))
+    assert policy.stds[:-1] == pytest.approx(policy.sigmas[1:-1].tolist())
+    policy.noise_level = 1.01
+    with pytest.raises(ValueError, match=r"noise_level is 1\.01, .*Set noise_level to 1 at most"):
+        policy.check_noise(range(5))
+
+
 def derivative_by_the_velocity(sigma: float, next_sigma: float, noise_level: float, sde_type: str) -> float:
     """Of the mean, which is linear in it: so it is the mean at velocity 1 and latents 0."""
     if sde_type == "cps":

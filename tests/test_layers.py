@@ -13,7 +13,7 @@ ROOT = Path(ddpo_trl.__file__).parent
 
 # From the ground up. Modules of one layer do not import each other.
 LAYERS = [
-    {"emoji", "finite", "importing", "processes", "trl_config"},
+    {"adapter_checks", "emoji", "finite", "importing", "processes", "trl_config"},
     {
         "advantages", "callbacks", "checkpoints", "config", "encoding", "environment", "gaussian", "lora", "plots",
         "rewards", "sample_gradients", "seeding", "target_kl", "types", "workers",

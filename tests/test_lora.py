@@ -1,13 +1,30 @@
 """The adapter: on all attention projections and nothing else, saved for the loaders that others have."""
 
+import dataclasses
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
-from peft import LoraConfig, PeftModel, inject_adapter_in_model
+from peft import (
+    ArrowConfig,
+    BdLoraConfig,
+    EvaConfig,
+    LoraConfig,
+    LoraRuntimeConfig,
+    PeftConfig,
+    PeftModel,
+    PeftType,
+    inject_adapter_in_model,
+)
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.config import KasaConfig, MontecloraConfig, VeloraConfig
+from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import nn
 
 from conformance.image_pipelines import PIXART_KWARGS, flux, pixart_sigma, stable_diffusion, stable_diffusion_3
@@ -15,10 +32,12 @@ from conformance.newer_pipelines import flux2_klein, hunyuan_dit, kandinsky, qwe
 from conftest import tiny_pipeline
 from ddpo_trl.lora import (
     ADAPTER_NAME,
+    active_adapters,
     adapters_off,
     attention_projections,
     default_lora_config,
     denoiser_name,
+    freeze_all_but_denoiser,
     has_lora_loader,
     load_adapter,
     put_on_adapter,
@@ -57,12 +76,12 @@ def trained(build: Build, peft_config: LoraConfig | None = None) -> DiffusionPip
     return pipeline
 
 
-def images(pipeline: DiffusionPipeline) -> torch.Tensor:
+def images(pipeline: DiffusionPipeline, steps: int = 2) -> torch.Tensor:
     kwargs = PIXART_KWARGS if "PixArt" in type(pipeline).__name__ else {}
     return pipeline(
         prompt=["a cat"],
         generator=torch.Generator().manual_seed(0),
-        num_inference_steps=2,
+        num_inference_steps=steps,
         output_type="pt",
         return_dict=False,
         **kwargs,
@@ -284,8 +303,252 @@ def test_an_adapter_that_is_switched_off_is_refused():
         put_on_adapter(pipeline, None)
 
 
+def test_a_fused_adapter_is_refused_with_the_remedy():
+    pipeline = carrying()
+    pipeline.fuse_lora()
+    with pytest.raises(ValueError, match=r"mine of pipeline\.unet is fused into the weights.*unfuse_lora\(\)"):
+        put_on_adapter(pipeline, None)
+    pipeline.unfuse_lora()
+    assert put_on_adapter(pipeline, None) == "mine"
+
+
+@pytest.mark.parametrize("target", ["to_q", "to_qkv"])
+def test_fused_projections_are_refused_with_the_remedy(target):
+    """On `to_qkv` an adapter would act and not be loaded; on `to_q` it would be loaded and not have acted."""
+    pipeline: Any = tiny_pipeline()
+    pipeline.fuse_qkv_projections(vae=False)
+    with pytest.raises(ValueError, match=r"projections of pipeline\.unet are fused.*unfuse_qkv_projections\(\)"):
+        put_on_adapter(pipeline, LoraConfig(r=2, target_modules=[target]))
+    pipeline.unfuse_qkv_projections(vae=False)
+    assert put_on_adapter(pipeline, None) == ADAPTER_NAME
+
+
+def test_weights_of_the_denoiser_that_would_not_be_loaded_again_are_refused():
+    pipeline: Any = tiny_pipeline()
+    pipeline.fuse_qkv_projections(vae=False)
+    with pytest.raises(ValueError, match=r"projections of pipeline\.unet are fused.*unfuse_qkv_projections\(\)"):
+        freeze_all_but_denoiser(pipeline, None)
+    pipeline = tiny_pipeline()
+    pipeline.unet.mid_block.new = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=r"not in its config, such as mid_block\.new\.weight.*unload_ip_adapter"):
+        freeze_all_but_denoiser(pipeline, None)
+
+
 def test_an_adapter_on_another_network_is_refused():
     pipeline: Any = tiny_pipeline()
     inject_adapter_in_model(LoraConfig(r=2, target_modules=["q_proj"]), pipeline.text_encoder, "words")
     with pytest.raises(ValueError, match=r"pipeline\.text_encoder carries an adapter.*missing from what is saved"):
         put_on_adapter(pipeline, None)
+
+
+# ---- Every kind of adapter comes back from its file, or is refused ----
+
+# What is asked for beside `target_modules`, where a method's defaults don't suit layers of 16 or ask for more.
+ARGUMENTS: dict[str, dict[str, Any]] = {
+    "ADALORA": {"total_step": 10},
+    "C3A": {"block_size": 8},
+    "FOURIERFT": {"n_frequency": 10},
+    "IA3": {"feedforward_modules": ["to_v"]},
+    "MISS": {"r": 4},
+    "PSOFT": {"r": 4},
+    "ROAD": {"group_size": 4},
+    "SHIRA": {"r": 2},
+    "WAVEFT": {"n_frequency": 10},
+}
+FEW_LAYERS = r"(mid_block.*|transformer_blocks\.0)\.attn1\.to_(q|v|out\.0)"  # of both pipelines, to be quick
+FOR_DIFFUSERS = {"LORA"}
+FOR_PEFT = {
+    "ADALORA", "BEFT", "BOFT", "C3A", "DEFT", "DELORA", "FOURIERFT", "GLORA", "GRALORA", "HIRA", "HRA", "IA3",
+    "LN_TUNING", "LOHA", "LOKR", "LORA", "MISS", "OFT", "OSF", "PEANUT", "PSOFT", "ROAD", "SHIRA", "SUPERTUNING",
+    "WAVEFT",
+}  # fmt: skip
+FOR_NOBODY = {
+    "ADAPTION_PROMPT", "CARTRIDGE", "FROD", "LILY", "MULTITASK_PROMPT_TUNING", "POLY", "PREFIX_TUNING",
+    "PROMPT_TUNING", "PVERA", "P_TUNING", "RANDLORA", "SHADOW", "TINYLORA", "TRAINABLE_TOKENS", "UNILORA", "VBLORA",
+    "VERA", "XLORA",
+}  # fmt: skip
+NOT_MADE = {"CPT", "ADAMSS"}  # for language models only; needs scikit-learn
+
+
+def test_every_type_of_adapter_that_peft_knows_is_in_the_table():
+    assert {kind.value for kind in PEFT_TYPE_TO_CONFIG_MAPPING} == FOR_PEFT | FOR_NOBODY | NOT_MADE
+
+
+def config_of(kind: str) -> PeftConfig:
+    config_class = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(kind)]
+    arguments = dict(ARGUMENTS.get(kind, {}))
+    if "target_modules" in {field.name for field in dataclasses.fields(config_class)}:
+        arguments["target_modules"] = FEW_LAYERS
+    return config_class(**arguments)
+
+
+def check_round_trip(build: Build, config: PeftConfig, directory: Path) -> None:
+    """
+    What was trained is what others load into a fresh pipeline and what a resumed run starts from; and switched off
+    it leaves the base model.
+    """
+    pipeline, fresh = build(0), build(0)
+    plain = images(fresh, 1)
+    adapter = put_on_adapter(pipeline, config)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for weight in denoiser_of(pipeline).parameters():
+            if weight.requires_grad:
+                weight.add_(0.1 * torch.randn(weight.shape, generator=generator))
+    expected = images(pipeline, 1)
+    with adapters_off(denoiser_of(pipeline)):
+        assert torch.equal(images(pipeline, 1), plain)
+    assert not torch.equal(expected, plain)
+    save_adapter(pipeline, adapter, directory)
+    if has_lora_loader(fresh):
+        fresh.load_lora_weights(directory)
+    else:
+        PeftModel.from_pretrained(denoiser_of(fresh), directory)
+    assert torch.equal(images(fresh, 1), expected)
+    with torch.no_grad():
+        for weight in denoiser_of(pipeline).parameters():
+            if weight.requires_grad:
+                weight.zero_()
+    load_adapter(pipeline, adapter, directory)
+    assert torch.equal(images(pipeline, 1), expected)
+
+
+def check_refusal(build: Build, config: PeftConfig, message: str) -> None:
+    pipeline = build(0)
+    names = denoiser_of(pipeline).state_dict().keys()
+    with pytest.raises(ValueError, match=message):
+        put_on_adapter(pipeline, config)
+    assert denoiser_of(pipeline).state_dict().keys() == names
+    assert active_adapters(denoiser_of(pipeline)) == []  # for another try
+
+
+@pytest.mark.parametrize(
+    ("kind", "build"),
+    [
+        *(pytest.param(kind, pixart_sigma, id=f"{kind}-peft") for kind in sorted(FOR_PEFT | FOR_NOBODY)),
+        *(pytest.param(kind, tiny_pipeline, id=f"{kind}-diffusers") for kind in sorted(FOR_PEFT)),
+    ],
+)
+def test_every_type_of_adapter_comes_back_from_its_file_or_is_refused(tmp_path, build, kind):
+    if kind in (FOR_DIFFUSERS if build is tiny_pipeline else FOR_PEFT):
+        check_round_trip(build, config_of(kind), tmp_path)
+    else:
+        check_refusal(build, config_of(kind), rf"peft_config is {type(config_of(kind)).__name__}\(.*Use a LoraConfig")
+
+
+HOLDS = None
+ALL_OF_LORA: dict[str, list[tuple[Any, str | None]]] = {
+    "r": [(3, HOLDS)],
+    "target_modules": [
+        ("all-linear", HOLDS),
+        (["conv_in", "to_q"], HOLDS),
+        (["nowhere"], r"peft_config can't be put on UNet2DConditionModel .*Give it target_modules"),
+        (None, r"peft_config can't be put on UNet2DConditionModel .*Give it target_modules"),
+    ],
+    "exclude_modules": [(["to_q"], HOLDS)],
+    "lora_alpha": [(16, HOLDS)],
+    "lora_dropout": [(0.5, HOLDS)],
+    "fan_in_fan_out": [(True, HOLDS)],
+    "bias": [(value, rf"peft_config has bias='{value}'.*Leave out bias") for value in ("all", "lora_only")],
+    "use_rslora": [(True, HOLDS)],
+    "modules_to_save": [(["conv_out"], "peft_config trains a copy of the layer conv_out,.*Leave out modules_to_save")],
+    "init_lora_weights": [
+        *((value, HOLDS) for value in (True, False, "gaussian", "eva", "orthogonal", "mica", "lora_ga")),
+        *((value, f"init_lora_weights='{value}'.*Leave out init") for value in ("olora", "pissa", "pissa_niter_2")),
+        ("corda", "init_lora_weights='corda'.*preprocess_corda"),
+    ],
+    "layers_to_transform": [([0], HOLDS)],
+    "layers_pattern": [],  # with the field above
+    "rank_pattern": [({"to_q": 2}, HOLDS), ({"attn1.to_q": 2, "attn1.to_v": 3}, HOLDS)],
+    "alpha_pattern": [({"to_q": 16}, HOLDS)],
+    "megatron_config": [({}, HOLDS)],
+    "megatron_core": [],  # with the field above
+    "trainable_token_indices": [([0], "peft_config can't be put on UNet2DConditionModel")],
+    "loftq_config": [],  # for init_lora_weights="loftq", which needs scipy
+    "eva_config": [(EvaConfig(), HOLDS)],
+    "corda_config": [],  # for init_lora_weights="corda"
+    "lora_ga_config": [],  # for init_lora_weights="lora_ga"
+    "use_dora": [(True, HOLDS)],
+    "velora_config": [(VeloraConfig(), HOLDS)],
+    "alora_invocation_tokens": [([1, 2], "has no effect.*Use a LoraConfig")],
+    "use_qalora": [(True, HOLDS)],  # which is for quantized layers
+    "qalora_group_size": [],  # with the field above
+    "monteclora_config": [(MontecloraConfig(), "load_lora_weights does not load .*Use a LoraConfig")],
+    "layer_replication": [([(0, 1)], "peft_config can't be put on UNet2DConditionModel")],
+    "runtime_config": [(LoraRuntimeConfig(ephemeral_gpu_offload=True), HOLDS)],
+    "lora_bias": [(True, HOLDS)],
+    "target_parameters": [(["conv_in.weight"], "peft_config can't be put on UNet2DConditionModel")],
+    "use_bdlora": [(BdLoraConfig(), "can't be put on a linear layer")],
+    "arrow_config": [(ArrowConfig(), "can't be put on a linear layer")],
+    "kasa_config": [(KasaConfig(), "kasa_config=.*Leave out kasa_config")],
+    "ensure_weight_tying": [(True, HOLDS)],
+}
+
+
+def test_every_setting_of_lora_is_in_the_table():
+    of_all = {field.name for field in dataclasses.fields(PeftConfig)}
+    assert {field.name for field in dataclasses.fields(LoraConfig)} - of_all == ALL_OF_LORA.keys()
+
+
+@pytest.mark.parametrize(
+    ("settings", "refusal"),
+    [
+        pytest.param({name: value}, refusal, id=f"{name}={str(value)[:30]}")
+        for name, tried in ALL_OF_LORA.items()
+        for value, refusal in tried
+    ],
+)
+def test_every_setting_of_lora_comes_back_from_the_file_or_is_refused(tmp_path, settings, refusal):
+    if "layers_to_transform" in settings:
+        settings = {**settings, "layers_pattern": "transformer_blocks", "target_modules": ["to_q"]}
+    config = LoraConfig(**{"r": 4, "lora_alpha": 2, "target_modules": FEW_LAYERS, **settings})
+    if refusal is None:
+        check_round_trip(tiny_pipeline, config, tmp_path)
+    else:
+        check_refusal(tiny_pipeline, config, refusal)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (LoraConfig(target_modules=FEW_LAYERS, bias="lora_only"), "has bias='lora_only'"),
+        (LoraConfig(target_modules=FEW_LAYERS, init_lora_weights="pissa"), "has init_lora_weights='pissa'"),
+        (LoraConfig(target_modules=FEW_LAYERS, modules_to_save=["conv_out"]), "trains a copy of the layer conv_out"),
+        (config_of("OFT"), r"is OFTConfig\(.*load_lora_weights does not load"),
+    ],
+)
+def test_an_adapter_that_came_with_the_pipeline_is_held_to_the_same(config, message):
+    pipeline: Any = tiny_pipeline()
+    inject_adapter_in_model(config, pipeline.unet, "mine")
+    with pytest.raises(ValueError, match=rf"The adapter mine of pipeline\.unet {message}"):
+        put_on_adapter(pipeline, None)
+
+
+@pytest.mark.parametrize("came_with_the_pipeline", [False, True])
+def test_dropout_is_taken_out_with_a_word(came_with_the_pipeline, tmp_path, caplog):
+    pipeline: Any = tiny_pipeline()
+    config = LoraConfig(r=2, lora_dropout=0.3, target_modules=["to_q"])
+    if came_with_the_pipeline:
+        pipeline.unet.add_adapter(config, "mine")
+    adapter = put_on_adapter(pipeline, None if came_with_the_pipeline else config)
+    assert "lora_dropout is 0.3, and is set to 0" in caplog.text
+    assert config.lora_dropout == 0.3  # the user's own
+    save_adapter(pipeline, adapter, tmp_path)
+    with safe_open(tmp_path / "pytorch_lora_weights.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["lora_adapter_metadata"])["unet.lora_dropout"] == 0
+    torch.nn.init.normal_(adapter_weights(pipeline)["down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q."
+                                                    f"lora_B.{adapter}.weight"])  # fmt: skip
+    expected = images(pipeline)
+    pipeline.unet.train()
+    assert torch.equal(images(pipeline), expected)
+
+
+def test_an_adapter_is_saved_in_float32_though_the_pipeline_is_in_half_precision(tmp_path):
+    pipeline = trained(lambda seed: stable_diffusion(seed).to(torch.bfloat16))
+    expected = {name.replace(f".{ADAPTER_NAME}", ""): weight for name, weight in adapter_weights(pipeline).items()}
+    save_adapter(pipeline, ADAPTER_NAME, tmp_path)
+    saved = load_file(tmp_path / "pytorch_lora_weights.safetensors")
+    assert {name.removeprefix("unet.") for name in saved} == expected.keys()
+    for name, weight in expected.items():
+        assert saved[f"unet.{name}"].dtype == torch.float32
+        assert torch.equal(saved[f"unet.{name}"], weight)

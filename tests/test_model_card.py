@@ -4,16 +4,19 @@ import ast
 import os
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from diffusers import DPMSolverMultistepScheduler
 from huggingface_hub import ModelCard, metadata_load
 from PIL import Image
 
 from conformance import checks
+from conformance.image_pipelines import PIXART_KWARGS, pixart_sigma
 from conftest import brightness, tiny_pipeline
-from ddpo_trl import DDPOTrainer, load_emoji_pipeline, record
+from ddpo_trl import DDPOConfig, DDPOTrainer, load_emoji_pipeline, record
 from ddpo_trl.lora import put_on_adapter
-from ddpo_trl.model_card import write_model_card
+from ddpo_trl.model_card import write_model_card, written_arguments
 from ddpo_trl.policy import Policy
 
 
@@ -27,6 +30,7 @@ def write_card(directory: Any, pipeline: Any, config: Any, **arguments: Any) -> 
             "policy": Policy(pipeline, config, put_on_adapter(pipeline, None) if config.use_lora else None),
             "config": config,
             "prompt": "a cat",
+            "inputs": {},
             "tags": ["trl", "ddpo", "lora", "diffusers"],
             "dataset_name": None,
             "rewards": {"brightness": 1.0},
@@ -154,6 +158,83 @@ def test_the_example_of_the_embedded_pipeline_runs(make_config, tmp_path):
     names: dict[str, Any] = {}
     exec(example(card), names)
     assert names["image"].size == (64, 64)
+
+
+def image_of_example(directory: Any, build: Any, config: Any, inputs: dict[str, Any], change: Any) -> Any:
+    """The image that a policy makes and the one that its card's example makes of the same noise; both as arrays."""
+    base = build()
+    base.save_pretrained(directory / "base")
+    pipeline = type(base).from_pretrained(directory / "base")
+    change(pipeline)
+    policy = Policy(pipeline, config, put_on_adapter(pipeline, None) if config.use_lora else None)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for weight in policy.parameters():
+            if weight.requires_grad:
+                weight.add_(0.1 * torch.randn(weight.shape, generator=generator))
+    policy.save(directory / "run")
+    card = write_card(
+        directory / "run", pipeline, config, policy=policy, repo_id=str(directory / "run"), inputs=inputs
+    )
+    code = example(card).replace("path/to/the/base/pipeline", str(directory / "base"))
+    assert code.count("= pipeline(") == 1
+    names: dict[str, Any] = {"noise": torch.Generator().manual_seed(5)}
+    exec(code.replace("= pipeline(", "= pipeline(generator=[noise], prompt="), names)
+    (expected,) = policy.generate(policy.context(["a cat"], [inputs], [5]))
+    return expected.permute(1, 2, 0).numpy(), np.asarray(names["image"]) / 255
+
+
+def other_scheduler(pipeline: Any) -> None:
+    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config, use_karras_sigmas=True)
+
+
+def nothing(pipeline: Any) -> None:
+    pass
+
+
+@pytest.mark.parametrize(
+    ("settings", "inputs", "change"),
+    [
+        ({}, {}, nothing),
+        ({"use_lora": False}, {}, nothing),
+        ({}, {}, other_scheduler),
+        ({"num_inference_steps": 3}, {}, nothing),
+        ({"guidance_scale": None}, {}, nothing),
+        ({"pipeline_kwargs": {"negative_prompt": "dull"}}, {}, nothing),
+        ({"pipeline_kwargs": {"cross_attention_kwargs": {"scale": 0.3}}}, {}, nothing),
+        ({"pipeline_kwargs": {"height": 24, "width": 32, "guidance_rescale": 0.7}}, {}, nothing),
+        ({"pipeline_inputs": ["negative_prompt"]}, {"negative_prompt": "a dog"}, nothing),
+    ],
+    ids=["LoRA", "full", "scheduler", "steps", "guidance", "negative", "cross attention", "size", "input"],
+)
+def test_the_example_makes_the_image_that_the_run_would(make_config, tmp_path, settings, inputs, change):
+    config = make_config(**settings)
+    expected, actual = image_of_example(tmp_path / "as it was", tiny_pipeline, config, inputs, change)
+    assert actual.shape == expected.shape
+    np.testing.assert_allclose(actual, expected, atol=0.51 / 255)  # of a picture's integers
+    if settings or change is not nothing:  # which matter
+        plain, _ = image_of_example(tmp_path / "plain", tiny_pipeline, make_config(), {}, nothing)
+        assert plain.shape != expected.shape or np.abs(plain - expected).max() > 2 / 255
+
+
+def test_the_example_loads_pefts_format(make_config, tmp_path):
+    config = make_config(pipeline_kwargs=PIXART_KWARGS)
+    expected, actual = image_of_example(tmp_path, lambda: pixart_sigma(0), config, {}, nothing)
+    np.testing.assert_allclose(actual, expected, atol=0.51 / 255)
+
+
+def test_what_cant_be_written_into_the_example_is_named_there(tmp_path):
+    values = {"width": torch.tensor(8), "prompt_attention": {"scale": [0.5, None, True]}, "beside": float("inf")}
+    config = DDPOConfig(pipeline_kwargs=values, pipeline_inputs=["image", "strength"], use_cpu=True)
+    inputs = {"image": Image.new("RGB", (2, 2)), "strength": 0.3}
+    written, defined = written_arguments(config, inputs)
+    assert 'prompt_attention={"scale": [0.5, None, True]}'.replace('"', "'") in written
+    assert {"width=width", "beside=beside", "image=image", "strength=0.3"} < set(written)
+    assert defined == [
+        "width = ...  # the Tensor of the run",
+        "beside = ...  # the float of the run",
+        'image = load_image("image.png")',
+    ]
 
 
 # ---- Papers ----

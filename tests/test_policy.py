@@ -188,6 +188,23 @@ def test_schedules_of_ones_own_are_sampled_and_replayed(make_config):
         assert torch.equal(replayed, step.log_probs)
 
 
+def test_noise_that_a_step_cant_hold_is_refused_before_the_first_sample(make_config):
+    with pytest.raises(ValueError, match=r"eta is 2, with which step 2 of 4 .*Set eta to 1 at most"):
+        make_policy(tiny_pipeline(), make_config(eta=2.0)).survey(CONTEXT)
+    with pytest.raises(ValueError, match=r"noise_level is 1\.4, with which step 2 of 4 .*Set noise_level to 0\.775"):
+        config = make_config(noise_level=1.4, pipeline_kwargs={"max_sequence_length": 16})
+        make_policy(stable_diffusion_3(0), config).survey(CONTEXT)
+
+
+def test_only_the_steps_that_a_window_can_reach_have_to_hold_their_noise(make_config):
+    """The first of four steps could draw 1.058 times DDPM's noise, the third hardly more than that."""
+    settings = {"eta": 1.05, "num_inference_steps": 4, "sde_window_size": 1}
+    make_policy(tiny_pipeline(), make_config(train_timestep_range=(0.0, 0.25), **settings)).survey(CONTEXT)
+    for window in ((0.0, 0.75), (0.5, 0.75)):
+        with pytest.raises(ValueError, match="eta is 1.05, with which step 2 of 4"):
+            make_policy(tiny_pipeline(), make_config(train_timestep_range=window, **settings)).survey(CONTEXT)
+
+
 # ---- Gradients and batches ----
 
 

@@ -3,6 +3,7 @@
 Against diffusers' own DDIM step, `torch.distributions` and the formulas of the papers.
 """
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -215,6 +216,71 @@ def test_zero_terminal_snr_has_finite_steps(steps):
     assert all(torch.isfinite(latents).all() for latents in trajectory)
     assert sorted(source.steps) == list(range(steps - 1))
     assert all(torch.isfinite(step.log_probs).all() for step in source.steps.values())
+
+
+# ---- How much noise a step can hold ----
+
+
+def limit_of(policy: Any, steps: int, first: int = 0) -> float:
+    """The largest eta, from the message."""
+    policy.eta = 1e6
+    with policy.acting(Sampling(generators(2), record=(), reduction="mean")):
+        begin(policy, steps, first)
+        with pytest.raises(
+            ValueError, match=r"eta is 1e\+06, with which step \d+ of .*Set eta to .* at most"
+        ) as error:
+            policy.check_noise(range(steps - first))
+    return float(str(error.value).split("Set eta to ")[1].split(" at most")[0])
+
+
+@pytest.mark.parametrize("steps", [2, 3, 10, 50, 200])
+@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+def test_the_largest_eta_is_that_with_which_a_step_draws_all_of_its_noise(steps, spacing):
+    """sigma^2 = 1 - a_next solved for eta; the message has three digits of it, rounded down."""
+    scheduler = ddim(timestep_spacing=spacing)
+    scheduler.set_timesteps(steps)
+    alphas = alphas_cumprod()
+    now = scheduler.timesteps.numpy()
+    following = np.maximum(now - 1000 // steps, 0)  # after the last step, timestep 0's
+    exact = min(
+        np.sqrt((1 - alphas[t]) / (1 - alphas[t] / alphas[s]))
+        for t, s in zip(now, following, strict=True)
+        if t != s  # no step at all, so no noise
+    )
+    limit = limit_of(policy_scheduler(scheduler, eta=1.0), steps)
+    assert 0.99 * exact < limit <= exact * (1 + 1e-4)  # 1 - a / a_next is known to 1e-4
+    assert limit >= 1
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+def test_what_is_refused_has_more_noise_than_the_denoiser_expects(prediction):
+    policy: Any = policy_scheduler(ddim(prediction_type=prediction), eta=1.0)
+    limit = limit_of(policy, 3)
+    expected = 1 - alphas_cumprod()[[334, 1, 0]]
+    for eta, fits in ((limit, True), (1.01 * limit, False), (2.0, False)):
+        policy.eta = eta
+        variances = np.array(stds(policy, 3)) ** 2
+        assert (variances <= expected * (1 + 1e-4)).all() == fits
+        with contextlib.nullcontext() if fits else pytest.raises(ValueError, match=f"Set eta to {limit:g} at most"):
+            policy.check_noise(range(3))
+
+
+@pytest.mark.parametrize("scheduler_class", [CogVideoXDDIMScheduler, DDIMScheduler, DDPMScheduler, PNDMScheduler])
+@pytest.mark.parametrize("steps", [1, 4, 50])
+def test_ddpms_noise_fits_every_schedule(scheduler_class, steps):
+    config = {"clip_sample": False} if "clip_sample" in scheduler_class().config else {}
+    policy: Any = policy_scheduler(scheduler_class(**config), eta=1.0)
+    stds(policy, steps)
+    policy.check_noise(range(steps))
+
+
+def test_only_steps_that_get_noise_have_to_hold_it():
+    policy: Any = policy_scheduler(ddim(set_alpha_to_one=True), eta=2.0)
+    settled = stds(policy, 3)
+    assert settled[2] == 0  # deterministic
+    policy.check_noise([2])
+    with pytest.raises(ValueError, match="step 1 of 3"):
+        policy.check_noise([1, 2])
 
 
 # ---- What is recorded ----

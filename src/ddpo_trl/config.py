@@ -60,10 +60,11 @@ class DDPOConfig(TrainingArguments):
             Classifier-free guidance, the same in sampling and in training. `None` for pipelines that take no such
             argument, and for the pipeline's own default.
         eta (`float`, *optional*, defaults to `1.0`):
-            η of the DDIM family, > 0: how much noise a step adds, in units of DDPM's. Not used by flow matching.
+            η of the DDIM family, > 0: how much noise a step adds, in units of DDPM's. A value that is too large for a
+            step of the schedule is refused, with the largest that fits. Not used by flow matching.
         noise_level (`float`, *optional*, defaults to `0.7`):
-            a of flow matching, > 0: how much noise a step adds, η's counterpart. At most 1 for `sde_type="cps"`. Not
-            used by the DDIM family.
+            a of flow matching, > 0: how much noise a step adds, η's counterpart. At most 1 for `sde_type="cps"`; for
+            `"sde"` no step may add more noise than its state has (0.7 always fits). Not used by the DDIM family.
         sde_type (`"sde"` or `"cps"`, *optional*, defaults to `"sde"`):
             How flow matching becomes stochastic: marginal-preserving as in
             [Flow-GRPO](https://huggingface.co/papers/2505.05470), or coefficient-preserving as in

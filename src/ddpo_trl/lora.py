@@ -1,6 +1,9 @@
 """The LoRA adapter of the denoiser: where it goes, put it on, save it for diffusers or peft, load it back."""
 
+import copy
 import os
+import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,19 +15,31 @@ from diffusers.loaders.lora_base import LoraBaseMixin
 from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_processor import Attention
 from diffusers.training_utils import cast_training_params
+from diffusers.utils import logging
 from diffusers.utils.peft_utils import recurse_remove_peft_layers
 from peft import (
     LoraConfig,
     PeftConfig,
+    PeftModel,
     get_peft_model_state_dict,
     inject_adapter_in_model,
     set_peft_model_state_dict,
 )
-from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from ddpo_trl.adapter_checks import (
+    check_config,
+    check_copies,
+    check_projections,
+    check_use,
+    first_difference,
+    in_a_line,
+    in_words,
+    without_dropout,
+)
 from ddpo_trl.finite import check_weights
 from ddpo_trl.processes import sharded_like, whole
 
@@ -141,9 +156,11 @@ def put_on_adapter(pipeline: DiffusionPipeline, peft_config: PeftConfig | None) 
         The adapter's name.
 
     Raises:
-        `ValueError`: If `peft_config` is given and the denoiser has an adapter, or several are active.
+        `ValueError`: If `peft_config` is given and the denoiser has an adapter, or several are active; if the adapter
+            changes the base model, or would not be loaded from its file as it was trained.
     """
-    denoiser = pipeline.components[denoiser_name(pipeline)]
+    name = denoiser_name(pipeline)
+    denoiser = pipeline.components[name]
     for component in pipeline.components.values():
         if isinstance(component, nn.Module):
             component.requires_grad_(False).eval()
@@ -158,18 +175,35 @@ def put_on_adapter(pipeline: DiffusionPipeline, peft_config: PeftConfig | None) 
             f"The pipeline has several active adapters ({', '.join(active)}), and one is trained. Choose it with "
             "`pipeline.set_adapters(name)`."
         )
-    _check_adapters(pipeline, active)
-    if not active:
-        _add_adapter(denoiser, peft_config or default_lora_config(denoiser))
-        active = [ADAPTER_NAME]
-    for layer in adapter_layers(denoiser):
-        layer.set_adapter(active[0])  # lets its weights require gradients again
-    cast_training_params(denoiser, torch.float32)
-    return active[0]
+    _check_other_networks(pipeline)
+    check_projections(denoiser, name)
+    check_use(denoiser, name, active)
+    if active:
+        denoiser.peft_config[active[0]] = config = without_dropout(denoiser.peft_config[active[0]])
+        owner = f"The adapter {active[0]} of pipeline.{name}"
+        check_config(config, owner)
+        check_copies(denoiser, owner)
+        _train_only(denoiser, active[0])
+        _check_files(pipeline, active[0], owner)
+        return active[0]
+    if peft_config is None:  # is known to be loaded as it was saved
+        _add_adapter(denoiser, default_lora_config(denoiser))
+        _train_only(denoiser, ADAPTER_NAME)
+        return ADAPTER_NAME
+    config = without_dropout(peft_config)
+    check_config(config, "peft_config")
+    try:
+        _add_adapter(denoiser, config)
+        check_copies(denoiser, "peft_config")
+        _train_only(denoiser, ADAPTER_NAME)
+        _check_files(pipeline, ADAPTER_NAME, "peft_config")
+    except ValueError:
+        take_off_adapter(denoiser)  # as much of it as there is
+        raise
+    return ADAPTER_NAME
 
 
-def _check_adapters(pipeline: DiffusionPipeline, active: list[str]) -> None:
-    """Raises a `ValueError` for adapters that would be trained or saved otherwise than they are used."""
+def _check_other_networks(pipeline: DiffusionPipeline) -> None:
     name = denoiser_name(pipeline)
     for other, component in pipeline.components.items():
         if other != name and isinstance(component, nn.Module) and adapter_layers(component):
@@ -177,34 +211,106 @@ def _check_adapters(pipeline: DiffusionPipeline, active: list[str]) -> None:
                 f"pipeline.{other} carries an adapter, which would act in training and be missing from what is saved. "
                 f"Load the weights of pipeline.{name} only, or merge the others into pipeline.{other} for good."
             )
-    for layer in adapter_layers(pipeline.components[name]):
-        if layer.disable_adapters:
-            raise ValueError(
-                f"The adapter {', '.join(active)} of pipeline.{name} is switched off. Switch it on with "
-                "`pipeline.enable_lora()`, or take it away with `pipeline.unload_lora_weights()`."
-            )
-        for adapter in active if isinstance(layer, LoraLayer) else []:
-            config = pipeline.components[name].peft_config[adapter]
-            rank = layer.r[adapter]
-            weight = layer.scaling[adapter] * (rank**0.5 if config.use_rslora else rank) / layer.lora_alpha[adapter]
-            if abs(weight - 1) > 1e-6:
-                raise ValueError(
-                    f"The adapter {adapter} has the weight {weight:g}, which the saved file would not have. Set it to "
-                    f"1 with `pipeline.set_adapters({adapter!r})`."
-                )
+
+
+def _train_only(denoiser: nn.Module, adapter: str) -> None:
+    for layer in adapter_layers(denoiser):
+        layer.set_adapter(adapter)  # lets its weights require gradients again
+        for module in layer.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+    cast_training_params(denoiser, torch.float32)
+
+
+def _check_files(pipeline: DiffusionPipeline, adapter: str, owner: str) -> None:
+    """
+    Saves an adapter, loads it as its users will into a copy of the denoiser, and compares.
+
+    Raises:
+        `ValueError`: If it can't be loaded, or is another one then.
+    """
+    name = denoiser_name(pipeline)
+    denoiser: Any = pipeline.components[name]
+    twin = copy.copy(pipeline)
+    fresh = sharing_weights(denoiser)
+    twin.register_modules(**{name: fresh})
+    loader = "PeftModel.from_pretrained"
+    try:
+        with tempfile.TemporaryDirectory() as directory, quiet():
+            save_adapter(pipeline, adapter, directory)
+            if has_lora_loader(pipeline):
+                loader = f"{type(pipeline).__name__}.load_lora_weights"
+                twin.load_lora_weights(directory, adapter_name=adapter)
+            else:
+                PeftModel.from_pretrained(fresh, directory, adapter_name=adapter, low_cpu_mem_usage=True)
+        unsaved = [f"{name} is not in the file" for name in trained_but_not_saved(denoiser, adapter)]
+        problem = unsaved[0] if unsaved else first_difference(denoiser, fresh, adapter)
+    except Exception as error:  # whatever the loaders of diffusers and peft raise here, they will raise for users too
+        problem = in_a_line(error)
+    if problem is None:
+        return
+    raise ValueError(
+        f"{owner} is {in_words(denoiser.peft_config[adapter])}, and {loader} does not load what would be saved of it: "
+        f"{problem}. Use a LoraConfig with r, lora_alpha and target_modules only."
+    )
+
+
+def trained_but_not_saved(denoiser: nn.Module, adapter: str) -> list[str]:
+    """Names of the weights that require gradients and are not among those of an adapter."""
+    saved = {value.data_ptr() for value in get_peft_model_state_dict(denoiser, adapter_name=adapter).values()}
+    return [
+        name for name, value in denoiser.named_parameters() if value.requires_grad and value.data_ptr() not in saved
+    ]
+
+
+def sharing_weights(denoiser: nn.Module) -> nn.Module:
+    """A copy of a denoiser without its adapters, which takes no memory: it has the same weights."""
+    shared: dict[int, Any] = {}
+    for parameter in denoiser.parameters():
+        # Quantized weights are of other types, which have to stay what they are.
+        plain = type(parameter) is nn.Parameter
+        shared[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False) if plain else parameter
+    shared |= {id(buffer): buffer for buffer in denoiser.buffers()}
+    copied = copy.deepcopy(denoiser, shared)
+    if adapter_layers(copied):
+        take_off_adapter(copied)
+    return copied
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without what loaders say of parts that an adapter does not have."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def _add_adapter(denoiser: nn.Module, peft_config: PeftConfig) -> None:
-    if isinstance(denoiser, PeftAdapterMixin):
-        denoiser.add_adapter(peft_config, ADAPTER_NAME)  # as below, and diffusers' methods know of it
-    else:
-        inject_adapter_in_model(peft_config, denoiser, ADAPTER_NAME)
+    try:
+        if isinstance(denoiser, PeftAdapterMixin):
+            denoiser.add_adapter(peft_config, ADAPTER_NAME)  # as below, and diffusers' methods know of it
+        else:
+            inject_adapter_in_model(peft_config, denoiser, ADAPTER_NAME)
+    except Exception as error:  # peft's are of any type where a config does not suit a model
+        raise ValueError(
+            f"peft_config can't be put on {type(denoiser).__name__} ({in_a_line(error)}). Give it target_modules that "
+            "are linear layers or convolutions there."
+        ) from error
 
 
 def take_off_adapter(denoiser: nn.Module) -> None:
     """Removes all adapters, and the layers that held them."""
     recurse_remove_peft_layers(denoiser)
-    del denoiser.peft_config
+    for name, module in list(denoiser.named_modules()):
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            parent, _, child = name.rpartition(".")
+            denoiser.get_submodule(parent).register_module(child, module.original_module)
+    vars(denoiser).pop("peft_config", None)
     if isinstance(denoiser, PeftAdapterMixin):
         denoiser._hf_peft_config_loaded = False
 
@@ -229,7 +335,8 @@ def freeze_all_but_denoiser(pipeline: DiffusionPipeline, peft_config: PeftConfig
             Must be `None` here.
 
     Raises:
-        `ValueError`: If there is an adapter or a `peft_config`, or the weights are in half precision.
+        `ValueError`: If there is an adapter or a `peft_config`, the weights are in half precision, or the denoiser has
+            weights that would not be loaded again.
     """
     name = denoiser_name(pipeline)
     denoiser = pipeline.components[name]
@@ -240,6 +347,15 @@ def freeze_all_but_denoiser(pipeline: DiffusionPipeline, peft_config: PeftConfig
         raise ValueError(
             f"use_lora is False, which trains pipeline.{name} itself, but its weights are {denoiser.dtype}. Load the "
             "pipeline with dtype=torch.float32, and set bf16=True or fp16=True for mixed precision."
+        )
+    check_projections(denoiser, name)
+    with torch.device("meta"):
+        known = type(denoiser).from_config(denoiser.config).state_dict().keys()
+    if unknown := [key for key in denoiser.state_dict() if key not in known]:
+        raise ValueError(
+            f"use_lora is False, but pipeline.{name} has weights that are not in its config, such as {unknown[0]}. "
+            "They would not be loaded again. Take away what was added to it, such as an IP-Adapter with "
+            "`pipeline.unload_ip_adapter()`, or train a LoRA adapter."
         )
     for component_name, component in pipeline.components.items():
         if isinstance(component, nn.Module) and component_name != name:

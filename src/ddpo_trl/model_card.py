@@ -1,6 +1,7 @@
 """The model card that goes to the Hub beside the weights."""
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,7 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
+from PIL.Image import Image
 from transformers.utils import logging
 from yaml import YAMLError
 
@@ -37,6 +39,9 @@ LORA_TEMPLATE_TAG = "template:diffusion-lora"
 # The single images that the Hub shows are here, and are of so many prompts.
 GALLERY_FOLDER = "images"
 GALLERY_PROMPTS = 4
+
+# The pipeline's own may have been replaced since it was loaded, and images depend on it.
+SCHEDULER_FOLDER = "scheduler"
 
 # Settings that are shown; all of them are in ddpo_config.json.
 SETTINGS = [
@@ -98,6 +103,7 @@ def write_model_card(
     policy: Policy,
     config: DDPOConfig,
     prompt: str,
+    inputs: Mapping[str, Any],
     tags: Sequence[str],
     dataset_name: str | None,
     rewards: Mapping[str, float | None],
@@ -105,7 +111,7 @@ def write_model_card(
     paper: Mapping[str, str],
 ) -> None:
     """
-    Writes `README.md`, with the pictures that are there.
+    Writes `README.md`, with the pictures that are there, and the config of the scheduler that evaluation runs with.
 
     Args:
         directory (`str` or `os.PathLike`):
@@ -120,6 +126,8 @@ def write_model_card(
             Settings of the run.
         prompt (`str`):
             The prompt of the example.
+        inputs (`Mapping[str, Any]`):
+            What `config.pipeline_inputs` names, of that prompt.
         tags (`Sequence[str]`):
             Tags of the metadata, beside those that follow from the pipeline.
         dataset_name (`str`, *optional*):
@@ -132,6 +140,7 @@ def write_model_card(
             Title, id and citation.
     """
     pipeline = policy.pipeline
+    pipeline.scheduler.save_pretrained(Path(directory) / SCHEDULER_FOLDER)
     base_model = hub_name(pipeline)
     task = pipeline_tag(pipeline, config)
     is_lora = policy.adapter is not None
@@ -160,7 +169,7 @@ def write_model_card(
         pipeline_class=type(pipeline).__name__,
         trained=policy.describe(),
         is_lora=is_lora,
-        example=example(policy, config, repo_id, prompt, task),
+        example=example(policy, config, repo_id, prompt, task, inputs),
         pictures=pictures,
         dataset_name=dataset_name,
         reward_rows=reward_rows(rewards, rounds, evaluations),
@@ -265,15 +274,19 @@ def pipeline_tag(pipeline: DiffusionPipeline, config: DDPOConfig) -> str:
     return f"{source}-to-{'video' if makes_video(pipeline) else 'image'}"
 
 
-def example(policy: Policy, config: DDPOConfig, repo_id: str, prompt: str, task: str) -> str:
-    """Python that loads the model and makes an image with it."""
+def example(
+    policy: Policy, config: DDPOConfig, repo_id: str, prompt: str, task: str, inputs: Mapping[str, Any]
+) -> str:
+    """Python that loads the model and makes an image with it, as evaluation does."""
     pipeline, component = policy.pipeline, policy.denoiser_name
-    pipeline_class = type(pipeline).__name__
+    pipeline_class, scheduler_class = type(pipeline).__name__, type(pipeline.scheduler).__name__
     where = f'"{repo_id}"' + (f', revision="{config.hub_revision}"' if config.hub_revision else "")
-    imports, after, arguments = [f"from diffusers import {pipeline_class}"], [], ""
+    imports, arguments = [], ""
+    classes = [pipeline_class, scheduler_class]
+    after = [f'pipeline.scheduler = {scheduler_class}.from_pretrained({where}, subfolder="{SCHEDULER_FOLDER}")']
     if policy.adapter is None:
         model_class = type(policy.denoiser).__name__
-        imports = [f"from diffusers import {pipeline_class}, {model_class}"]
+        classes.append(model_class)
         arguments = f', {component}={model_class}.from_pretrained({where}, subfolder="{component}")'
     elif has_lora_loader(pipeline):
         after.append(f"pipeline.load_lora_weights({where})")
@@ -288,22 +301,53 @@ def example(policy: Policy, config: DDPOConfig, repo_id: str, prompt: str, task:
     if dtype in (torch.float16, torch.bfloat16):
         imports.insert(0, "import torch")
         arguments += f", dtype={dtype}"
-    if pictures := [name for name in config.pipeline_inputs or () if name.endswith("image")]:
+    written, defined = written_arguments(config, inputs)
+    if any("load_image(" in line for line in defined):
         imports.append("from diffusers.utils import load_image")
-        after += [f'{name} = load_image("{name}.png")' for name in pictures]
+    imports.insert(imports[:1] == ["import torch"], f"from diffusers import {', '.join(classes)}")
     load = f"pipeline = {pipeline_class}.from_pretrained({base}{arguments})"
-    return "\n".join([*imports, "", load, *after, call(config, prompt, task)])
-
-
-def call(config: DDPOConfig, prompt: str, task: str) -> str:
-    """The line that makes an image, as evaluation does."""
-    settings = {"num_inference_steps": config.num_inference_steps, "guidance_scale": config.guidance_scale}
-    assert not isinstance(config.pipeline_kwargs, str), "DDPOConfig parses strings"
-    simple = {k: v for k, v in (config.pipeline_kwargs or {}).items() if isinstance(v, str | int | float | bool)}
-    arguments = [f"{name}={literal(value)}" for name, value in {**settings, **simple}.items() if value is not None]
-    arguments += [f"{name}={name}" for name in config.pipeline_inputs or ()]
     result, field = ("video", "frames") if task.endswith("video") else ("image", "images")
-    return f"{result} = pipeline({', '.join([literal(prompt), *arguments])}).{field}[0]"
+    call = f"{result} = pipeline({', '.join([literal(prompt), *written])}).{field}[0]"
+    return "\n".join([*imports, "", load, *after, *defined, call])
+
+
+def written_arguments(config: DDPOConfig, inputs: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """
+    The arguments of the pipeline's call, as evaluation gives them.
+
+    Args:
+        config ([`DDPOConfig`]):
+            Settings of the run.
+        inputs (`Mapping[str, Any]`):
+            What `config.pipeline_inputs` names, of the prompt.
+
+    Returns:
+        The arguments in Python, and the lines before the call that define those that can't be written there.
+    """
+    assert not isinstance(config.pipeline_kwargs, str), "DDPOConfig parses strings"
+    values: dict[str, Any] = {"num_inference_steps": config.num_inference_steps}
+    if config.guidance_scale is not None:
+        values["guidance_scale"] = config.guidance_scale
+    values |= {**(config.pipeline_kwargs or {}), **{name: inputs.get(name) for name in config.pipeline_inputs or ()}}
+    written, defined = [], []
+    for name, value in values.items():
+        is_picture = isinstance(value, Image) or (value is None and name.endswith("image"))
+        if is_literal(value) and not is_picture:
+            written.append(f"{name}={literal(value)}")
+            continue
+        written.append(f"{name}={name}")
+        source = f'load_image("{name}.png")' if is_picture else f"...  # the {type(value).__name__} of the run"
+        defined.append(f"{name} = {source}")
+    return written, defined
+
+
+def is_literal(value: Any) -> bool:
+    """Whether Python reads a value back from what `repr` writes."""
+    if isinstance(value, dict):
+        return all(is_literal(part) for item in value.items() for part in item)
+    if isinstance(value, list | tuple):
+        return all(is_literal(part) for part in value)
+    return value is None or type(value) in (str, int, bool) or (type(value) is float and math.isfinite(value))
 
 
 def literal(value: Any) -> str:

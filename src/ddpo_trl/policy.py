@@ -17,6 +17,7 @@ from ddpo_trl.finite import check_weights
 from ddpo_trl.gaussian import kl_divergence, log_prob
 from ddpo_trl.lora import adapters_off, denoiser_name, describe_adapter, load_adapter, save_adapter
 from ddpo_trl.pipelines import call_with_grad, check_call, policy_copy, quiet_copy, with_denoiser
+from ddpo_trl.plan import steps_in_range
 from ddpo_trl.processes import is_sharded
 from ddpo_trl.sample_gradients import SampleGradients, TrainedLayer
 from ddpo_trl.schedulers import DifferentiatedSampling, Replay, Sampling, StepReplayed, policy_scheduler
@@ -151,10 +152,16 @@ class Policy(nn.Module):
 
         Returns:
             [`Survey`]
+
+        Raises:
+            `ValueError`: If a step that gets noise can't hold so much.
         """
         with torch.no_grad():
             latents = self._visit(self.policy_pipeline, Replay(0), context).latents
         assert latents is not None, "_visit raises if no step was run"
+        steps = len(self.scheduler.stds)
+        windowed = self.settings.sde_window_size is not None
+        self.scheduler.check_noise(steps_in_range(self.settings, steps) if windowed else range(steps))
         encoder = vars(self.policy_pipeline).get("encode_prompt")
         embedding_bytes = 0 if encoder is None else encoder.largest
         return Survey(self.scheduler.stds, latents[0].nbytes, embedding_bytes)

@@ -213,6 +213,7 @@ class DDPOTrainer(Trainer):
         self._warned_of_rounding = False
         self._staging: str | None = None  # where a checkpoint is being written
         self._example_prompt = prompt
+        self._example_inputs = {name: values[0] for name, values in trial.inputs.items()}
         self._try_reward_function(prompt, metadata, trial_size)
         fixed = fixed_prompts(args, self.eval_prompts, self._preview, self.plan.prompts_per_round)
         self.recorder = RunRecorder(lambda: self._evaluator, fixed, self.callback_handler.callbacks)
@@ -767,6 +768,7 @@ class DDPOTrainer(Trainer):
                 policy=self._policy,
                 config=self.args,
                 prompt=self._example_prompt,
+                inputs=self._example_inputs,
                 tags=[*self._tag_names, *self._policy.model_tags, *given],
                 dataset_name=dataset_name,
                 rewards={

@@ -10,23 +10,27 @@ import torch
 import yaml
 from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard
-from peft import PeftConfig
-from torch import Tensor
+from peft import PeftConfig, get_peft_model_state_dict
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
 from ddpo_trl.checkpoints import CONFIG_NAME
 from ddpo_trl.cli.arguments import CommandParser, Gather
-from ddpo_trl.cli.errors import UsageError, usage_errors
+from ddpo_trl.cli.errors import UsageError, one_line, usage_errors
 from ddpo_trl.cli.sources import first_prompts, load_model, load_prompt_source, load_reward
 from ddpo_trl.cli.train import SETTINGS_NAME
 from ddpo_trl.config import DDPOConfig
 from ddpo_trl.lora import (
+    ADAPTER_NAME,
     LORA_WEIGHTS_NAME,
     PEFT_WEIGHTS_NAME,
+    adapter_layers,
     adapters_off,
     denoiser_name,
     has_lora_loader,
     load_adapter,
     put_on_adapter,
+    quiet,
 )
 from ddpo_trl.plots import ImageRow, save_comparison
 from ddpo_trl.policy import Policy
@@ -123,7 +127,8 @@ def main(argv: Sequence[str]) -> int:
         policy = load_policy(arguments, folder)
         scorer = RewardScorer([load_reward(name) for name in arguments.reward or ()]) if arguments.reward else None
         path.parent.mkdir(parents=True, exist_ok=True)
-    save_comparison(make_rows(arguments, policy, scorer, pairs), [prompt for prompt, _ in pairs], path)
+    rows = make_rows(arguments, policy, scorer, pairs)
+    save_comparison(rows, [prompt for prompt, _ in pairs], path)
     print(f"Saved {path}")
     return 0
 
@@ -177,41 +182,89 @@ def load_policy(arguments: SampleArguments, folder: Path) -> Policy:
     chosen = {name: saved[name] for name in KEPT if name in saved}
     chosen |= {name: vars(arguments)[name] for name in KEPT[:2] if vars(arguments)[name] is not None}
     config = DDPOConfig(output_dir=str(folder), use_cpu=arguments.use_cpu, report_to="none", **chosen)
-    try:
-        adapter = put_on_saved_adapter(pipeline, folder)
-    except RuntimeError as error:  # torch lists every weight
-        raise UsageError(
-            f"The LoRA weights in {folder} don't fit {pipeline.name_or_path}; give the --model that they belong to."
-        ) from error
+    adapter = put_on_saved_adapter(pipeline, folder)
     pipeline.to(config.device)
     return Policy(pipeline, config, adapter)
 
 
 def put_on_saved_adapter(pipeline: DiffusionPipeline, folder: Path) -> str:
-    """Gives a pipeline the adapter that a run has saved, and tells its name."""
-    if has_lora_loader(pipeline):
-        # As `pipeline.load_lora_weights(folder)`, which warns that the text encoder gets none.
-        name = denoiser_name(pipeline)
-        pipeline.components[name].load_lora_adapter(str(folder), prefix=name, weight_name=LORA_WEIGHTS_NAME)
-        return put_on_adapter(pipeline, None)
-    adapter = put_on_adapter(pipeline, PeftConfig.from_pretrained(str(folder)))
-    load_adapter(pipeline, adapter, folder)
-    return adapter
+    """
+    Gives a pipeline the adapter in a folder, as `pipeline.load_lora_weights(folder)` does: of other tools as well, if
+    diffusers can convert them.
+
+    Returns:
+        `str`: The adapter's name.
+
+    Raises:
+        [`~ddpo_trl.cli.errors.UsageError`]: If some of it is not for the pipeline's denoiser.
+    """
+    try:
+        if not has_lora_loader(pipeline):
+            adapter = put_on_adapter(pipeline, PeftConfig.from_pretrained(str(folder)))
+            load_adapter(pipeline, adapter, folder)
+            return adapter
+        with quiet():
+            loader: Any = pipeline
+            loader.load_lora_weights(str(folder), weight_name=LORA_WEIGHTS_NAME, adapter_name=ADAPTER_NAME)
+    except Exception as error:  # converters raise what they come across, torch lists every weight
+        raise UsageError(
+            f"The LoRA weights in {folder} don't fit {pipeline.name_or_path} ({one_line(error)}). Give the --model "
+            "that they belong to."
+        ) from error
+    check_that_all_is_loaded(pipeline, folder / LORA_WEIGHTS_NAME)
+    for layer in adapter_layers(pipeline.components[denoiser_name(pipeline)]):
+        layer.set_adapter(ADAPTER_NAME)
+    return ADAPTER_NAME
+
+
+def check_that_all_is_loaded(pipeline: DiffusionPipeline, file: Path) -> None:
+    """Raises a [`~ddpo_trl.cli.errors.UsageError`] if the denoiser has not got all weights of a file."""
+    name = denoiser_name(pipeline)
+    others = [
+        other
+        for other, component in pipeline.components.items()
+        if other != name and isinstance(component, nn.Module) and adapter_layers(component)
+    ]
+    if others:
+        raise UsageError(
+            f"{file} has weights for {' and '.join(others)} too, and a sheet compares those of the {name} only. Load "
+            "it with `pipeline.load_lora_weights` to use all of it."
+        )
+    denoiser = pipeline.components[name]
+    keys = set(load_file(file))
+    loaded = set(get_peft_model_state_dict(denoiser, adapter_name=ADAPTER_NAME)) if adapter_layers(denoiser) else set()
+    ours = {key for key in keys if key.startswith(f"{name}.") and (".lora_A." in key or ".lora_B." in key)}
+    unused = ours - {f"{name}.{key}" for key in loaded}
+    if not loaded or unused:
+        raise UsageError(
+            f"{len(unused) if loaded else len(keys)} of the {len(keys)} weights in {file} don't belong to the {name} "
+            f"of {pipeline.name_or_path}, such as {min(unused if loaded else keys, default='none')}. Give the --model "
+            "that they were trained for."
+        )
 
 
 def make_rows(
     arguments: SampleArguments, policy: Policy, scorer: RewardScorer | None, pairs: Sequence[PromptPair]
 ) -> list[ImageRow]:
-    """Two rows for each seed, without and with the adapter."""
+    """
+    Two rows for each seed, without and with the adapter.
+
+    Raises:
+        [`~ddpo_trl.cli.errors.UsageError`]: If there is no difference between the two.
+    """
     rows = []
+    changed = False
     for seed in range(arguments.seed, arguments.seed + arguments.num_seeds):
         suffix = f", seed {seed}" if arguments.num_seeds > 1 else ""
         with adapters_off(policy.denoiser):
             before = make_images(policy, pairs, seed, arguments.batch_size)
         after = make_images(policy, pairs, seed, arguments.batch_size)
+        changed = changed or not torch.equal(before, after)
         rows += [
             make_row(title + suffix, images, scorer, pairs) for title, images in (("before", before), ("after", after))
         ]
+    if not changed:
+        raise UsageError("The LoRA weights change nothing in these images: they were not trained, or not for this.")
     return rows
 
 

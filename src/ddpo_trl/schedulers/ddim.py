@@ -1,6 +1,7 @@
 """DDIM with η > 0: the policy of every variance-preserving diffusion."""
 
 import functools
+import math
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +25,8 @@ class DDIMCoefficients:
             √(1 − ᾱ_{t-1} − σ_t²), the weight of the predicted noise in x_{t-1}.
         std (`float`):
             σ_t(η) = η · √((1 − ᾱ_{t-1}) / (1 − ᾱ_t)) · √(1 − ᾱ_t / ᾱ_{t-1}).
+        largest_eta (`float`):
+            √((1 − ᾱ_t) / (1 − ᾱ_t / ᾱ_{t-1})), with which σ_t² is all of x_{t-1}'s noise, 1 − ᾱ_{t-1}. Never below 1.
     """
 
     signal: float
@@ -31,6 +34,7 @@ class DDIMCoefficients:
     next_signal: float
     direction: float
     std: float
+    largest_eta: float
 
 
 class DDIMPolicyScheduler(PolicyScheduler, DDIMScheduler):
@@ -67,6 +71,13 @@ class DDIMPolicyScheduler(PolicyScheduler, DDIMScheduler):
     def std(self, index: int) -> float:
         return self._coefficients[index][True].std
 
+    @property
+    def noise_setting(self) -> tuple[str, float]:
+        return "eta", self.eta
+
+    def largest_noise(self, index: int) -> float:
+        return self._coefficients[index][True].largest_eta
+
     def transition(self, model_output: Tensor, index: int, latents: Tensor, stochastic: bool) -> tuple[Tensor, float]:
         c = self._coefficients[index][stochastic]
         if model_output.shape[1] == 2 * latents.shape[1]:  # a learned variance too, which DDIM does not use
@@ -90,10 +101,12 @@ class DDIMPolicyScheduler(PolicyScheduler, DDIMScheduler):
         std = eta * ((1 - next_alpha) / (1 - alpha) * (1 - alpha / next_alpha)) ** 0.5
         # With zero terminal SNR and η = 1 the difference is 0, or -1e-8 by rounding.
         direction = (1 - next_alpha - std**2).clamp(min=0) ** 0.5
+        drawn = 1 - float(alpha) / float(next_alpha)  # in float64: 1 - alpha is not below it, so η = 1 always fits
         return DDIMCoefficients(
             signal=float(alpha**0.5),
             noise=float((1 - alpha) ** 0.5),
             next_signal=float(next_alpha**0.5),
             direction=float(direction),
             std=float(std),
+            largest_eta=math.sqrt((1 - float(alpha)) / drawn) if drawn > 0 else math.inf,
         )

@@ -42,6 +42,18 @@ def sde_std(sigma: float, next_sigma: float, noise_level: float) -> float:
     return noise_level * math.sqrt(sigma * length / max(1 - sigma, length))
 
 
+def largest_sde_noise(sigma: float, next_sigma: float) -> float:
+    """
+    The a in [`sde_std`] with which a step draws as much noise as its state has, std = σ. Never below √½.
+
+    Args:
+        sigma, next_sigma (`float`):
+            σ > σ', in [0, 1].
+    """
+    length = sigma - next_sigma
+    return math.sqrt(sigma * max(1 - sigma, length) / length)
+
+
 def sde_mean(latents: Tensor, velocity: Tensor, sigma: float, next_sigma: float, std: float) -> Tensor:
     """
     Mean of a marginal-preserving step: the ODE's, pulled along the score −(x + (1 − σ) v) / σ by std² / 2.
@@ -131,6 +143,16 @@ class FlowMatchPolicyScheduler(PolicyScheduler):
         if self.sde_type == "cps":
             return cps_std(next_sigma, self.noise_level)
         return sde_std(sigma, next_sigma, self.noise_level)
+
+    @property
+    def noise_setting(self) -> tuple[str, float]:
+        return "noise_level", self.noise_level
+
+    def largest_noise(self, index: int) -> float:
+        if self.sde_type == "cps":
+            return 1.0  # all of the noise is drawn anew
+        sigma, next_sigma = self._sigmas[index : index + 2]
+        return largest_sde_noise(sigma, next_sigma)
 
     def transition(self, model_output: Tensor, index: int, latents: Tensor, stochastic: bool) -> tuple[Tensor, float]:
         sigma, next_sigma = self._sigmas[index : index + 2]

@@ -4,8 +4,9 @@ One method gives the mean and standard deviation of a step; what differs between
 action comes from. So the two cannot drift apart.
 """
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -59,6 +60,36 @@ class PolicyScheduler(ABC):
     @abstractmethod
     def std(self, index: int) -> float:
         """Standard deviation of step `index` of the current schedule."""
+
+    @property
+    @abstractmethod
+    def noise_setting(self) -> tuple[str, float]:
+        """Name and value of the setting that scales the noise of all steps."""
+
+    @abstractmethod
+    def largest_noise(self, index: int) -> float:
+        """The largest value of that setting with which step `index` of the current schedule holds its noise."""
+
+    def check_noise(self, steps: Collection[int]) -> None:
+        """
+        Checks that the steps that get noise can hold it. With more, the images have more noise than the denoiser
+        was trained to see: it is another sampler than the one that is asked for.
+
+        Args:
+            steps (`Collection[int]`):
+                Indices of the steps that may get noise, counted from the first that the pipeline runs.
+
+        Raises:
+            `ValueError`: If one can't, with the largest setting with which all can.
+        """
+        name, value = self.noise_setting
+        noisy = [step for step in steps if self.std(self._skipped + step) > 0]
+        largest = {step: self.largest_noise(self._skipped + step) for step in noisy}
+        if noisy and value > (limit := min(largest.values())):
+            raise ValueError(
+                f"{name} is {value:g}, with which step {min(noisy, key=largest.__getitem__)} of {len(self.stds)} adds "
+                f"more noise than it can hold. Set {name} to {rounded_down(limit):g} at most."
+            )
 
     @property
     def stds(self) -> list[float]:
@@ -115,3 +146,9 @@ class PolicyScheduler(ABC):
         if self.source is None:
             raise RuntimeError("A policy scheduler steps only within `acting(source)`.")
         return self.source
+
+
+def rounded_down(value: float) -> float:
+    """A positive number with three significant digits, not above what it was."""
+    unit = 10.0 ** (math.floor(math.log10(value)) - 2)
+    return math.floor(value / unit) * unit
