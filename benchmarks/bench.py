@@ -12,12 +12,9 @@ trajectories. Writes outputs/bench.json; a dated copy stands in benchmarks/.
 
 import argparse
 import contextlib
-import datetime
 import importlib.metadata
 import io
 import json
-import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -30,14 +27,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from rounds import GUIDANCE, PROMPTS, ROOT, Child, machine, quiet_config, resident_bytes
 
-ROOT = Path(__file__).parents[1]
+
 EMOJI = ROOT / "src" / "ddpo_trl" / "assets" / "emoji"  # TRL's environment has no ddpo_trl to ask
 TRL_ENVIRONMENT = ROOT / "build" / "trl-0.23.1"
 TRL_PYTHON = TRL_ENVIRONMENT / "bin" / "python"
 TRL_PACKAGES = ["trl==0.23.1", "transformers<5", "diffusers", "peft"]
-PROMPTS = ["cat face", "pizza", "tulip", "octopus"]
-GUIDANCE, LEARNING_RATE = 2.5, 1e-4
+LEARNING_RATE = 1e-4
 SESSIONS = 2  # times that the processes of all sides are started
 
 
@@ -128,25 +125,18 @@ def brightness(images: Tensor, prompts: tuple[str, ...], metadata: tuple[Any, ..
 # ---- What runs in a process of its own: a round whenever it is told to ----
 
 
-def our_trainer(case: str, one_pass: bool, rounds: int, callbacks: Sequence[Any] = ()) -> Any:
-    from ddpo_trl import DDPOConfig, DDPOTrainer
+def our_trainer(case: str, sizes: Case, rounds: int, callbacks: Sequence[Any] = (), **options: Any) -> Any:
+    from ddpo_trl import DDPOTrainer
 
-    sizes = CASES[case]
-    config = DDPOConfig(
-        output_dir=str(ROOT / "build" / "bench" / "run"),
+    config = quiet_config(
         use_cpu=True,
         num_train_epochs=rounds,
         num_inference_steps=sizes.steps,
-        guidance_scale=GUIDANCE,
         learning_rate=LEARNING_RATE,
         per_device_sample_batch_size=sizes.batch_size,
         num_sample_batches=sizes.batches,
         per_device_train_batch_size=sizes.batch_size,
-        one_pass=one_pass,
-        save_strategy="no",
-        report_to="none",
-        log_images_rounds=0,
-        disable_tqdm=True,
+        **options,
     )
     return DDPOTrainer(config, brightness, PROMPTS, load(case), callbacks=list(callbacks))
 
@@ -165,18 +155,17 @@ def run_ours(case: str, one_pass: bool, rounds: int, turn: Callable[[dict[str, f
             sampling = metrics["time/sampling"] + metrics["time/waiting_for_rewards"]
             turn({"sampling": sampling, "training": total - sampling, "round": total})
 
-    trainer = our_trainer(case, one_pass, rounds, [Turns()])
+    trainer = our_trainer(case, CASES[case], rounds, [Turns()], one_pass=one_pass)
     turn({"resident": resident_bytes()})
     trainer.train()
 
 
-def their_trainer(case: str, learning_rate: float = LEARNING_RATE, max_grad_norm: float = 1.0) -> Any:
+def their_trainer(case: str, sizes: Case, learning_rate: float = LEARNING_RATE, max_grad_norm: float = 1.0) -> Any:
     from accelerate import PartialState
 
     PartialState(cpu=True)  # TRL 0.23.1's pipeline can't be made without
     from trl import DDPOConfig, DDPOTrainer, DefaultDDPOStableDiffusionPipeline
 
-    sizes = CASES[case]
     config = DDPOConfig(
         num_epochs=1,
         sample_num_steps=sizes.steps,
@@ -200,7 +189,7 @@ def their_trainer(case: str, learning_rate: float = LEARNING_RATE, max_grad_norm
 
 
 def run_theirs(case: str, rounds: int, turn: Callable[[dict[str, float] | None], None]) -> None:
-    trainer = their_trainer(case)
+    trainer = their_trainer(case, CASES[case])
     generate, seconds = trainer._generate_samples, {}
 
     def timed(**sizes: int) -> Any:
@@ -258,9 +247,9 @@ def python_of(run: str) -> str:
     return str(TRL_PYTHON) if run == "TRL 0.23.1" else sys.executable
 
 
-def resident_bytes() -> int:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")
+def command(case: str, run: str, rounds: int) -> list[str]:
+    """Of a child, which serves the rounds of one side."""
+    return [python_of(run), __file__, "--case", case, "--run", run, "--rounds", str(rounds)]
 
 
 def serve_rounds(case: str, run: str, rounds: int) -> None:
@@ -281,29 +270,6 @@ def serve_rounds(case: str, run: str, rounds: int) -> None:
         RUNS[run](case, rounds, turn)
 
 
-class Child:
-    """A process that runs the rounds of one side."""
-
-    def __init__(self, case: str, run: str, rounds: int):
-        command = [python_of(run), __file__, "--case", case, "--run", run, "--rounds", str(rounds)]
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-
-    def answer(self) -> dict[str, float]:
-        assert self.process.stdout is not None and self.process.stderr is not None
-        line = self.process.stdout.readline()
-        if not line:
-            raise RuntimeError(self.process.stderr.read()[-3000:])
-        return json.loads(line)
-
-    def round(self) -> dict[str, float]:
-        assert self.process.stdin is not None
-        self.process.stdin.write("\n")
-        self.process.stdin.flush()
-        return self.answer()
-
-
 # ---- The gradient of the same trajectories ----
 
 
@@ -318,7 +284,7 @@ class TheirRound(NamedTuple):
 
 def their_round(case: str) -> TheirRound:
     torch.manual_seed(0)
-    trainer = their_trainer(case, learning_rate=0.0, max_grad_norm=1e9)
+    trainer = their_trainer(case, CASES[case], learning_rate=0.0, max_grad_norm=1e9)
     trainer.prompt_fn = lambda: (PROMPTS[0], {})  # samples are shuffled before training
     weights = {name: p for name, p in trainer.sd_pipeline.unet.named_parameters() if p.requires_grad}
     with torch.no_grad():
@@ -346,12 +312,11 @@ def their_round(case: str) -> TheirRound:
 
 def gradient_difference(case: str) -> float:
     """Relative L2 distance of TRL's gradient from ours, on TRL's trajectories and with its weights."""
-    kept = ROOT / "build" / "bench" / f"{case}.pt"
-    kept.parent.mkdir(parents=True, exist_ok=True)
+    kept = pipeline_folder(case).with_suffix(".pt")
     subprocess.run([str(TRL_PYTHON), __file__, "--case", case, "--keep_round", str(kept)], check=True)
     theirs = TheirRound(**torch.load(kept, weights_only=True))
     with contextlib.redirect_stdout(io.StringIO()):
-        ours = our_trainer(case, one_pass=False, rounds=1)
+        ours = our_trainer(case, CASES[case], rounds=1, one_pass=False)
     parameters = dict(ours.pipeline.unet.named_parameters())
     with torch.no_grad():
         for name, weight in theirs.weights.items():
@@ -387,20 +352,29 @@ def fetch_trl() -> None:
 
 
 def measure(case: str, repeats: int) -> dict[str, dict[str, list[float]]]:
-    """Figures of all rounds, by side and name; half of them from processes started anew, some of which are slower."""
+    """
+    Figures of all rounds, by side and name.
+
+    Args:
+        case (`str`):
+            A key of `CASES`.
+        repeats (`int`):
+            Rounds of each process that count. Processes are started more than once, as some are slower than others.
+    """
     figures: dict[str, dict[str, list[float]]] = {run: {} for run in RUNS}
     for session in range(SESSIONS):
-        children = {run: Child(case, run, repeats // SESSIONS + 1) for run in RUNS}
+        children = {run: Child(command(case, run, repeats + 1)) for run in RUNS}
         for child in children.values():
             child.answer()  # it is ready
-        for repeat in range(repeats // SESSIONS + 1):
+        for repeat in range(repeats + 1):
             turns = list(children.items())
             for run, child in turns if (session + repeat) % 2 else reversed(turns):
-                answer = child.round()
+                child.ask()
+                answer = child.answer()
                 for name, value in answer.items() if repeat else ():  # the first is warm-up
                     figures[run].setdefault(name, []).append(value)
         for child in children.values():
-            child.process.communicate()
+            child.end()
     return figures
 
 
@@ -447,19 +421,6 @@ def show(case: str, figures: dict[str, dict[str, list[float]]]) -> None:
     Console(width=120).print(table)
 
 
-def machine() -> dict[str, str]:
-    from ddpo_trl.environment import environment
-
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return {
-        "date": datetime.date.today().isoformat(),
-        "processor": f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores",
-        "threads": str(torch.get_num_threads()),
-        **environment(),
-    }
-
-
 def trl_environment() -> str:
     """What its pip says is there, of what matters."""
     freeze = [str(TRL_PYTHON), "-m", "pip", "freeze"]
@@ -470,7 +431,7 @@ def trl_environment() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
-    parser.add_argument("--repeats", type=int, default=4, help="rounds of each side that count, an even number")
+    parser.add_argument("--repeats", type=int, default=2, help="rounds of each process that count")
     parser.add_argument("--output", type=Path, default=ROOT / "outputs" / "bench.json")
     parser.add_argument("--case", choices=list(CASES), help=argparse.SUPPRESS)
     parser.add_argument("--run", choices=list(RUNS), help=argparse.SUPPRESS)
@@ -498,7 +459,7 @@ def main() -> None:
 
 def run_case(case: str, repeats: int) -> dict[str, Any]:
     """Measures a case, shows it, and returns what is kept of it."""
-    pipeline_folder(case)
+    pipeline_folder(case)  # made here: TRL's environment could not
     child = subprocess.run([sys.executable, __file__, "--gradient", case], capture_output=True, text=True, check=True)
     figures = measure(case, repeats)
     show(case, figures)
