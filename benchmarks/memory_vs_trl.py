@@ -1,25 +1,28 @@
 """
-Peak memory of one round, beside TRL 0.23.1's DDPOTrainer on the same work: `python benchmarks/memory_vs_trl.py`.
+Peak memory of one round, next to TRL 0.23.1's DDPOTrainer on the same work: `python benchmarks/memory_vs_trl.py`.
 
-Both train a LoRA adapter of rank 4 on the embedded pipeline: the same number of images, denoising steps and samples a
-micro-batch, guidance in sampling and training, float32 on the CPU. Each run has a process of its own, whose memory
-before training (libraries and weights) is subtracted. TRL 0.23.1, the last with this trainer, has the environment that
-`make bench` makes for it.
+Both train a LoRA adapter of rank 4 on the embedded pipeline: the same number of images, denoising steps and samples
+per micro-batch, guidance in sampling and training, float32 on the CPU. Each run has a process of its own, whose memory
+before training (libraries and weights) is subtracted. TRL 0.23.1, the last release with this trainer, has the
+environment of `make bench`, and the same checks come first.
 """
 
 import argparse
 import contextlib
 import io
+import json
 import resource
 import statistics
-import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from bench import CASES, Case, fetch_trl, our_trainer, pipeline_folder, python_of, their_trainer
-from rounds import resident_bytes
+from agreement import Disagreement, check_sides
+from environments import TRL, install, python_of
+from rounds import Child, resident_bytes
+from sides import CASES, Case, our_trainer, their_trainer
 
 
 def train_ours(sizes: Case, **options: Any) -> int:
@@ -47,13 +50,12 @@ RUNS: dict[str, Callable[[Case], int]] = {
 
 def growth_of(run: str, sizes: Case) -> float:
     """Peak resident MiB of a run in a process of its own, less those before training."""
+    python = python_of(TRL) if run == "TRL 0.23.1" else sys.executable
     flags = ["--batch_size", str(sizes.batch_size), "--batches", str(sizes.batches)]
-    child = subprocess.run(
-        [python_of(run), __file__, "--run", run, *flags], capture_output=True, text=True, check=False
-    )
-    if child.returncode:
-        raise RuntimeError(child.stderr[-3000:])
-    return float(child.stdout.splitlines()[-1])
+    child = Child([python, __file__, "--run", run, *flags])
+    growth = child.answer()
+    child.end()
+    return growth
 
 
 def main() -> None:
@@ -68,10 +70,12 @@ def main() -> None:
         torch.manual_seed(0)
         with contextlib.redirect_stdout(io.StringIO()):
             before = RUNS[arguments.run](sizes)
-        print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before) / 2**20)
-        return
-    fetch_trl()
-    pipeline_folder("emoji")  # made here, and only once
+        return print(json.dumps((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before) / 2**20))
+    try:
+        install(TRL)
+        check_sides("emoji")
+    except (Disagreement, RuntimeError) as error:
+        raise SystemExit(str(error)) from error
     growth: dict[str, list[float]] = {run: [] for run in RUNS}
     for _ in range(arguments.repeats):
         for run, values in growth.items():

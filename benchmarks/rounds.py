@@ -1,11 +1,13 @@
-"""What the benchmarks of a round share. TRL's environment imports it too, which has no ddpo_trl."""
+"""Shared parts of the benchmarks. Other trainers' environments import this file too, and have no ddpo_trl."""
 
 import contextlib
 import datetime
+import functools
 import io
 import json
 import os
 import platform
+import shlex
 import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -17,18 +19,24 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 PROMPTS = ["cat face", "pizza", "tulip", "octopus"]
-GUIDANCE = 2.5
+GUIDANCE, LEARNING_RATE = 2.5, 1e-4
 
 
 # ---- A trainer's rounds ----
 
 
+@functools.cache
+def runs_folder() -> tempfile.TemporaryDirectory[str]:
+    """Folder for the output of all runs of this process, removed when it ends."""
+    return tempfile.TemporaryDirectory(prefix="ddpo-trl-rounds-")
+
+
 def quiet_config(**settings: Any) -> Any:
-    """A `DDPOConfig` whose rounds print nothing, and write nothing but their record, each process its own."""
+    """A `DDPOConfig` whose rounds print nothing and save only their record, to a folder of their own."""
     from ddpo_trl import DDPOConfig
 
     quiet: dict[str, Any] = {
-        "output_dir": str(ROOT / "build" / "rounds" / str(os.getpid())),
+        "output_dir": tempfile.mkdtemp(dir=runs_folder().name),
         "guidance_scale": GUIDANCE,
         "log_images_rounds": 0,
         "save_strategy": "no",
@@ -39,7 +47,7 @@ def quiet_config(**settings: Any) -> Any:
 
 
 def emoji_trainer(reward: Any, **settings: Any) -> Any:
-    """A trainer of rounds of 8 images at once on the embedded pipeline, in two passes: phases are timed apart."""
+    """A trainer of the embedded pipeline, 8 images at a time, in two passes so that each phase has its own time."""
     from diffusers.models.attention_processor import AttnProcessor
 
     from ddpo_trl import DDPOTrainer, load_emoji_pipeline
@@ -51,7 +59,7 @@ def emoji_trainer(reward: Any, **settings: Any) -> Any:
 
 
 def log_of_a_round(trainer: Any) -> dict[str, float]:
-    """Trains, and gives what the first round logged."""
+    """Train and return the log of the first round."""
     with contextlib.redirect_stdout(io.StringIO()):  # Trainer prints its logs
         trainer.train()
     return next(log for log in trainer.state.log_history if "reward" in log)
@@ -66,12 +74,13 @@ class Child:
 
     Args:
         command (`Sequence[str]`):
-            What it runs.
+            Command line of the process.
         environment (`Mapping[str, str]`, *optional*):
-            In place of ours.
+            Environment variables, by default those of this process.
     """
 
     def __init__(self, command: Sequence[str], environment: Mapping[str, str] | None = None):
+        self.command = command
         # A pipe that nobody reads would stop the process once it is full.
         self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (it stays open until `end`)
         self.process = subprocess.Popen(
@@ -79,25 +88,27 @@ class Child:
         )
 
     def ask(self, line: str = "") -> None:
+        """Send a line."""
         assert self.process.stdin is not None
         self.process.stdin.write(f"{line}\n")
         self.process.stdin.flush()
 
     def answer(self) -> Any:
         """
-        Waits for the next one.
+        Wait for the next answer.
 
         Raises:
-            `RuntimeError`: If the process has ended; with the end of what it said of that.
+            `RuntimeError`: If the process has ended, with the end of its standard error.
         """
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
             self.errors.seek(0)
-            raise RuntimeError(self.errors.read()[-3000:])
+            raise RuntimeError(f"`{shlex.join(self.command)}` ended:\n{self.errors.read()[-3000:]}")
         return json.loads(line)
 
     def end(self) -> None:
+        """Close its standard input and wait until it ends."""
         self.process.communicate()
         self.errors.close()
 
@@ -108,7 +119,7 @@ def resident_bytes() -> int:
 
 
 def machine() -> dict[str, str]:
-    """For figures that are kept: the day and what they were measured on."""
+    """Date, hardware and versions, for figures that are kept."""
     from ddpo_trl.environment import environment
 
     lines = Path("/proc/cpuinfo").read_text().splitlines()

@@ -29,8 +29,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bench import LEARNING_RATE
-from rounds import PROMPTS, ROOT, Child, machine, quiet_config, resident_bytes
+from rounds import LEARNING_RATE, PROMPTS, ROOT, Child, machine, quiet_config, resident_bytes
 
 
 PASSES = ("one pass", "two passes")
@@ -130,6 +129,8 @@ class Rounds:
         one_pass = passes == "one pass"
         config, pipeline = make_config(point, one_pass, processes), pipeline_of(point.rank, one_pass)
         self.trainer = DDPOTrainer(config, brightness, PROMPTS, pipeline, callbacks=[self.stopwatch])
+        if self.trainer.plan.one_pass != one_pass:
+            raise RuntimeError(f"{point} is not trained in {passes}: {self.trainer.plan.two_passes_because}")
 
     def planned(self) -> float:
         """MiB that the plan says are kept of a round on this process."""
