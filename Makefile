@@ -1,4 +1,5 @@
 # Everything works from a clean clone with Python 3.11+, pip and make. Heavy steps run one at a time on purpose.
+# FLAGS are added to the command of a target: make torture FLAGS="--kills 4".
 
 PYTHON ?= python3
 VENV := .venv
@@ -11,19 +12,19 @@ export OMP_WAIT_POLICY ?= PASSIVE
 .PHONY: demo test learning package torture conformance docs bench scaling results check format emoji emoji-quality emoji-alignment clean
 
 demo: $(READY)  ## the main job: DDPO on the embedded pipeline, results in outputs/demo
-	TRANSFORMERS_VERBOSITY=error $(BIN)/ddpo-trl demo  # it warns of a missing torchvision, which nothing here needs
+	TRANSFORMERS_VERBOSITY=error $(BIN)/ddpo-trl demo $(FLAGS)  # it warns of a missing torchvision, which nothing here needs
 
 test: $(READY)  ## the test suite, under 8 minutes on two cores
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2  # a core each
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 $(FLAGS)  # a core each
 
 learning: $(READY)  ## the slow proof that the demo learns, and that its control does not
-	$(BIN)/pytest -q -m slow -s tests/learning
+	$(BIN)/pytest -q -m slow -s tests/learning $(FLAGS)
 
 package: $(READY)  ## installs the wheel in a new environment outside the tree and trains there; and in two processes
-	$(BIN)/pytest -q -m slow tests/test_packaging.py tests/test_cli.py
+	$(BIN)/pytest -q -m slow tests/test_packaging.py tests/test_cli.py $(FLAGS)
 
 torture: $(READY)  ## kills a run 30 times at random moments; last line is survived N/N
-	TRANSFORMERS_VERBOSITY=error $(BIN)/python tests/torture.py
+	TRANSFORMERS_VERBOSITY=error $(BIN)/python tests/torture.py $(FLAGS)
 
 conformance: $(READY)  ## the table of pipelines and checks, into docs/conformance.md; last line is passed/total
 	TRANSFORMERS_VERBOSITY=error $(BIN)/python tests/conformance/table.py
@@ -32,13 +33,13 @@ docs: $(READY)  ## the documentation as a site, into build/site; a warning is an
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet  # the notice tells of the theme's successor
 
 bench: $(READY)  ## a round beside TRL 0.23.1's and beside the bare denoiser, into outputs/bench.json; 10 to 15 minutes, nothing beside
-	TRANSFORMERS_VERBOSITY=error $(BIN)/python benchmarks/bench.py
+	TRANSFORMERS_VERBOSITY=error $(BIN)/python benchmarks/bench.py $(FLAGS)
 
 scaling: $(READY)  ## how a round's cost grows with its size, into outputs/scaling.json; 9 minutes, nothing beside
-	$(BIN)/python benchmarks/scaling.py
+	$(BIN)/python benchmarks/scaling.py $(FLAGS)
 
 results: $(READY)  ## docs/results.md from 27 runs of the demo in outputs/results; two hours, resumable
-	TRANSFORMERS_VERBOSITY=error $(BIN)/python benchmarks/results.py
+	TRANSFORMERS_VERBOSITY=error $(BIN)/python benchmarks/results.py $(FLAGS)
 
 check: $(READY)  ## lint, format and types
 	$(BIN)/ruff check .
@@ -50,13 +51,13 @@ format: $(READY)
 	$(BIN)/ruff format .
 
 emoji: $(READY)  ## rebuild the embedded pipeline from the npm packages; hours, resumable
-	$(BIN)/python tools/emoji/build.py
+	$(BIN)/python tools/emoji/build.py $(FLAGS)
 
 emoji-quality: $(READY)  ## share of samples that show what their caption says; last line is the share
-	$(BIN)/python tools/emoji/quality.py
+	$(BIN)/python tools/emoji/quality.py $(FLAGS)
 
 emoji-alignment: $(READY)  ## train the small CLIP of the reward emoji_alignment, and measure it; 20 minutes
-	$(BIN)/python tools/emoji/alignment.py
+	$(BIN)/python tools/emoji/alignment.py $(FLAGS)
 	$(BIN)/python tools/emoji/alignment.py --measure
 
 clean:

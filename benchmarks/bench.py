@@ -1,206 +1,105 @@
 """
 Rounds of ours and of TRL 0.23.1's DDPOTrainer side by side, and the floor under both: `make bench`.
 
-Each side has a process of its own and waits for its turn: rounds are interleaved, so that what else the machine does
-hits all alike, and ratios are those of neighbouring rounds. All train a LoRA adapter of rank 4 on the same pipeline:
-the same number of images, denoising steps and samples a micro-batch, guidance in sampling and training, one update a
-round, float32, the same torch and threads. TRL 0.23.1, the last with this trainer, gets a virtual environment of its
-own, with the transformers 4 and diffusers of its time. The floor is the denoiser alone: as many bare forward passes as
-sampling takes, as many forward and backward passes as training takes. Before that, both take the gradient of the same
-trajectories. Writes outputs/bench.json; a dated copy stands in benchmarks/.
+Each side has a process of its own and waits for its turn: rounds are interleaved, so that other load on the machine
+affects all alike, and ratios are those of neighboring rounds. All train a LoRA adapter of rank 4 on the same pipeline:
+the same number of images, denoising steps and samples per micro-batch, guidance in sampling and training, one update
+per round, float32, the same torch and threads. TRL 0.23.1, the last release with this trainer, gets a virtual
+environment of its own, with the transformers 4 and diffusers of its time (benchmarks/trl-0.23.1.txt). The floor is the
+denoiser alone: as many bare forward passes as sampling takes, as many forward and backward passes as training takes.
+
+Before anything is timed, both sides must have the same prompt embeddings, images, log-probabilities and gradients on
+the same trajectories; while it is timed, every round must take its number of denoised samples and updates. Where one
+does not hold, the command fails. Writes outputs/bench.json; a dated copy stands in benchmarks/.
 """
 
 import argparse
 import contextlib
-import datetime
-import importlib.metadata
 import io
 import json
-import os
-import platform
 import resource
 import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, TextIO
 
 import torch
-from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from agreement import Disagreement, check_sides
+from environments import LOCK_FILES, TRL, install, locked, python_of
+from rounds import PROMPTS, ROOT, Child, machine, resident_bytes
+from sides import CASES, Case, load, our_trainer, their_trainer
 
 
-ROOT = Path(__file__).parents[1]
-EMOJI = ROOT / "src" / "ddpo_trl" / "assets" / "emoji"  # TRL's environment has no ddpo_trl to ask
-TRL_ENVIRONMENT = ROOT / "build" / "trl-0.23.1"
-TRL_PYTHON = TRL_ENVIRONMENT / "bin" / "python"
-TRL_PACKAGES = ["trl==0.23.1", "transformers<5", "diffusers", "peft"]
-PROMPTS = ["cat face", "pizza", "tulip", "octopus"]
-GUIDANCE, LEARNING_RATE = 2.5, 1e-4
 SESSIONS = 2  # times that the processes of all sides are started
 
 
-class Case(NamedTuple):
-    """A pipeline and the size of a round on it."""
-
-    title: str
-    batch_size: int
-    batches: int
-    steps: int
+# ---- A side's process: a round on request ----
 
 
-CASES = {
-    "emoji": Case("embedded pipeline, 16x16 latents", batch_size=16, batches=2, steps=10),
-    "random": Case("random Stable Diffusion of 12 M parameters, 32x32 latents", batch_size=4, batches=2, steps=5),
-}
+class Turns:
+    """
+    A side's end of the conversation with `measure`: it waits for its turn, and answers with what its round took.
+
+    Args:
+        answers (`TextIO`):
+            Where answers are written.
+    """
+
+    def __init__(self, answers: TextIO):
+        self.answers = answers
+        self.resident = self.denoised = self.updates = 0
+
+    def ready(self, denoiser: torch.nn.Module) -> None:
+        """Start counting samples through the denoiser and optimizer steps, and report that the side is ready."""
+
+        def count_samples(module: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
+            self.denoised += len(inputs[0])
+
+        def count_update(*args: Any) -> None:
+            self.updates += 1
+
+        denoiser.register_forward_pre_hook(count_samples)
+        register_optimizer_step_post_hook(count_update)
+        self.resident = resident_bytes()
+        self.answer({})
+
+    def wait(self) -> None:
+        """Wait for the next turn; end this process if nobody asks for one."""
+        if not sys.stdin.readline():
+            raise SystemExit
+        self.denoised = self.updates = 0
+
+    def answer(self, seconds: dict[str, float]) -> None:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        work = {"denoised": self.denoised, "updates": self.updates}
+        print(json.dumps({**seconds, **work, "MiB": (peak - self.resident) / 2**20}), file=self.answers, flush=True)
 
 
-# ---- The pipelines ----
-
-
-def pipeline_folder(case: str) -> Path:
-    """Where the pipeline is, saved anew: transformers 5 names weights as 4 does, and the embedded files don't."""
-    folder = ROOT / "build" / "bench" / case
-    if not folder.is_dir():
-        pipeline = random_stable_diffusion() if case == "random" else load_from(EMOJI)
-        pipeline.save_pretrained(folder)
-    return folder
-
-
-def random_stable_diffusion() -> Any:
-    """Of Stable Diffusion 1.5's shape, narrower; tokenizer and text encoder are the embedded pipeline's."""
-    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-
-    torch.manual_seed(0)
-    parts = load_from(EMOJI)
-    unet = UNet2DConditionModel(
-        sample_size=32,
-        block_out_channels=(64, 96, 136, 136),
-        layers_per_block=2,
-        cross_attention_dim=parts.text_encoder.config.hidden_size,
-        attention_head_dim=4,
-        norm_num_groups=8,
-    )
-    vae = AutoencoderKL(
-        block_out_channels=(16, 16, 32, 32),
-        layers_per_block=1,
-        norm_num_groups=8,
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-    )
-    return StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=parts.text_encoder,
-        tokenizer=parts.tokenizer,
-        unet=unet,
-        scheduler=DDIMScheduler(
-            beta_start=0.00085,
-            beta_end=0.012,
-            beta_schedule="scaled_linear",
-            clip_sample=False,
-            set_alpha_to_one=False,
-            steps_offset=1,
-        ),  # fmt: skip
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-
-
-def load(case: str) -> Any:
-    pipeline = load_from(pipeline_folder(case))
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-def load_from(folder: Path) -> Any:
-    from diffusers import StableDiffusionPipeline
-
-    return StableDiffusionPipeline.from_pretrained(folder)
-
-
-def brightness(images: Tensor, prompts: tuple[str, ...], metadata: tuple[Any, ...]) -> tuple[Tensor, dict[str, Any]]:
-    """In the signature of TRL 0.23.1, which ddpo_trl takes too."""
-    return images.flatten(1).mean(1), {}
-
-
-# ---- What runs in a process of its own: a round whenever it is told to ----
-
-
-def our_trainer(case: str, one_pass: bool, rounds: int, callbacks: Sequence[Any] = ()) -> Any:
-    from ddpo_trl import DDPOConfig, DDPOTrainer
-
-    sizes = CASES[case]
-    config = DDPOConfig(
-        output_dir=str(ROOT / "build" / "bench" / "run"),
-        use_cpu=True,
-        num_train_epochs=rounds,
-        num_inference_steps=sizes.steps,
-        guidance_scale=GUIDANCE,
-        learning_rate=LEARNING_RATE,
-        per_device_sample_batch_size=sizes.batch_size,
-        num_sample_batches=sizes.batches,
-        per_device_train_batch_size=sizes.batch_size,
-        one_pass=one_pass,
-        save_strategy="no",
-        report_to="none",
-        log_images_rounds=0,
-        disable_tqdm=True,
-    )
-    return DDPOTrainer(config, brightness, PROMPTS, load(case), callbacks=list(callbacks))
-
-
-def run_ours(case: str, one_pass: bool, rounds: int, turn: Callable[[dict[str, float] | None], None]) -> None:
+def run_ours(case: str, one_pass: bool, rounds: int, turns: Turns) -> None:
     from transformers import TrainerCallback
 
-    class Turns(TrainerCallback):
+    class Stopwatch(TrainerCallback):
         def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            turn(None)
+            turns.wait()
             self.start = time.perf_counter()
 
         def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             total = time.perf_counter() - self.start
             metrics = trainer.rollout.metrics
             sampling = metrics["time/sampling"] + metrics["time/waiting_for_rewards"]
-            turn({"sampling": sampling, "training": total - sampling, "round": total})
+            turns.answer({"sampling": sampling, "training": total - sampling, "round": total})
 
-    trainer = our_trainer(case, one_pass, rounds, [Turns()])
-    turn({"resident": resident_bytes()})
+    trainer = our_trainer(case, CASES[case], rounds, [Stopwatch()], one_pass=one_pass)
+    turns.ready(trainer.pipeline.unet)
     trainer.train()
 
 
-def their_trainer(case: str, learning_rate: float = LEARNING_RATE, max_grad_norm: float = 1.0) -> Any:
-    from accelerate import PartialState
-
-    PartialState(cpu=True)  # TRL 0.23.1's pipeline can't be made without
-    from trl import DDPOConfig, DDPOTrainer, DefaultDDPOStableDiffusionPipeline
-
-    sizes = CASES[case]
-    config = DDPOConfig(
-        num_epochs=1,
-        sample_num_steps=sizes.steps,
-        sample_guidance_scale=GUIDANCE,
-        train_learning_rate=learning_rate,
-        train_max_grad_norm=max_grad_norm,
-        sample_batch_size=sizes.batch_size,
-        sample_num_batches_per_epoch=sizes.batches,
-        train_batch_size=sizes.batch_size,
-        train_gradient_accumulation_steps=sizes.batches,
-        mixed_precision="no",
-        allow_tf32=False,
-        save_freq=10**6,
-        accelerator_kwargs={"cpu": True},
-    )
-    numbers = iter(range(10**9))
-    pipeline = DefaultDDPOStableDiffusionPipeline(str(pipeline_folder(case)), use_lora=True)
-    trainer = DDPOTrainer(config, brightness, lambda: (PROMPTS[next(numbers) % len(PROMPTS)], {}), pipeline)
-    trainer.sd_pipeline.set_progress_bar_config(disable=True)
-    return trainer
-
-
-def run_theirs(case: str, rounds: int, turn: Callable[[dict[str, float] | None], None]) -> None:
-    trainer = their_trainer(case)
+def run_theirs(case: str, rounds: int, turns: Turns) -> None:
+    trainer = their_trainer(case, CASES[case])
     generate, seconds = trainer._generate_samples, {}
 
     def timed(**sizes: int) -> Any:
@@ -210,16 +109,16 @@ def run_theirs(case: str, rounds: int, turn: Callable[[dict[str, float] | None],
         return samples
 
     trainer._generate_samples = timed
-    turn({"resident": resident_bytes()})
+    turns.ready(trainer.sd_pipeline.unet)
     for round in range(rounds):
-        turn(None)
+        turns.wait()
         start = time.perf_counter()
         trainer.step(round, round)
         total = time.perf_counter() - start
-        turn({"sampling": seconds["sampling"], "training": total - seconds["sampling"], "round": total})
+        turns.answer({"sampling": seconds["sampling"], "training": total - seconds["sampling"], "round": total})
 
 
-def run_floor(case: str, rounds: int, turn: Callable[[dict[str, float] | None], None]) -> None:
+def run_floor(case: str, rounds: int, turns: Turns) -> None:
     """The denoiser with its adapter alone, on batches doubled by guidance."""
     from ddpo_trl.lora import put_on_adapter
 
@@ -231,9 +130,9 @@ def run_floor(case: str, rounds: int, turn: Callable[[dict[str, float] | None], 
     config = pipeline.unet.config
     latents = torch.randn(2 * sizes.batch_size, config.in_channels, config.sample_size, config.sample_size)
     calls = sizes.batches * sizes.steps
-    turn({"resident": resident_bytes()})
+    turns.ready(pipeline.unet)
     for _ in range(rounds):
-        turn(None)
+        turns.wait()
         start = time.perf_counter()
         with torch.no_grad():
             for _ in range(calls):
@@ -242,170 +141,81 @@ def run_floor(case: str, rounds: int, turn: Callable[[dict[str, float] | None], 
         for _ in range(calls):
             pipeline.unet(latents, 500, embeds).sample.square().mean().backward()
         end = time.perf_counter()
-        turn({"sampling": sampled - start, "training": end - sampled, "round": end - start})
+        turns.answer({"sampling": sampled - start, "training": end - sampled, "round": end - start})
 
 
-RUNS: dict[str, Callable[[str, int, Callable[[dict[str, float] | None], None]], None]] = {
+RUNS: dict[str, Callable[[str, int, Turns], None]] = {
     "TRL 0.23.1": run_theirs,
-    "two passes": lambda case, rounds, turn: run_ours(case, False, rounds, turn),
-    "one pass": lambda case, rounds, turn: run_ours(case, True, rounds, turn),
+    "two passes": lambda case, rounds, turns: run_ours(case, False, rounds, turns),
+    "one pass": lambda case, rounds, turns: run_ours(case, True, rounds, turns),
     "floor": run_floor,
 }
 
 
-def python_of(run: str) -> str:
-    """The interpreter of a side's environment."""
-    return str(TRL_PYTHON) if run == "TRL 0.23.1" else sys.executable
+def work_of_a_round(run: str, sizes: Case) -> dict[str, int]:
+    """Samples through the denoiser, which guidance doubles, and optimizer steps."""
+    passes = 1 if run == "one pass" else 2
+    samples = 2 * sizes.batch_size * sizes.batches * sizes.steps
+    return {"denoised": passes * samples, "updates": 0 if run == "floor" else 1}
 
 
-def resident_bytes() -> int:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")
+def require_work(run: str, sizes: Case, answer: dict[str, float]) -> None:
+    """
+    Take the counts out of an answer, and check them.
+
+    Raises:
+        [`~agreement.Disagreement`]: If the round did other work than it is timed for.
+    """
+    for name, count in work_of_a_round(run, sizes).items():
+        if (found := answer.pop(name)) != count:
+            raise Disagreement(f"The comparison is not valid: a round of {run} had {name}={found}, not {count}.")
 
 
-def serve_rounds(case: str, run: str, rounds: int) -> None:
-    """Runs in a child: a round for each line on the standard input, an answer for each on the standard output."""
-    answers = sys.stdout
-    before = 0
-
-    def turn(answer: dict[str, float] | None) -> None:
-        nonlocal before
-        if answer is None:
-            sys.stdin.readline()
-            return
-        before = before or int(answer.get("resident", 0))
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        print(json.dumps({**answer, "MiB": (peak - before) / 2**20}), file=answers, flush=True)
-
-    with contextlib.redirect_stdout(io.StringIO()):
-        RUNS[run](case, rounds, turn)
-
-
-class Child:
-    """A process that runs the rounds of one side."""
-
-    def __init__(self, case: str, run: str, rounds: int):
-        command = [python_of(run), __file__, "--case", case, "--run", run, "--rounds", str(rounds)]
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-
-    def answer(self) -> dict[str, float]:
-        assert self.process.stdout is not None and self.process.stderr is not None
-        line = self.process.stdout.readline()
-        if not line:
-            raise RuntimeError(self.process.stderr.read()[-3000:])
-        return json.loads(line)
-
-    def round(self) -> dict[str, float]:
-        assert self.process.stdin is not None
-        self.process.stdin.write("\n")
-        self.process.stdin.flush()
-        return self.answer()
-
-
-# ---- The gradient of the same trajectories ----
-
-
-class TheirRound(NamedTuple):
-    """What TRL's trainer sampled, with which weights, and the gradient it took of that."""
-
-    weights: dict[str, Tensor]
-    gradients: dict[str, Tensor]
-    timesteps: list[int]
-    samples: list[dict[str, Tensor]]
-
-
-def their_round(case: str) -> TheirRound:
-    torch.manual_seed(0)
-    trainer = their_trainer(case, learning_rate=0.0, max_grad_norm=1e9)
-    trainer.prompt_fn = lambda: (PROMPTS[0], {})  # samples are shuffled before training
-    weights = {name: p for name, p in trainer.sd_pipeline.unet.named_parameters() if p.requires_grad}
-    with torch.no_grad():
-        for name, weight in weights.items():
-            if "lora_B" in name:
-                weight.normal_(std=0.02)
-    train, step = trainer._train_batched_samples, trainer.optimizer.optimizer.step
-    batches: list[dict[str, Tensor]] = []
-    gradients: dict[str, Tensor] = {}
-
-    def keep_samples(inner_epoch: int, epoch: int, global_step: int, samples: list[dict[str, Tensor]]) -> int:
-        batches.extend(samples)
-        return train(inner_epoch, epoch, global_step, samples)
-
-    def keep_gradient(*args: Any, **kwargs: Any) -> Any:
-        gradients.update({name: p.grad.clone() for name, p in weights.items() if p.grad is not None})
-        return step(*args, **kwargs)
-
-    trainer._train_batched_samples = keep_samples
-    trainer.optimizer.optimizer.step = keep_gradient
-    trainer.step(0, 0)
-    detached = {name: weight.detach() for name, weight in weights.items()}
-    return TheirRound(detached, gradients, trainer.sd_pipeline.scheduler.timesteps.tolist(), batches)
-
-
-def gradient_difference(case: str) -> float:
-    """Relative L2 distance of TRL's gradient from ours, on TRL's trajectories and with its weights."""
-    kept = ROOT / "build" / "bench" / f"{case}.pt"
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    subprocess.run([str(TRL_PYTHON), __file__, "--case", case, "--keep_round", str(kept)], check=True)
-    theirs = TheirRound(**torch.load(kept, weights_only=True))
-    with contextlib.redirect_stdout(io.StringIO()):
-        ours = our_trainer(case, one_pass=False, rounds=1)
-    parameters = dict(ours.pipeline.unet.named_parameters())
-    with torch.no_grad():
-        for name, weight in theirs.weights.items():
-            parameters[name].copy_(weight)
-    sizes = CASES[case]
-    rows = torch.arange(sizes.batch_size)
-    context = ours.model.context([PROMPTS[0]] * len(rows), [{}] * len(rows), [0] * len(rows))
-    for samples in theirs.samples:
-        for index, timestep in enumerate(theirs.timesteps):
-            place = (samples["timesteps"] == timestep).int().argmax(1)
-            latents, next_latents = (samples[name][rows, place] for name in ("latents", "next_latents"))
-            log_probs, _ = ours.model(index, latents, next_latents, context)
-            loss = -(samples["advantages"].clamp(-10, 10) * log_probs).mean()  # TRL's default bound
-            (loss / (sizes.batches * sizes.steps)).backward()
-    difference = sum(((parameters[name].grad - grad) ** 2).sum().item() for name, grad in theirs.gradients.items())
-    size = sum((grad**2).sum().item() for grad in theirs.gradients.values())
-    return (difference / size) ** 0.5
+def command(case: str, run: str, rounds: int) -> list[str]:
+    """Command line of the process of a side."""
+    python = python_of(TRL) if run == "TRL 0.23.1" else sys.executable
+    return [python, __file__, "--case", case, "--run", run, "--rounds", str(rounds)]
 
 
 # ---- The table ----
 
 
-def fetch_trl() -> None:
-    """Makes TRL's environment, with the torch that we run on."""
-    done = TRL_ENVIRONMENT / "ready"
-    if done.exists():
-        return
-    subprocess.run([sys.executable, "-m", "venv", str(TRL_ENVIRONMENT)], check=True)
-    torch_version = importlib.metadata.version("torch").split("+")[0]  # alone: only so is its CPU build taken
-    for packages in ([f"torch=={torch_version}"], TRL_PACKAGES):
-        subprocess.run([str(TRL_PYTHON), "-m", "pip", "install", "-q", *packages], check=True)
-    done.touch()
-
-
 def measure(case: str, repeats: int) -> dict[str, dict[str, list[float]]]:
-    """Figures of all rounds, by side and name; half of them from processes started anew, some of which are slower."""
+    """
+    Time rounds of all sides in turns.
+
+    Args:
+        case (`str`):
+            Key of `CASES`.
+        repeats (`int`):
+            Rounds of each process that count. Processes are started more than once, as some are slower than others.
+
+    Returns:
+        `dict`: Figures of all rounds, by side and name.
+
+    Raises:
+        [`~agreement.Disagreement`]: If a round does not do the work that it is timed for.
+    """
     figures: dict[str, dict[str, list[float]]] = {run: {} for run in RUNS}
     for session in range(SESSIONS):
-        children = {run: Child(case, run, repeats // SESSIONS + 1) for run in RUNS}
+        children = {run: Child(command(case, run, repeats + 1)) for run in RUNS}
         for child in children.values():
-            child.answer()  # it is ready
-        for repeat in range(repeats // SESSIONS + 1):
+            child.answer()  # when it is ready
+        for repeat in range(repeats + 1):
             turns = list(children.items())
             for run, child in turns if (session + repeat) % 2 else reversed(turns):
-                answer = child.round()
+                child.ask()
+                answer = child.answer()
+                require_work(run, CASES[case], answer)
                 for name, value in answer.items() if repeat else ():  # the first is warm-up
                     figures[run].setdefault(name, []).append(value)
         for child in children.values():
-            child.process.communicate()
+            child.end()
     return figures
 
 
 def ratios(figures: dict[str, dict[str, list[float]]]) -> dict[str, list[float]]:
-    """Each ratio once for each repeat, of rounds that ran one after the other; those of memory once."""
+    """Ratios of each repeat, of rounds that ran one after the other; of peak memory one each."""
     rounds = {run: values["round"] for run, values in figures.items()}
     peaks = {run: max(values["MiB"]) for run, values in figures.items()}
 
@@ -447,67 +257,49 @@ def show(case: str, figures: dict[str, dict[str, list[float]]]) -> None:
     Console(width=120).print(table)
 
 
-def machine() -> dict[str, str]:
-    from ddpo_trl.environment import environment
-
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return {
-        "date": datetime.date.today().isoformat(),
-        "processor": f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores",
-        "threads": str(torch.get_num_threads()),
-        **environment(),
-    }
-
-
-def trl_environment() -> str:
-    """What its pip says is there, of what matters."""
-    freeze = [str(TRL_PYTHON), "-m", "pip", "freeze"]
-    listed = subprocess.run(freeze, capture_output=True, text=True, check=True).stdout.split()
-    return " ".join(line for line in listed if line.split("==")[0] in ("torch", "transformers", "diffusers", "peft"))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
-    parser.add_argument("--repeats", type=int, default=4, help="rounds of each side that count, an even number")
+    parser.add_argument("--repeats", type=int, default=2, help="rounds of each process that count")
     parser.add_argument("--output", type=Path, default=ROOT / "outputs" / "bench.json")
     parser.add_argument("--case", choices=list(CASES), help=argparse.SUPPRESS)
     parser.add_argument("--run", choices=list(RUNS), help=argparse.SUPPRESS)
     parser.add_argument("--rounds", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--gradient", choices=list(CASES), help=argparse.SUPPRESS)
-    parser.add_argument("--keep_round", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.run:
         torch.manual_seed(0)
-        return serve_rounds(arguments.case, arguments.run, arguments.rounds)
-    if arguments.keep_round:
-        with contextlib.redirect_stdout(io.StringIO()):
-            return torch.save(their_round(arguments.case)._asdict(), arguments.keep_round)
-    if arguments.gradient:
-        return print(gradient_difference(arguments.gradient))
-    fetch_trl()
-    results: dict[str, Any] = {"machine": {**machine(), "TRL's environment": trl_environment()}, "cases": {}}
-    for case in arguments.cases:
-        results["cases"][case] = run_case(case, arguments.repeats)
-    first = results["cases"][arguments.cases[0]]
-    results = {**{name: value for name, value in first.items() if isinstance(value, float)}, **results}
+        turns = Turns(sys.stdout)
+        with contextlib.redirect_stdout(io.StringIO()):  # Trainer prints its logs
+            return RUNS[arguments.run](arguments.case, arguments.rounds, turns)
+    try:
+        results = compare(arguments.cases, arguments.repeats)
+    except (Disagreement, RuntimeError) as error:
+        raise SystemExit(str(error)) from error
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(json.dumps(results, indent=2) + "\n")
 
 
+def compare(cases: list[str], repeats: int) -> dict[str, Any]:
+    """Measure all cases; the first one's figures are on top."""
+    install(TRL)
+    versions = locked(LOCK_FILES / f"{TRL}.txt")
+    theirs = " ".join(f"{name}=={versions[name]}" for name in ("torch", "transformers", "diffusers", "peft"))
+    results = {case: run_case(case, repeats) for case in cases}
+    first = {name: value for name, value in results[cases[0]].items() if isinstance(value, float)}
+    return {**first, "machine": {**machine(), "TRL's environment": theirs}, "cases": results}
+
+
 def run_case(case: str, repeats: int) -> dict[str, Any]:
-    """Measures a case, shows it, and returns what is kept of it."""
-    pipeline_folder(case)
-    child = subprocess.run([sys.executable, __file__, "--gradient", case], capture_output=True, text=True, check=True)
+    """Check and measure a case, show it, and return what is kept of it."""
+    medians = check_sides(case)
+    for name, value in medians.items():
+        print(f"{name:<30} {value:.1e}", flush=True)
     figures = measure(case, repeats)
     show(case, figures)
-    medians = {"gradient_difference": float(child.stdout.split()[-1])}
     spreads = {}
-    print(f"TRL's gradient on the same trajectories differs by {medians['gradient_difference']:.1e} of its size")
     for name, values in ratios(figures).items():
         medians[name], spreads[name] = statistics.median(values), [min(values), max(values)]
-        print(f"{name:<30} {medians[name]:.3f}  ({min(values):.3f} to {max(values):.3f})")
+        print(f"{name:<30} {medians[name]:.3f}  ({min(values):.3f} to {max(values):.3f})", flush=True)
     return {**medians, "from_to": spreads, "size": CASES[case]._asdict(), "figures": figures}
 
 

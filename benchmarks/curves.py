@@ -12,19 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.models.attention_processor import AttnProcessor
 from diffusers.utils import numpy_to_pil
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ddpo_trl import DDPOTrainer, load_emoji_pipeline
+from ddpo_trl import DDPOTrainer
 from ddpo_trl.cli.demo import parse_arguments
-from ddpo_trl.demo import TASKS, demo_lora_config
+from ddpo_trl.demo import demo_trainer
 from ddpo_trl.plots import ImageRow, save_comparison
+from rounds import ROOT
 
 
-ROOT = Path(__file__).parents[1]
 KEPT = ROOT / "outputs" / "curves"
 PICTURES = ROOT / "docs" / "images"
 
@@ -74,11 +73,7 @@ class ImagesOfRounds(TrainerCallback):
 def train(options: Sequence[str], callbacks: list[TrainerCallback]) -> DDPOTrainer:
     """The trainer of the demo with other options, and without its early end."""
     arguments, config = parse_arguments(["--output_dir", str(KEPT / "run"), *options])
-    task = TASKS[arguments.reward]
-    pipeline = load_emoji_pipeline()
-    pipeline.unet.set_attn_processor(AttnProcessor())
-    adapter = demo_lora_config(arguments.lora_rank)
-    return DDPOTrainer(config, task.reward, task.prompts(), pipeline, peft_config=adapter, callbacks=callbacks)
+    return demo_trainer(arguments, config, callbacks)
 
 
 def logs_of(options: Sequence[str], path: Path) -> list[dict[str, float]]:

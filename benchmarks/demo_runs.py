@@ -9,8 +9,7 @@ from pathlib import Path
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-
-ROOT = Path(__file__).parents[1]
+from rounds import ROOT
 
 
 def is_finished(folder: Path) -> bool:

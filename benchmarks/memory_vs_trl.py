@@ -1,98 +1,61 @@
 """
-Peak memory of one round, beside TRL 0.23.1's DDPOTrainer on the same work: `python benchmarks/memory_vs_trl.py`.
+Peak memory of one round, next to TRL 0.23.1's DDPOTrainer on the same work: `python benchmarks/memory_vs_trl.py`.
 
-Both train a LoRA adapter of rank 4 on the embedded pipeline: the same number of images, denoising steps and samples a
-micro-batch, guidance in sampling and training, float32 on the CPU. Each run has a process of its own, whose memory
-before training (libraries and weights) is subtracted. TRL 0.23.1, the last with this trainer, has the environment that
-`make bench` makes for it.
+Both train a LoRA adapter of rank 4 on the embedded pipeline: the same number of images, denoising steps and samples
+per micro-batch, guidance in sampling and training, float32 on the CPU. Each run has a process of its own, whose memory
+before training (libraries and weights) is subtracted. TRL 0.23.1, the last release with this trainer, has the
+environment of `make bench`, and the same checks come first.
 """
 
 import argparse
 import contextlib
 import io
+import json
 import resource
 import statistics
-import subprocess
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from bench import PROMPTS, brightness, fetch_trl, pipeline_folder, python_of, resident_bytes
+from agreement import Disagreement, check_sides
+from environments import TRL, install, python_of
+from rounds import Child, resident_bytes
+from sides import CASES, Case, our_trainer, their_trainer
 
 
-STEPS, GUIDANCE, LEARNING_RATE = 10, 2.5, 1e-3
-
-
-def train_ours(batch_size: int, batches: int, **options: Any) -> int:
+def train_ours(sizes: Case, **options: Any) -> int:
     """Resident bytes before training."""
-    from ddpo_trl import DDPOConfig, DDPOTrainer, load_emoji_pipeline
-
-    config = DDPOConfig(
-        output_dir="build/memory",
-        use_cpu=True,
-        num_train_epochs=1,
-        num_inference_steps=STEPS,
-        guidance_scale=GUIDANCE,
-        learning_rate=LEARNING_RATE,
-        per_device_sample_batch_size=batch_size,
-        num_sample_batches=batches,
-        per_device_train_batch_size=batch_size,
-        one_pass=False,  # which `make bench` measures too
-        log_images_rounds=0,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        **options,
-    )
-    trainer = DDPOTrainer(config, brightness, PROMPTS, load_emoji_pipeline())
+    trainer = our_trainer("emoji", sizes, rounds=1, one_pass=False, **options)  # `make bench` measures one pass too
     before = resident_bytes()
     trainer.train()
     return before
 
 
-def train_theirs(batch_size: int, batches: int) -> int:
+def train_theirs(sizes: Case) -> int:
     """Resident bytes before training."""
-    from accelerate import PartialState
-
-    PartialState(cpu=True)  # TRL 0.23.1's pipeline can't be made without
-    from trl import DDPOConfig, DDPOTrainer, DefaultDDPOStableDiffusionPipeline
-
-    config = DDPOConfig(
-        num_epochs=1,
-        sample_num_steps=STEPS,
-        sample_guidance_scale=GUIDANCE,
-        train_learning_rate=LEARNING_RATE,
-        sample_batch_size=batch_size,
-        sample_num_batches_per_epoch=batches,
-        train_batch_size=batch_size,
-        train_gradient_accumulation_steps=batches,
-        mixed_precision="no",
-        allow_tf32=False,
-        save_freq=10**6,
-        accelerator_kwargs={"cpu": True},
-    )
-    prompts = iter(PROMPTS * batch_size * batches)
-    pipeline = DefaultDDPOStableDiffusionPipeline(str(pipeline_folder("emoji")), use_lora=True)
-    trainer = DDPOTrainer(config, brightness, lambda: (next(prompts), {}), pipeline)
+    trainer = their_trainer("emoji", sizes)
     before = resident_bytes()
     trainer.train()
     return before
 
 
-RUNS = {
+RUNS: dict[str, Callable[[Case], int]] = {
     "TRL 0.23.1": train_theirs,
     "ddpo_trl": train_ours,
-    "ddpo_trl, gradient checkpointing": lambda *sizes: train_ours(*sizes, gradient_checkpointing=True),
+    "ddpo_trl, gradient checkpointing": lambda sizes: train_ours(sizes, gradient_checkpointing=True),
 }
 
 
-def growth_of(run: str, batch_size: int, batches: int) -> float:
+def growth_of(run: str, sizes: Case) -> float:
     """Peak resident MiB of a run in a process of its own, less those before training."""
-    command = [python_of(run), __file__, "--run", run, "--batch_size", str(batch_size), "--batches", str(batches)]
-    child = subprocess.run(command, capture_output=True, text=True, check=False)
-    if child.returncode:
-        raise RuntimeError(child.stderr[-3000:])
-    return float(child.stdout.splitlines()[-1])
+    python = python_of(TRL) if run == "TRL 0.23.1" else sys.executable
+    flags = ["--batch_size", str(sizes.batch_size), "--batches", str(sizes.batches)]
+    child = Child([python, __file__, "--run", run, *flags])
+    growth = child.answer()
+    child.end()
+    return growth
 
 
 def main() -> None:
@@ -102,20 +65,23 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--run", choices=list(RUNS), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    sizes = CASES["emoji"]._replace(batch_size=arguments.batch_size, batches=arguments.batches)
     if arguments.run:
         torch.manual_seed(0)
         with contextlib.redirect_stdout(io.StringIO()):
-            before = RUNS[arguments.run](arguments.batch_size, arguments.batches)
-        print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before) / 2**20)
-        return
-    fetch_trl()
-    pipeline_folder("emoji")  # made here, and only once
+            before = RUNS[arguments.run](sizes)
+        return print(json.dumps((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before) / 2**20))
+    try:
+        install(TRL)
+        check_sides("emoji")
+    except (Disagreement, RuntimeError) as error:
+        raise SystemExit(str(error)) from error
     growth: dict[str, list[float]] = {run: [] for run in RUNS}
     for _ in range(arguments.repeats):
         for run, values in growth.items():
-            values.append(growth_of(run, arguments.batch_size, arguments.batches))
+            values.append(growth_of(run, sizes))
     base = statistics.median(growth["TRL 0.23.1"])
-    print(f"{arguments.batches} batches of {arguments.batch_size} images, {STEPS} steps; peak above the start")
+    print(f"{sizes.batches} batches of {sizes.batch_size} images, {sizes.steps} steps; peak above the start")
     for run, values in growth.items():
         median = statistics.median(values)
         print(f"{run:<34} {median:7.0f} MiB  {median / base:5.2f}  (from {min(values):.0f} to {max(values):.0f})")

@@ -12,10 +12,10 @@ from collections.abc import Callable
 
 import torch
 
-from bench import CASES, GUIDANCE, PROMPTS, load
-from ddpo_trl import DDPOConfig
 from ddpo_trl.lora import put_on_adapter
 from ddpo_trl.policy import Policy
+from rounds import PROMPTS, quiet_config
+from sides import CASES, load, save_pipeline
 
 
 def seconds(run: Callable[[], None]) -> float:
@@ -27,13 +27,8 @@ def seconds(run: Callable[[], None]) -> float:
 def measure(case: str, repeats: int) -> tuple[list[float], list[float]]:
     """Seconds of a replayed step, forward and backward; and of one without the denoiser."""
     sizes = CASES[case]
-    config = DDPOConfig(
-        output_dir="build/replay_overhead",
-        use_cpu=True,
-        report_to="none",
-        num_inference_steps=sizes.steps,
-        guidance_scale=GUIDANCE,
-    )
+    config = quiet_config(use_cpu=True, num_inference_steps=sizes.steps)
+    save_pipeline(case)
     pipeline = load(case)
     policy = Policy(pipeline, config, put_on_adapter(pipeline, None))
     prompts = (PROMPTS * sizes.batch_size)[: sizes.batch_size]

@@ -5,12 +5,14 @@ What the demo learns, for docs/results.md: `make results`.
 hours on two cores. Runs are kept in outputs/results: one that is finished is not made again, so the command goes on
 where it was stopped. Figures and curves go to benchmarks/results-DATE.json, and from there to the page and its
 pictures; DATE is the day on which the last run ended. `--draw` makes no run, and draws the seeds that are finished.
+`--try` makes one run of one small round in outputs/results-try, and no page.
 """
 
 import argparse
 import csv
 import datetime
 import json
+import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,7 +26,8 @@ from ddpo_trl.cli.demo import parse_arguments
 from ddpo_trl.demo import TASKS
 from ddpo_trl.plots import ImageRow, save_comparison
 from ddpo_trl.record import ENVIRONMENT_NAME, METRICS_NAME, SAMPLES_FOLDER, fixed_images, round_folder
-from demo_runs import ROOT, is_finished, make_all
+from demo_runs import is_finished, make_all
+from rounds import ROOT
 
 
 KEPT = ROOT / "outputs" / "results"
@@ -93,6 +96,9 @@ class Run(NamedTuple):
         """All flags of `ddpo-trl demo` but the output directory."""
         return [*COMMON, *self.own_flags, "--reward", self.task, "--seed", str(self.seed)]
 
+
+# For `--try`: one round of 16 images.
+SMALL = ["--num_sample_batches", "1", "--num_train_epochs", "1"]
 
 # Seed by seed: a seed is a complete comparison.
 RUNS = [Run(task, kind, seed) for seed in SEEDS for task in TITLES for kind in FLAGS]
@@ -513,11 +519,18 @@ def cost_table(tasks: dict[str, list[Result]]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--draw", action="store_true", help="make no run, draw the seeds that are finished")
-    if not parser.parse_args().draw:
-        try:
-            make_all({run.folder: run.flags for run in RUNS})
-        except RuntimeError as error:
-            raise SystemExit(str(error)) from error
+    parser.add_argument("--try", action="store_true", dest="small", help="make one small run and no page")
+    arguments = parser.parse_args()
+    commands = {run.folder: run.flags for run in RUNS}
+    if arguments.small:
+        shutil.rmtree(folder := KEPT.with_name("results-try"), ignore_errors=True)
+        commands = {folder / "sf": [*Run("jpeg_compressibility", "sf", 0).flags, *SMALL]}
+    try:
+        make_all({} if arguments.draw else commands)
+    except RuntimeError as error:
+        raise SystemExit(str(error)) from error
+    if arguments.small:
+        return
     runs = complete_seeds(RUNS)
     if not runs:
         raise SystemExit(f"No seed has all its runs in {KEPT}.")

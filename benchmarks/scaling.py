@@ -21,7 +21,6 @@ import json
 import os
 import socket
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -30,7 +29,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bench import GUIDANCE, LEARNING_RATE, PROMPTS, ROOT, machine, resident_bytes
+from rounds import LEARNING_RATE, PROMPTS, ROOT, Child, machine, quiet_config, resident_bytes
 
 
 PASSES = ("one pass", "two passes")
@@ -83,24 +82,16 @@ TEAMS = {
 
 def make_config(point: Point, one_pass: bool, processes: int = 1) -> Any:
     """Of one round, of which each process has its share."""
-    from ddpo_trl import DDPOConfig
-
-    return DDPOConfig(
-        output_dir=str(ROOT / "build" / "scaling" / str(os.getpid())),  # two trainers apart write each their own
+    return quiet_config(
         use_cpu=True,
         num_train_epochs=1,
         num_inference_steps=point.steps,
-        guidance_scale=GUIDANCE,
         pipeline_kwargs={"height": PIXELS * point.side, "width": PIXELS * point.side},
         learning_rate=LEARNING_RATE,
         per_device_sample_batch_size=point.batch_size,
         num_sample_batches=point.samples // point.batch_size // processes,
         per_device_train_batch_size=point.batch_size,
         one_pass=one_pass,
-        save_strategy="no",
-        report_to="none",
-        log_images_rounds=0,
-        disable_tqdm=True,
     )
 
 
@@ -138,6 +129,8 @@ class Rounds:
         one_pass = passes == "one pass"
         config, pipeline = make_config(point, one_pass, processes), pipeline_of(point.rank, one_pass)
         self.trainer = DDPOTrainer(config, brightness, PROMPTS, pipeline, callbacks=[self.stopwatch])
+        if self.trainer.plan.one_pass != one_pass:
+            raise RuntimeError(f"{point} is not trained in {passes}: {self.trainer.plan.two_passes_because}")
 
     def planned(self) -> float:
         """MiB that the plan says are kept of a round on this process."""
@@ -179,7 +172,7 @@ def serve(points: Sequence[Point], processes: int) -> None:
     answers = sys.stdout
     with contextlib.redirect_stdout(io.StringIO()):  # Trainer prints its logs
         trainers = {(point, passes): Rounds(point, passes, processes) for point in points for passes in PASSES}
-        print("ready", file=answers, flush=True)
+        print('"ready"', file=answers, flush=True)
         for line in sys.stdin:
             figure, index, passes = json.loads(line)
             print(FIGURES[figure](trainers[points[index], passes]), file=answers, flush=True)
@@ -196,40 +189,23 @@ class Children:
         apart = 1 if team.together else team.processes
         own = [point._replace(samples=point.samples // apart) for point in self.points]
         sizes = ["--points", json.dumps(own), "--processes", str(team.processes // apart)]
-        self.processes = [
-            subprocess.Popen(
-                [sys.executable, __file__, *sizes],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-                env=environment,
-            )
-            for environment in environments(team)
-        ]
+        command = [sys.executable, __file__, *sizes]
+        self.processes = [Child(command, environment) for environment in environments(team)]
 
     def wait(self) -> None:
         """Until they are ready."""
         for process in self.processes:
-            self._line(process)
+            process.answer()
 
     def figure(self, name: str, point: Point, passes: str) -> float:
         """That of the process where it is largest. All begin at once."""
         for process in self.processes:
-            assert process.stdin is not None
-            process.stdin.write(json.dumps([name, self.points.index(point), passes]) + "\n")
-            process.stdin.flush()
-        return max(float(self._line(process)) for process in self.processes)
+            process.ask(json.dumps([name, self.points.index(point), passes]))
+        return max(process.answer() for process in self.processes)
 
     def end(self) -> None:
         for process in self.processes:
-            process.communicate()
-
-    def _line(self, process: subprocess.Popen[str]) -> str:
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        if not line:
-            raise RuntimeError("a process has ended; its error stands above")
-        return line
+            process.end()
 
 
 def environments(team: Team) -> list[dict[str, str]]:

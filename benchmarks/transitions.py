@@ -8,23 +8,20 @@ kept in outputs/transitions: one that is finished is not made again. Figures go 
 """
 
 import argparse
-import contextlib
-import io
 import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from diffusers.models.attention_processor import AttnProcessor
 from rich.console import Console
 from rich.table import Table
 
-from bench import machine
-from ddpo_trl import DDPOTrainer, load_emoji_pipeline
+from ddpo_trl import DDPOTrainer
 from ddpo_trl.cli.demo import parse_arguments
-from ddpo_trl.demo import TASKS, demo_lora_config
-from demo_runs import ROOT, make_all
+from ddpo_trl.demo import demo_trainer
+from demo_runs import make_all
+from rounds import ROOT, log_of_a_round, machine
 
 
 KEPT = ROOT / "outputs" / "transitions"
@@ -78,17 +75,11 @@ def small_trainer(flags: Sequence[str]) -> DDPOTrainer:
     sizes = ["--num_train_epochs", "1", "--num_sample_batches", "2", "--num_mini_batches", "2"]
     quiet = ["--disable_tqdm", "true", "--log_images_rounds", "0", "--output_dir", str(KEPT / "cost")]
     arguments, config = parse_arguments([*COMMON, *flags, *sizes, *quiet])
-    pipeline = load_emoji_pipeline()
-    pipeline.unet.set_attn_processor(AttnProcessor())  # as in the demo
-    task = TASKS[arguments.reward]
-    adapter = demo_lora_config(arguments.lora_rank)
-    return DDPOTrainer(config, task.reward, task.prompts(), pipeline, peft_config=adapter)
+    return demo_trainer(arguments, config)
 
 
 def seconds_of_a_round(trainer: DDPOTrainer) -> float:
-    with contextlib.redirect_stdout(io.StringIO()):  # Trainer prints its logs
-        trainer.train()
-    log = next(log for log in trainer.state.log_history if "reward" in log)
+    log = log_of_a_round(trainer)
     return log["time/sampling"] + log["time/waiting_for_rewards"] + log["time/training"]
 
 

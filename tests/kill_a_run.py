@@ -34,14 +34,16 @@ os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
 # Logged values about one call of `train` or about time, which a resumed run can't share.
 OF_THE_CALL = ("time/", "eps", "runtime", "per_second", "flos", "train_loss")
 
-# Of `make_trainer`: with a single update a round takes one pass, with the two that it has otherwise it can't.
-ONE_PASS: dict[str, Any] = {"num_mini_batches": 1}
+# Number of mini-batches per round, which decides between one pass (the default) and two.
+PASSES = {"one pass": 1, "two passes": 2}
 
-# Where a run can be killed: a function of the package, as module and attribute path, before or after it runs.
+# Where a run can be killed: a function of the package, as module and attribute path, when it is called.
 EVENTS: dict[str, tuple[str, str]] = {
-    "sampling": ("ddpo_trl.policy", "Policy._sample_from"),
+    "sampling": ("ddpo_trl.policy", "Policy.sample"),
+    "sampling with gradients": ("ddpo_trl.policy", "Policy.sample_with_gradients"),
+    "weighting gradients": ("ddpo_trl.trainer", "DDPOTrainer._weigh_gradients"),
     "scoring": ("ddpo_trl.scoring", "score"),
-    "training": ("ddpo_trl.trainer", "DDPOTrainer.training_step"),
+    "training": ("ddpo_trl.trainer", "DDPOTrainer.compute_loss"),
     "saving weights": ("ddpo_trl.policy", "Policy.save"),
     "saving the rest": ("ddpo_trl.trainer", "DDPOTrainer._save_round"),
     "publishing": ("ddpo_trl.checkpoints", "publish"),
@@ -138,9 +140,9 @@ def kill_at(event: str, count: int) -> None:
     type.__setattr__(holder, name, deadly) if isinstance(holder, type) else vars(holder).update({name: deadly})
 
 
-def was_killed(directory: Path, rounds: int, kill: tuple[str, int] | None, **settings: Any) -> bool:
+def was_killed(directory: Path, rounds: int, kill: tuple[str, int] | None, passes: str) -> bool:
     """Starts or resumes the run in another process, which may kill itself; otherwise it has finished."""
-    child = PROCESSES.Process(target=run, args=(directory, rounds, kill), kwargs=settings)
+    child = PROCESSES.Process(target=run, args=(directory, rounds, kill, passes))
     child.start()
     child.join(timeout=300)
     if child.exitcode not in (0, -signal.SIGKILL):
@@ -148,23 +150,23 @@ def was_killed(directory: Path, rounds: int, kill: tuple[str, int] | None, **set
     return child.exitcode != 0
 
 
-def run_until_done(directory: Path, rounds: int, kills: list[tuple[str, int]], **settings: Any) -> int:
+def run_until_done(directory: Path, rounds: int, kills: list[tuple[str, int]], passes: str = "two passes") -> int:
     """Starts the run again after each kill. Returns how often it was really killed."""
     survived = 0
     for kill in [*kills, None]:
-        if not was_killed(directory, rounds, kill, **settings):
+        if not was_killed(directory, rounds, kill, passes):
             break
         survived += 1
     return survived
 
 
-def run(directory: Path, rounds: int, kill: tuple[str, int] | None, **settings: Any) -> None:
+def run(directory: Path, rounds: int, kill: tuple[str, int] | None, passes: str) -> None:
     """What the other process does."""
     tqdm.set_lock(threading.RLock())  # its own one is a semaphore, which a killed process would leave behind
     torch.set_num_threads(1)
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
-        trainer = make_trainer(directory, rounds, **settings)
-        assert trainer.plan.one_pass == (settings == ONE_PASS)
+        trainer = make_trainer(directory, rounds, num_mini_batches=PASSES[passes])
+        assert trainer.plan.one_pass == (passes == "one pass")
         if kill is not None:
             kill_at(*kill)
         trainer.train(resume_from_checkpoint=True)

@@ -16,33 +16,40 @@ from ddpo_trl import DDPOTrainer, checkpoints
 
 ROUNDS = 6
 
-# In two passes a round samples two batches, scores two, has 16 micro-batches, and writes and synchronises ten files.
-KILLS = [
-    ("sampling", 1),
-    ("scoring", 2),
-    ("training", 5),
-    ("saving weights", 1),
-    ("saving the rest", 1),
-    ("publishing", 1),
-    ("synchronising", 4),
-    ("training", 20),
-    ("rotating", 2),
-    ("synchronising", 14),
-]
+# A round samples two batches, scores two, writes and synchronises ten files, and has 16 micro-batches in two passes.
+KILLS = {
+    "one pass": [
+        ("sampling with gradients", 1),
+        ("scoring", 2),
+        ("weighting gradients", 1),
+        ("saving weights", 1),
+        ("saving the rest", 1),
+        ("publishing", 1),
+        ("synchronising", 4),
+        ("weighting gradients", 2),
+        ("rotating", 2),
+        ("synchronising", 14),
+    ],
+    "two passes": [
+        ("sampling", 1),
+        ("scoring", 2),
+        ("training", 5),
+        ("saving weights", 1),
+        ("saving the rest", 1),
+        ("publishing", 1),
+        ("synchronising", 4),
+        ("training", 20),
+        ("rotating", 2),
+        ("synchronising", 14),
+    ],
+}
 
-# In one pass it has a single micro-batch.
-KILLS_IN_ONE_PASS = [("sampling", 2), ("training", 1), ("saving the rest", 1), ("synchronising", 14)]
 
-
-@pytest.mark.parametrize(
-    ("settings", "kills"),
-    [({}, KILLS), (kill_a_run.ONE_PASS, KILLS_IN_ONE_PASS)],
-    ids=["two passes", "one pass"],
-)
-def test_a_run_killed_at_many_moments_equals_one_never_interrupted(tmp_path, settings, kills):
+@pytest.mark.parametrize("passes", KILLS)
+def test_a_run_killed_at_ten_moments_equals_one_never_interrupted(tmp_path, passes):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert kill_a_run.run_until_done(whole, ROUNDS, [], **settings) == 0
-    assert kill_a_run.run_until_done(parts, ROUNDS, kills, **settings) == len(kills)
+    assert kill_a_run.run_until_done(whole, ROUNDS, [], passes) == 0
+    assert kill_a_run.run_until_done(parts, ROUNDS, KILLS[passes], passes) == len(KILLS[passes])
     expected, resumed = (torch.load(run / kill_a_run.RESULT, weights_only=False) for run in (whole, parts))
     assert len(expected["logs"]) == ROUNDS + 1  # and the summary
     for name, value in expected.items():

@@ -186,6 +186,34 @@ def demo_lora_config(rank: int) -> LoraConfig:
     )
 
 
+def demo_trainer(
+    arguments: DemoArguments, config: DDPOConfig, callbacks: list[TrainerCallback] | None = None
+) -> DDPOTrainer:
+    """
+    The trainer of the demo.
+
+    Args:
+        arguments ([`DemoArguments`]):
+            The task and the adapter.
+        config ([`DDPOConfig`]):
+            Everything else.
+        callbacks (`list[~transformers.TrainerCallback]`, *optional*):
+            Those of [`DDPOTrainer`].
+    """
+    task = TASKS[arguments.reward]
+    pipeline = load_emoji_pipeline()
+    pipeline.unet.set_attn_processor(AttnProcessor())  # fused attention is slower on a CPU, backwards above all
+    return DDPOTrainer(
+        config,
+        task.reward,
+        task.prompts(),
+        pipeline,
+        peft_config=demo_lora_config(arguments.lora_rank) if config.use_lora else None,
+        eval_prompts=task.prompts() * task.eval_seeds,
+        callbacks=callbacks,
+    )
+
+
 def run_demo(arguments: DemoArguments, config: DDPOConfig) -> dict[str, Any]:
     """
     Trains, compares before and after on fixed prompts and seeds, and saves weights and `summary.json`.
@@ -200,17 +228,7 @@ def run_demo(arguments: DemoArguments, config: DDPOConfig) -> dict[str, Any]:
         `dict`: What `summary.json` holds.
     """
     task = TASKS[arguments.reward]
-    pipeline = load_emoji_pipeline()
-    pipeline.unet.set_attn_processor(AttnProcessor())  # fused attention is slower on a CPU, backwards above all
-    trainer = DDPOTrainer(
-        config,
-        task.reward,
-        task.prompts(),
-        pipeline,
-        peft_config=demo_lora_config(arguments.lora_rank) if config.use_lora else None,
-        eval_prompts=task.prompts() * task.eval_seeds,
-        callbacks=[StopAtGain(arguments.stop_at_gain)],
-    )
+    trainer = demo_trainer(arguments, config, [StopAtGain(arguments.stop_at_gain)])
     if arguments.shuffle_rewards:
         trainer.normalize = shuffled(trainer.normalize, generator(config.seed, Stream.CONTROL))
     before = trainer.generate_samples()

@@ -1,20 +1,21 @@
 """
-Lists the names of TRL 0.23.1's DDPO classes from its wheel, without importing it.
+Lists the names of TRL 0.23.1's DDPO classes from its files, without importing it, in the environment of `make bench`.
 
 ```bash
-pip download trl==0.23.1 --no-deps
-python tests/golden/trl_0_23_1.py trl-0.23.1-py3-none-any.whl > tests/golden/trl_0_23_1.json
+python benchmarks/environments.py
+build/trl-0.23.1/bin/python tests/golden/trl_0_23_1.py > tests/golden/trl_0_23_1.json
 ```
 """
 
 import ast
+import importlib.metadata
+import importlib.util
 import json
-import sys
-import zipfile
+from pathlib import Path
 
 
-def class_named(wheel: zipfile.ZipFile, file: str, name: str) -> ast.ClassDef:
-    tree = ast.parse(wheel.read(file))
+def class_named(file: Path, name: str) -> ast.ClassDef:
+    tree = ast.parse(file.read_text(encoding="utf-8"))
     return next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name)
 
 
@@ -47,13 +48,14 @@ def methods(definition: ast.ClassDef) -> dict[str, list[str]]:
     }
 
 
-with zipfile.ZipFile(sys.argv[1]) as wheel:
-    names = {
-        "DDPOConfig": fields(class_named(wheel, "trl/trainer/ddpo_config.py", "DDPOConfig")),
-        "DDPOTrainer": methods(class_named(wheel, "trl/trainer/ddpo_trainer.py", "DDPOTrainer")),
-        "DefaultDDPOStableDiffusionPipeline": methods(
-            class_named(wheel, "trl/models/modeling_sd_base.py", "DefaultDDPOStableDiffusionPipeline")
-        ),
-    }
-names["DDPOConfig"] and None
+spec = importlib.util.find_spec("trl")
+assert spec is not None and spec.origin is not None and importlib.metadata.version("trl") == "0.23.1"
+trl = Path(spec.origin).parent
+names = {
+    "DDPOConfig": fields(class_named(trl / "trainer" / "ddpo_config.py", "DDPOConfig")),
+    "DDPOTrainer": methods(class_named(trl / "trainer" / "ddpo_trainer.py", "DDPOTrainer")),
+    "DefaultDDPOStableDiffusionPipeline": methods(
+        class_named(trl / "models" / "modeling_sd_base.py", "DefaultDDPOStableDiffusionPipeline")
+    ),
+}
 print(json.dumps(names, indent=2))

@@ -319,10 +319,11 @@ def export(model: CLIPModel, tokenizer: CLIPTokenizer, target: Path) -> None:
     print(f"{target}: {size / 1e6:.2f} MB")
 
 
-def build(work_dir: Path, steps: int, only: str | None, begin: Path | None) -> None:
+def build(work_dir: Path, target: Path, steps: int, only: str | None, begin: Path | None) -> None:
     """Trains on the split, says what the held-out drawings are taken for, trains on everything, and exports.
 
     Args:
+        target: The folder that the model replaces.
         steps: Of each of the two trainings.
         only: `"split"` or `"everything"` to do only that one.
         begin: A folder with a model to go on from, in place of an untrained one.
@@ -349,7 +350,7 @@ def build(work_dir: Path, steps: int, only: str | None, begin: Path | None) -> N
                 first, five = retrieval(model, tokenizer, concepts, shown, drawings)
                 print(f"{len(drawings)} {kind} drawings: top-1 {first:.3f}, top-5 {five:.3f} of {len(concepts)}")
         if not held_out:
-            export(model, tokenizer, TARGET)
+            export(model, tokenizer, target)
 
 
 # How the samples of the measurement are drawn: around the caption, steps, guidance scale.
@@ -402,6 +403,7 @@ def share(names: list[str], others: list[str]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work-dir", type=Path, default=ROOT / "build" / "emoji", help="where the packages are")
+    parser.add_argument("--target", type=Path, default=TARGET, help="the folder that the model replaces")
     parser.add_argument("--steps", type=int, default=1800, help="of each of the two trainings")
     parser.add_argument("--only", choices=("split", "everything"), help="do only one of them")
     parser.add_argument("--begin", type=Path, help="a folder with a model to go on from")
@@ -411,7 +413,7 @@ def main() -> None:
         measure()
         return
     args.work_dir.mkdir(parents=True, exist_ok=True)
-    build(args.work_dir, args.steps, args.only, args.begin)
+    build(args.work_dir, args.target, args.steps, args.only, args.begin)
 
 
 if __name__ == "__main__":

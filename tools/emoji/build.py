@@ -23,13 +23,14 @@ def main() -> None:
     parser.add_argument("--target", type=Path, default=ASSETS, help="the folder that the pipeline replaces")
     parser.add_argument("--device", default="cpu", help="where to train, such as cpu or cuda")
     parser.add_argument("--minutes", type=float, default=65, help="time to train the denoiser, over all resumptions")
+    parser.add_argument("--autoencoder-steps", type=int, default=2400, help="steps to train the autoencoder")
     args = parser.parse_args()
     args.work_dir.mkdir(parents=True, exist_ok=True)
 
     concepts, drawings = load_dataset(args.work_dir)
     images = torch.from_numpy(drawings).flatten(0, 1).permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1
     print(f"{len(concepts)} concepts, {len(images)} images of {IMAGE_SIZE}x{IMAGE_SIZE}", flush=True)
-    autoencoder = train_autoencoder(images, args.work_dir, device=args.device)
+    autoencoder = train_autoencoder(images, args.work_dir, args.autoencoder_steps, device=args.device)
     with torch.no_grad():
         latents = torch.cat([encode_mean(autoencoder, batch) for batch in images.split(128)])
     train_unet(concepts, latents.unflatten(0, drawings.shape[:2]), args.work_dir, args.minutes, device=args.device)

@@ -1,0 +1,283 @@
+"""
+Checks that both sides of a comparison do the same work. Where they do not, a figure means nothing: it is an error.
+
+TRL's trainer makes a round in its own environment, and keeps its inputs, its trajectories and its gradient. The same
+inputs and the gradient on the same trajectories are then computed by ddpo_trl.
+"""
+
+import argparse
+import contextlib
+import io
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback
+
+from environments import TRL, python_of
+from rounds import PROMPTS, Child
+from sides import CASES, Case, our_trainer, pipeline_folder, save_pipeline, their_trainer
+
+
+# Largest difference that rounding explains, relative to the size, in float32. Measured: 0 for embeddings and images,
+# 1e-6 for gradients.
+ROUNDING = 1e-5
+
+
+# Size of the rounds whose gradients are compared.
+CHECKED = {name: case._replace(batch_size=4, batches=2, steps=3) for name, case in CASES.items()}
+
+
+class Disagreement(ValueError):
+    """The two sides do not do the same work."""
+
+
+def require_equal(what: str, ours: Any, theirs: Any) -> None:
+    """
+    Check a number or a name.
+
+    Raises:
+        [`Disagreement`]: If they differ.
+    """
+    if ours != theirs:
+        raise Disagreement(f"The comparison is not valid: {what} is {ours} for ddpo_trl and {theirs} for TRL.")
+
+
+def require_close(what: str, ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> float:
+    """
+    Check tensors.
+
+    Args:
+        what (`str`):
+            What they are, in plural, for the message.
+        ours, theirs (`Mapping[str, torch.Tensor]`):
+            Tensors by name.
+
+    Returns:
+        `float`: L2 distance of all tensors together, relative to the size of `theirs`.
+
+    Raises:
+        [`Disagreement`]: If names or shapes differ, a value is not finite, all are 0, or the distance is larger than
+            `ROUNDING`.
+    """
+    shapes = [{(name, tuple(tensor.shape)) for name, tensor in side.items()} for side in (ours, theirs)]
+    if odd := sorted(shapes[0] ^ shapes[1]):
+        raise Disagreement(f"The comparison is not valid: only one side has these {what}: {odd[:4]}.")
+    size = norm(theirs.values())
+    difference = norm(ours[name].double() - tensor.double() for name, tensor in theirs.items())
+    relative = difference / size if size else math.inf
+    if not relative <= ROUNDING:
+        raise Disagreement(
+            f"The comparison is not valid: {what} of ddpo_trl differ from TRL's by {relative:.1e} of their size, and "
+            f"rounding explains {ROUNDING:.0e}."
+        )
+    return relative
+
+
+def norm(tensors: Iterable[Tensor]) -> float:
+    """L2 norm of all tensors together."""
+    return math.sqrt(sum(tensor.double().square().sum().item() for tensor in tensors))
+
+
+# ---- A round of TRL's trainer ----
+
+
+class TheirRound(NamedTuple):
+    """
+    A round of TRL's trainer.
+
+    Args:
+        torch, threads (`str`, `int`):
+            Version of PyTorch, and number of its threads.
+        embeddings (`dict[str, torch.Tensor]`):
+            Embedding of each prompt, and of the empty one.
+        image (`torch.Tensor`):
+            The first trajectory's first latents, decoded.
+        weights, gradients (`dict[str, torch.Tensor]`):
+            Trained weights by name, and the gradient of the round.
+        timesteps (`list[int]`):
+            Timesteps of the sampler.
+        samples (`list[dict[str, torch.Tensor]]`):
+            Trajectories, by batch.
+    """
+
+    torch: str
+    threads: int
+    embeddings: dict[str, Tensor]
+    image: Tensor
+    weights: dict[str, Tensor]
+    gradients: dict[str, Tensor]
+    timesteps: list[int]
+    samples: list[dict[str, Tensor]]
+
+
+def their_round(case: str) -> TheirRound:
+    """Make a round in TRL's environment."""
+    trainer = their_trainer(case, CHECKED[case], learning_rate=0.0, max_grad_norm=1e9)
+    trainer.prompt_fn = lambda: (PROMPTS[0], {})  # samples are shuffled before training
+    weights = {name: p for name, p in trainer.sd_pipeline.unet.named_parameters() if p.requires_grad}
+    shake(weights)
+    train, step = trainer._train_batched_samples, trainer.optimizer.optimizer.step
+    batches: list[dict[str, Tensor]] = []
+    gradients: dict[str, Tensor] = {}
+
+    def keep_samples(inner_epoch: int, epoch: int, global_step: int, samples: list[dict[str, Tensor]]) -> int:
+        batches.extend(samples)
+        return train(inner_epoch, epoch, global_step, samples)
+
+    def keep_gradient(*args: Any, **kwargs: Any) -> Any:
+        gradients.update({name: p.grad.clone() for name, p in weights.items() if p.grad is not None})
+        return step(*args, **kwargs)
+
+    trainer._train_batched_samples = keep_samples
+    trainer.optimizer.optimizer.step = keep_gradient
+    trainer.step(0, 0)
+    return TheirRound(
+        torch=str(torch.__version__),
+        threads=torch.get_num_threads(),
+        embeddings=their_embeddings(trainer),
+        image=decoded(trainer.sd_pipeline.vae, batches),
+        weights={name: weight.detach() for name, weight in weights.items()},
+        gradients=gradients,
+        timesteps=trainer.sd_pipeline.scheduler.timesteps.tolist(),
+        samples=batches,
+    )
+
+
+def shake(weights: Mapping[str, Tensor]) -> None:
+    """Move the adapter from its start, where one factor is 0 and the other gets no gradient."""
+    random = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, weight in weights.items():
+            if "lora_B" in name:
+                weight.normal_(std=0.02, generator=random)
+
+
+@torch.no_grad()
+def their_embeddings(trainer: Any) -> dict[str, Tensor]:
+    """Embeddings as TRL's trainer computes them."""
+    tokenizer, encoder = trainer.sd_pipeline.tokenizer, trainer.sd_pipeline.text_encoder
+    options = {"return_tensors": "pt", "padding": "max_length", "truncation": True}
+    ids = tokenizer(PROMPTS, max_length=tokenizer.model_max_length, **options).input_ids
+    return {**dict(zip(PROMPTS, encoder(ids)[0], strict=True)), "": trainer.neg_prompt_embed[0]}
+
+
+@torch.no_grad()
+def our_embeddings(pipeline: Any) -> dict[str, Tensor]:
+    """Embeddings as the pipeline computes them."""
+    embeddings, negative = pipeline.encode_prompt(PROMPTS, "cpu", 1, True)
+    return {**dict(zip(PROMPTS, embeddings, strict=True)), "": negative[0]}
+
+
+@torch.no_grad()
+def decoded(vae: Any, samples: list[dict[str, Tensor]]) -> Tensor:
+    return vae.decode(samples[0]["latents"][:1, 0] / vae.config.scaling_factor).sample
+
+
+# ---- The checks ----
+
+
+def check_sides(case: str) -> dict[str, float]:
+    """
+    Write the pipeline of a case, and check everything that must hold before the sides are compared.
+
+    Returns:
+        `dict[str, float]`: The differences, relative to the size.
+
+    Raises:
+        [`Disagreement`]: If the sides do not do the same work.
+    """
+    save_pipeline(case)
+    kept = pipeline_folder(case).with_suffix(".pt")
+    child = Child([python_of(TRL), __file__, case, str(kept)])
+    child.answer()
+    child.end()
+    theirs = TheirRound(**torch.load(kept, weights_only=True))
+    with contextlib.redirect_stdout(io.StringIO()):  # Trainer prints its logs
+        return {**against_theirs(case, theirs), "one_pass_gradient_difference": one_pass_difference(case)}
+
+
+def against_theirs(case: str, theirs: TheirRound) -> dict[str, float]:
+    """Differences from TRL's round; the inputs first."""
+    require_equal("the version of torch", str(torch.__version__), theirs.torch)
+    require_equal("the number of threads", torch.get_num_threads(), theirs.threads)
+    ours = our_trainer(case, CHECKED[case], rounds=1, one_pass=False)
+    pipeline = ours.pipeline
+    differences = {
+        "embedding_difference": require_close("prompt embeddings", our_embeddings(pipeline), theirs.embeddings),
+        "image_difference": require_close(
+            "decoded images", {"": decoded(pipeline.vae, theirs.samples)}, {"": theirs.image}
+        ),
+    }
+    weights = {name: weight for name, weight in pipeline.unet.named_parameters() if weight.requires_grad}
+    with torch.no_grad():
+        for name, weight in theirs.weights.items():
+            weights[name].copy_(weight)
+    log_probs = replay(ours.model, CHECKED[case], theirs)
+    gradients = {name: weight.grad for name, weight in weights.items() if weight.grad is not None}
+    differences["log_prob_difference"] = require_close("log-probabilities", *log_probs)
+    differences["gradient_difference"] = require_close("gradients", gradients, theirs.gradients)
+    return differences
+
+
+def replay(policy: Any, sizes: Case, theirs: TheirRound) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """
+    Add up the gradient of the score function on TRL's trajectories.
+
+    Returns:
+        `tuple`: Log-probabilities of ddpo_trl and of TRL, by batch and step.
+    """
+    rows = torch.arange(sizes.batch_size)
+    context = policy.context([PROMPTS[0]] * len(rows), [{}] * len(rows), [0] * len(rows))
+    ours, kept = {}, {}
+    for batch, samples in enumerate(theirs.samples):
+        for index, timestep in enumerate(theirs.timesteps):
+            place = (samples["timesteps"] == timestep).int().argmax(1)
+            latents, next_latents, old = (
+                samples[name][rows, place] for name in ("latents", "next_latents", "log_probs")
+            )
+            log_probs, _ = policy(index, latents, next_latents, context)
+            loss = -(samples["advantages"].clamp(-10, 10) * log_probs).mean()  # TRL's default bound
+            (loss / (sizes.batches * sizes.steps)).backward()
+            ours[f"{batch}, {index}"], kept[f"{batch}, {index}"] = log_probs.detach(), old.reshape(-1)
+    return ours, kept
+
+
+def one_pass_difference(case: str) -> float:
+    """Difference of the gradient that one pass takes from that of two passes."""
+    gradients = {one_pass: our_gradient(case, one_pass) for one_pass in (True, False)}
+    return require_close("gradients of one pass and of two passes", gradients[True], gradients[False])
+
+
+def our_gradient(case: str, one_pass: bool) -> dict[str, Tensor]:
+    """Gradient of a round, by weight."""
+    gradients: dict[str, Tensor] = {}
+
+    class Keep(TrainerCallback):
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            gradients.update({name: weight.grad.clone() for name, weight in weights.items()})
+
+    trainer = our_trainer(case, CHECKED[case], 1, [Keep()], one_pass=one_pass, max_grad_norm=0.0)
+    weights = {name: weight for name, weight in trainer.model.named_parameters() if weight.requires_grad}
+    shake(weights)
+    trainer.train()
+    return gradients
+
+
+def main() -> None:
+    """Keep a round of TRL's, in its environment."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("case", choices=list(CASES))
+    parser.add_argument("kept", type=Path)
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    with contextlib.redirect_stdout(io.StringIO()):
+        torch.save(their_round(arguments.case)._asdict(), arguments.kept)
+    print('"kept"')
+
+
+if __name__ == "__main__":
+    main()
