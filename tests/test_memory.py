@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import itertools
 import re
 import weakref
 from typing import Any
@@ -163,6 +164,44 @@ def test_one_pass_holds_no_outputs_of_layers_that_pytorch_would_not_hold(make_co
     assert len(alive) > 10  # calls that a gradient reached
     assert len(outputs) == len(layers) / 2
     assert max(alive) <= 1
+
+
+def moved_parts(pipeline: Any) -> list[str]:
+    """Names of the pipeline's networks, as they are moved."""
+    moves: list[str] = []
+    for name in ("text_encoder", "unet"):
+        module = pipeline.components[name]
+
+        def to(*args: Any, own: Any = module, to: Any = module.to, name: str = name) -> Any:
+            moves.append(name)
+            to(*args)
+            return own
+
+        module.to = to
+    return moves
+
+
+def test_offloaded_text_encoders_come_and_go_before_the_denoiser_with_all_known_prompts(make_config):
+    pipeline = tiny_pipeline()
+    moves = moved_parts(pipeline)
+    config = make_config(offload_text_encoders=True, num_train_epochs=2)
+    trainer = DDPOTrainer(config, brightness, PROMPTS, pipeline, eval_prompts=["cow"])
+    assert moves[: moves.index("unet")] == ["text_encoder"] * 3  # to the CPU, to the device, back
+    assert "text_encoder" not in moves[3:]
+    del moves[:]
+    trainer.train()
+    trainer.generate_samples()
+    assert "text_encoder" not in moves
+
+
+def test_offloaded_text_encoders_come_once_a_round_for_prompts_that_are_new(make_config):
+    pipeline = tiny_pipeline()
+    numbers = itertools.count()
+    config = make_config(offload_text_encoders=True, num_train_epochs=2)
+    trainer = DDPOTrainer(config, brightness, lambda: (f"cat {next(numbers)}", {}), pipeline)
+    moves = moved_parts(pipeline)
+    trainer.train()
+    assert moves.count("text_encoder") == 2 * 2  # there and back, for eight prompts in two batches
 
 
 def test_the_autoencoder_is_at_hand_only_while_images_are_made(make_config):
