@@ -1,6 +1,10 @@
 """What is kept where: recorded steps and networks leave the GPU on demand, and the plan says what a round takes."""
 
 import dataclasses
+import gc
+import itertools
+import re
+import weakref
 from typing import Any
 
 import pytest
@@ -10,7 +14,10 @@ from peft import LoraConfig
 from conftest import brightness, tiny_pipeline
 from ddpo_trl import DDPOTrainer
 from ddpo_trl.doctor import storage_bytes
-from ddpo_trl.types import Step
+from ddpo_trl.encoding import EmbeddingCache
+from ddpo_trl.loader import RolloutLoader
+from ddpo_trl.sample_gradients import Watch, trained_layers
+from ddpo_trl.types import Step, steps_to
 
 
 PROMPTS = ["cat", "dog", "owl"]
@@ -43,19 +50,162 @@ def test_what_saves_memory_changes_no_result(make_config, option):
 
 def test_an_offloaded_rollout_is_on_the_cpu_and_its_micro_batches_where_the_advantages_are(make_config, monkeypatch):
     devices = []
-    original = Step.to
 
-    def to(step: Step, device: str) -> Step:
+    def to(steps: Any, device: str) -> dict[int, Step]:
         devices.append(device)
-        return original(step, device)
+        return steps_to(steps, device)
 
-    monkeypatch.setattr(Step, "to", to)
+    monkeypatch.setattr("ddpo_trl.policy.steps_to", to)
     trainer = DDPOTrainer(make_config(one_pass=False, offload_rollout=True), brightness, PROMPTS, tiny_pipeline())
+    devices.clear()  # the trial at construction
     trainer.train()
-    assert devices == ["cpu"] * 4 * 2  # four steps of two batches
+    assert devices == ["cpu"] * 2  # two batches
     elsewhere = dataclasses.replace(trainer.rollout, advantages=trainer.rollout.advantages.to("meta"))
     batch = elsewhere.transition([0, 5], step=1, on_policy=True)
     assert {batch.latents.device.type, batch.next_latents.device.type, batch.log_probs.device.type} == {"meta"}
+
+
+def test_a_state_that_two_steps_share_is_one_tensor_on_another_device_too(make_config):
+    """ "meta" stands for the GPU: all else on the CPU is moved by doing nothing."""
+    trainer = DDPOTrainer(make_config(), brightness, PROMPTS, tiny_pipeline())
+    trainer.train()
+    moved = steps_to(trainer.rollout.batches[0].steps, "meta")
+    states = [tensor for step in moved.values() for tensor in (step.latents, step.next_latents)]
+    assert {tensor.device.type for tensor in states} == {"meta"}
+    assert len({id(tensor) for tensor in states}) == 4 + 1  # of four steps
+
+
+@pytest.mark.parametrize("one_pass", [None, False])
+def test_the_rollout_before_is_gone_when_the_next_is_sampled(make_config, monkeypatch, one_pass):
+    begun: list[weakref.ref[Any]] = []
+    alive = []
+    sample = RolloutLoader._sample
+
+    def counted(loader: RolloutLoader, *args: Any) -> Any:
+        gc.collect()
+        alive.append([reference() is not None for reference in begun])
+        batches, pending = sample(loader, *args)
+        begun.extend(weakref.ref(batch) for batch in batches)
+        return batches, pending
+
+    monkeypatch.setattr(RolloutLoader, "_sample", counted)
+    config = make_config(one_pass=one_pass, num_train_epochs=3, log_images_rounds=1, save_strategy="epoch")
+    trainer = DDPOTrainer(config, brightness, PROMPTS, tiny_pipeline())
+    trainer.train()
+    assert alive == [[], [False] * 2, [False] * 4]
+    assert len(trainer.rollout.batches) == 2  # the last one is there to be looked at
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_the_trial_at_construction_has_no_more_samples_than_a_batch(make_config, batch_size):
+    rows: list[int] = []
+    scored: list[int] = []
+    decoded: list[int] = []
+    autocast: set[bool] = set()
+    pipeline = tiny_pipeline()
+
+    def noted(module: Any, inputs: Any) -> None:
+        rows.append(len(inputs[0]))
+        autocast.add(torch.is_autocast_enabled("cpu"))
+
+    def reward(images: torch.Tensor, prompts: Any, metadata: Any) -> torch.Tensor:
+        scored.append(len(images))
+        return brightness(images, prompts, metadata)
+
+    pipeline.unet.register_forward_pre_hook(noted)
+    pipeline.vae.decoder.register_forward_pre_hook(lambda module, inputs: decoded.append(len(inputs[0])))
+    sizes = {"per_device_sample_batch_size": batch_size, "per_device_train_batch_size": batch_size}
+    trainer = DDPOTrainer(make_config(one_pass=None, bf16=True, **sizes), reward, PROMPTS, pipeline)
+    assert trainer.plan.one_pass
+    assert max(rows) == 2 * min(batch_size, 2)  # with guidance
+    assert scored == [min(batch_size, 2)] and decoded == [1]
+    assert autocast == {True}
+    trainer.train()
+
+
+@pytest.mark.parametrize("insisting", [None, True])
+def test_a_trial_that_runs_out_of_memory_means_two_passes_with_the_reason(make_config, monkeypatch, insisting):
+    pipeline = tiny_pipeline()
+    forward = pipeline.unet.forward
+
+    def full(*args: Any, **kwargs: Any) -> Any:
+        if torch.is_grad_enabled() and (insisting or not full.over):
+            full.over = True
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total of ...")
+        return forward(*args, **kwargs)
+
+    full.over = False
+    monkeypatch.setattr(pipeline.unet, "forward", full)
+    config = make_config(one_pass=insisting)
+    reason = "a step of 2 samples with gradients needs more memory than there is (CUDA out of memory. Tried to allocat"
+    if insisting:
+        with pytest.raises(ValueError, match=re.escape(f"one_pass is True, but {reason}")):
+            DDPOTrainer(config, brightness, PROMPTS, pipeline)
+        return
+    trainer = DDPOTrainer(config, brightness, PROMPTS, pipeline)
+    assert not trainer.plan.one_pass and reason in str(trainer.plan)
+    trainer.train()
+
+
+def test_one_pass_holds_no_outputs_of_layers_that_pytorch_would_not_hold(make_config):
+    """Those of LoRA's second factor, which are as wide as the layer, are added to the layer's own and gone."""
+    outputs: list[weakref.ref[Any]] = []
+    alive: list[int] = []
+    policy = DDPOTrainer(make_config(), brightness, PROMPTS, tiny_pipeline())._policy
+    layers = trained_layers(policy.denoiser)
+    watch = Watch(layers, lambda call, grad: alive.append(sum(one() is not None for one in outputs)))
+
+    def remember(module: Any, inputs: Any, output: torch.Tensor) -> None:
+        outputs.append(weakref.ref(output))
+
+    context = policy.context(PROMPTS[:2], [{}] * 2, [0, 1])
+    with watch.watching():
+        wide = [layer for layer in layers if layer.out_features > layer.in_features]
+        hooks = [layer.register_forward_hook(remember) for layer in wide]
+        policy.differentiate(context, 0, lambda log_probs: watch.backward(log_probs.sum()) and None)
+        for hook in hooks:
+            hook.remove()
+    assert len(alive) > 10  # calls that a gradient reached
+    assert len(outputs) == len(layers) / 2
+    assert max(alive) <= 1
+
+
+def moved_parts(pipeline: Any) -> list[str]:
+    """Names of the pipeline's networks, as they are moved."""
+    moves: list[str] = []
+    for name in ("text_encoder", "unet"):
+        module = pipeline.components[name]
+
+        def to(*args: Any, own: Any = module, to: Any = module.to, name: str = name) -> Any:
+            moves.append(name)
+            to(*args)
+            return own
+
+        module.to = to
+    return moves
+
+
+def test_offloaded_text_encoders_come_and_go_before_the_denoiser_with_all_known_prompts(make_config):
+    pipeline = tiny_pipeline()
+    moves = moved_parts(pipeline)
+    config = make_config(offload_text_encoders=True, num_train_epochs=2)
+    trainer = DDPOTrainer(config, brightness, PROMPTS, pipeline, eval_prompts=["cow"])
+    assert moves[: moves.index("unet")] == ["text_encoder"] * 3  # to the CPU, to the device, back
+    assert "text_encoder" not in moves[3:]
+    del moves[:]
+    trainer.train()
+    trainer.generate_samples()
+    assert "text_encoder" not in moves
+
+
+def test_offloaded_text_encoders_come_once_a_round_for_prompts_that_are_new(make_config):
+    pipeline = tiny_pipeline()
+    numbers = itertools.count()
+    config = make_config(offload_text_encoders=True, num_train_epochs=2)
+    trainer = DDPOTrainer(config, brightness, lambda: (f"cat {next(numbers)}", {}), pipeline)
+    moves = moved_parts(pipeline)
+    trainer.train()
+    assert moves.count("text_encoder") == 2 * 2  # there and back, for eight prompts in two batches
 
 
 def test_the_autoencoder_is_at_hand_only_while_images_are_made(make_config):
@@ -122,6 +272,41 @@ def test_the_plan_states_the_memory_of_a_round(make_config, settings):
     ]
     assert trainer.plan.rollout_bytes == storage_bytes(states)
     assert "memory of the recorded steps" in str(trainer.plan)
+
+
+@pytest.mark.parametrize("one_pass", [None, False])
+def test_the_plan_counts_what_is_held_once_a_round_is_sampled(make_config, monkeypatch, one_pass):
+    """All tensors that are alive then and were not at the start, whoever holds them."""
+    trainer = DDPOTrainer(make_config(one_pass=one_pass), brightness, PROMPTS, tiny_pipeline())
+    encoder = trainer._policy.policy_pipeline.encode_prompt
+    encoder._cache = EmbeddingCache()  # without the first prompt of the trial
+    encoder._present.clear()
+    encoder.last = None
+    before = set(storages())
+    held = []
+    start = DDPOTrainer._start_optimising
+
+    def measured(self: DDPOTrainer, rollout: Any) -> None:
+        encoder.last = None  # one batch, joined: it is where the denoiser is
+        start(self, rollout)
+        held.append(sum(size for place, size in storages().items() if place not in before))
+
+    monkeypatch.setattr(DDPOTrainer, "_start_optimising", measured)
+    trainer.train()
+    plan = trainer.plan
+    stated = plan.rollout_bytes + plan.images_bytes
+    assert plan.images_bytes == storage_bytes([batch.images for batch in trainer.rollout.batches])
+    embeddings = 4 * 12 * 16 * 4  # three prompts and the negative one, of 12 tokens, float32
+    assert plan.embeddings_bytes == 8 * 2 * embeddings / 4  # up to: eight prompts with a negative one each
+    assert stated + embeddings <= held[0] < 1.1 * (stated + embeddings)  # log-probabilities, rewards
+    assert f"{plan.images_bytes / 2**20:.3g} MiB" in str(plan)
+
+
+def storages() -> dict[int, int]:
+    """Sizes by place of what all tensors are in."""
+    gc.collect()
+    tensors = [one for one in gc.get_objects() if isinstance(one, torch.Tensor)]
+    return {one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in tensors}
 
 
 def test_an_8_bit_optimizer_trains_and_resumes_to_the_bit(make_config, tmp_path):

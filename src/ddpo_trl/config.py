@@ -85,7 +85,8 @@ class DDPOConfig(TrainingArguments):
             Arguments of the pipeline's `__call__` that differ between samples, such as `image` for image-to-image:
             metadata entries of these names are handed over as lists.
         offload_text_encoders (`bool`, *optional*, defaults to `False`):
-            Whether the text encoders stay in CPU memory and go to the GPU only while there are prompts to encode.
+            Whether the text encoders stay in CPU memory and go to the GPU only while there are prompts to encode:
+            before the denoiser does for those that are known by then, later once a round for those that are new.
         offload_vae (`bool`, *optional*, defaults to `False`):
             Whether the autoencoder stays in CPU memory and goes to the GPU only while images are made.
         vae_slicing (`bool`, *optional*, defaults to `False`):
@@ -94,7 +95,8 @@ class DDPOConfig(TrainingArguments):
             Whether it decodes tiles of large images, as `pipeline.vae.enable_tiling()` makes it do. Overlaps are
             blended, so that images differ a little.
         offload_rollout (`bool`, *optional*, defaults to `False`):
-            Whether the recorded steps of a round wait in CPU memory and go to the GPU one micro-batch at a time.
+            Whether the recorded steps of a round, or in one pass its gradients, wait in CPU memory; steps go to the
+            GPU one micro-batch at a time.
         per_device_sample_batch_size (`int`, *optional*, defaults to `4`):
             Images sampled at once on one process.
         num_sample_batches (`int`, *optional*, defaults to `8`):
@@ -148,7 +150,8 @@ class DDPOConfig(TrainingArguments):
             afterwards: no step is run a second time, and no trajectory is kept, but a gradient for each sample of the
             round. It is the same gradient. `None` does so where it is exact and possible: with one update per round
             (`"sf"`, or `"is"` whose ratios then are 1), without KL, checkpointing, fp16 or sharding, on linear layers
-            and convolutions; the batch plan at the start says why not. `True` makes that an error.
+            and convolutions, where memory is enough on all processes; the batch plan at the start says why not.
+            `True` makes that an error.
         target_kl (`float`, *optional*):
             Ends a round's updates at the first one that finds the policy farther than this from the one that sampled
             the round: by `policy/approxkl_avg`, ½·(log r)², averaged over the update's micro-batches and over

@@ -76,6 +76,11 @@ class EmbeddingCache:
     def __len__(self) -> int:
         return len(self._entries)
 
+    @property
+    def is_full(self) -> bool:
+        """Whether another embedding of the largest size would be too much."""
+        return self._bytes + self.largest > MAX_CACHED_BYTES
+
     def touch(self, key: Hashable) -> None:
         """Makes an embedding the last used one."""
         self._entries.move_to_end(key)
@@ -118,6 +123,10 @@ def text_encoders(pipeline: DiffusionPipeline) -> dict[str, nn.Module]:
     }
 
 
+class OnlyInPlace(Exception):
+    """A pipeline encodes prompts on the device that it is on, and on no other."""
+
+
 class PromptEncoder:
     """
     A pipeline's `encode_prompt` that encodes every prompt once and by itself.
@@ -143,6 +152,8 @@ class PromptEncoder:
         self.pipeline = pipeline
         self.encoders = text_encoders(pipeline)
         self.offload = offload
+        self._ahead: torch.device | None = None
+        self._stays = False
         self._cache = EmbeddingCache()
         self._present: dict[Hashable, Any] = {}  # those of the last batch: steps of the same samples come in a row
         self._ragged_example: Any = None  # what encode_prompt returns for prompts of different lengths
@@ -155,10 +166,18 @@ class PromptEncoder:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the pipeline calls in place of its `encode_prompt`."""
         self.last = self._embeddings(*args, **kwargs)
-        return self.last
+        if self._ahead is None:
+            return self.last
+        return recursively_apply(lambda tensor: tensor.to(self.pipeline.device), self.last)  # where it runs now
 
     def _embeddings(self, *args: Any, **kwargs: Any) -> Any:
-        calls = split_by_sample(self._signature.bind(*args, **kwargs))
+        bound = self._signature.bind(*args, **kwargs)
+        if self._ahead is not None:
+            if "device" not in self._signature.parameters and self._ahead != self.pipeline.device:
+                raise OnlyInPlace
+            if "device" in self._signature.parameters:
+                bound.arguments["device"] = self._ahead
+        calls = split_by_sample(bound)
         if calls is None:
             return self._encode([(args, kwargs)])[0]
         keys = [call_key(call) for call in calls]
@@ -201,14 +220,40 @@ class PromptEncoder:
     @contextmanager
     def _at_hand(self) -> Iterator[None]:
         """The text encoders are where the pipeline runs."""
-        if not self.offload:
+        if not self.offload or self._stays:
             yield
             return
-        self._move(self.pipeline.device)
+        self._move(self._ahead or self.pipeline.device)
+        self._stays = self._ahead is not None
         try:
             yield
         finally:
-            self._move("cpu")
+            if not self._stays:
+                self._move("cpu")
+
+    @contextmanager
+    def ahead(self, device: torch.device) -> Iterator[None]:
+        """
+        While the context is open, prompts are encoded for a pipeline that is going to run on `device`, wherever it is
+        by now, and text encoders that are needed come once.
+
+        Args:
+            device (`torch.device`):
+                As tensors there name it.
+        """
+        self._ahead = device
+        try:
+            yield
+        finally:
+            self._ahead = None
+            if self._stays:
+                self._stays = False
+                self._move("cpu")
+
+    @property
+    def is_full(self) -> bool:
+        """Whether what is encoded next may push out what was encoded before."""
+        return self._cache.is_full
 
     def _move(self, device: torch.device | str) -> None:
         for encoder in self.encoders.values():

@@ -21,7 +21,7 @@ from ddpo_trl.prompts import PromptPair, PromptSource
 from ddpo_trl.sample_gradients import TrainedLayer
 from ddpo_trl.scoring import PendingRewards, RewardScorer, first_problem
 from ddpo_trl.seeding import Stream, derived_seed, generator
-from ddpo_trl.types import Rollout, SampledBatch
+from ddpo_trl.types import Context, Rollout, SampledBatch
 
 
 logger = logging.getLogger(__name__)
@@ -161,12 +161,14 @@ class RolloutLoader:
         batches: list[SampledBatch] = []
         pending: list[PendingRewards] = []
         self.progress.sampling_begins(self.round, len(pairs))
-        for first in range(0, len(pairs), size):
+        firsts = range(0, len(pairs), size)
+        if self.policy.settings.offload_text_encoders:  # which come for a round at once, and not for every batch
+            with self.accelerator.autocast():
+                contexts = (self._context(pairs[first : first + size], first) for first in firsts)
+                self.policy.encode(contexts, self.policy.denoiser.device)
+        for first in firsts:
             prompts, metadata = zip(*pairs[first : first + size], strict=True)
-            # The index counts over all processes: the images of a round don't depend on how many there are.
-            offset = self.accelerator.process_index * self.plan.samples_per_process + first
-            seeds = [derived_seed(self.seed, Stream.SAMPLE, self.round, offset + row) for row in range(size)]
-            context = self.policy.context(prompts, metadata, seeds)
+            context = self._context(pairs[first : first + size], first)
             with self.accelerator.autocast():
                 if self.plan.one_pass:
                     batch = self.policy.sample_with_gradients(context, weights, self.gradient_layers, noisy)
@@ -180,6 +182,14 @@ class RolloutLoader:
             batches.append(dataclasses.replace(batch, images=batch.images.cpu()))
             self.progress.sampled(size, [self.scorer.total(scores.marked()) for scores in pending if scores.done()])
         return batches, pending
+
+    def _context(self, pairs: Sequence[PromptPair], first: int) -> Context:
+        """Of a batch whose samples are those from `first` on of this process."""
+        prompts, metadata = zip(*pairs, strict=True)
+        # The index counts over all processes: the images of a round don't depend on how many there are.
+        offset = self.accelerator.process_index * self.plan.samples_per_process + first
+        seeds = [derived_seed(self.seed, Stream.SAMPLE, self.round, offset + row) for row in range(len(pairs))]
+        return self.policy.context(prompts, metadata, seeds)
 
     def _own_share(self, values: Any) -> Any:
         """The part of a sequence over all processes' samples that belongs to this process."""

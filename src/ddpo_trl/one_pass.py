@@ -88,7 +88,8 @@ def _try_one_pass(
         message, _, _ = str(error).partition(". GPU")
     # Only now is the error gone, and with it the frames that hold the tensors.
     gc.collect()
-    torch.accelerator.empty_cache()
+    if torch.accelerator.is_available():
+        torch.accelerator.empty_cache()
     return {}, f"a step of {len(trial)} samples with gradients needs more memory than there is ({message})"
 
 

@@ -2,7 +2,7 @@
 
 import copy
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
@@ -13,6 +13,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 
 from ddpo_trl.conditions import SettingOwners, conditions, setting_owners, settings_in_use
 from ddpo_trl.config import DDPOConfig
+from ddpo_trl.encoding import OnlyInPlace, PromptEncoder
 from ddpo_trl.finite import check_weights
 from ddpo_trl.gaussian import kl_divergence, log_prob
 from ddpo_trl.lora import adapters_off, denoiser_name, describe_adapter, load_adapter, save_adapter
@@ -20,7 +21,7 @@ from ddpo_trl.pipelines import call_with_grad, check_call, policy_copy, quiet_co
 from ddpo_trl.plan import steps_in_range
 from ddpo_trl.processes import is_sharded
 from ddpo_trl.sample_gradients import SampleGradients, TrainedLayer
-from ddpo_trl.schedulers import DifferentiatedSampling, Replay, Sampling, StepReplayed, policy_scheduler
+from ddpo_trl.schedulers import BeforeSteps, DifferentiatedSampling, Replay, Sampling, StepReplayed, policy_scheduler
 from ddpo_trl.types import Conditions, Context, Gradients, SampledBatch, Step, steps_to
 
 
@@ -114,7 +115,7 @@ class Policy(nn.Module):
             self.pipeline.encode_prompt = self.policy_pipeline.encode_prompt
         self._reference_pipeline = self.policy_pipeline
         if adapter is None and config.kl_coef > 0:
-            frozen = copy.deepcopy(self.denoiser).requires_grad_(False)
+            frozen = copy.deepcopy(self.denoiser).requires_grad_(False).to(config.device)
             self._reference_pipeline = with_denoiser(self.policy_pipeline, frozen)
 
     def context(self, prompts: Sequence[str], metadata: Sequence[Any], seeds: Sequence[int]) -> Context:
@@ -165,6 +166,25 @@ class Policy(nn.Module):
         encoder = vars(self.policy_pipeline).get("encode_prompt")
         embedding_bytes = 0 if encoder is None else encoder.largest
         return Survey(self.scheduler.stds, latents[0].nbytes, embedding_bytes)
+
+    @torch.no_grad()
+    def encode(self, contexts: Iterable[Context], device: torch.device) -> None:
+        """
+        Has prompts encoded beforehand, as many as are going to be kept, so that offloaded text encoders come once.
+
+        Args:
+            contexts (`Iterable[~ddpo_trl.types.Context]`):
+                The batches.
+            device (`torch.device`):
+                Where the pipeline is going to run.
+        """
+        encoder: PromptEncoder = self.policy_pipeline.encode_prompt
+        with encoder.ahead(torch.empty(0, device=device).device):
+            for context in contexts:
+                if encoder.is_full:
+                    return
+                with self.scheduler.acting(BeforeSteps()), suppress(StepReplayed, OnlyInPlace):
+                    self._run(self.policy_pipeline, context, generator=seeded(context), output_type="latent")
 
     def describe(self) -> str:
         """One line about what is trained."""

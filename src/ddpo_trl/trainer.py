@@ -8,7 +8,7 @@ import os
 import textwrap
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -53,7 +53,7 @@ from ddpo_trl.scoring import RewardScorer, first_problem
 from ddpo_trl.seeding import Stream, derived_seed
 from ddpo_trl.target_kl import TargetKL
 from ddpo_trl.tracking import RunRecorder, fixed_prompts
-from ddpo_trl.types import Objective, RewardFunction, Rollout, Transition
+from ddpo_trl.types import Context, Objective, RewardFunction, Rollout, Transition
 
 
 logger = logging.get_logger(__name__)
@@ -61,6 +61,9 @@ logger = logging.get_logger(__name__)
 PROMPT_STATISTICS_NAME = "prompt_statistics.json"
 PROMPTS_NAME = "prompts.pt"
 PLAN_NAME = "batch_plan.json"
+
+# So many prompts of a list are encoded at construction, where text encoders are offloaded.
+MAX_PROMPTS_AHEAD = 1024
 
 
 class DDPOTrainer(Trainer):
@@ -170,9 +173,12 @@ class DDPOTrainer(Trainer):
         else:
             adapter = None
             freeze_all_but_denoiser(pipeline, peft_config)
-        move(pipeline, args.device, args)
         policy = Policy(pipeline, args, adapter)
         ((prompt, metadata),) = self._preview(1)
+        if args.offload_text_encoders:  # before the denoiser is beside them
+            with autocast(args):
+                policy.encode(self._known_prompts(policy), args.device)
+        move(pipeline, args.device, args)
         trial_size = min(TRIAL_SAMPLES, args.per_device_sample_batch_size)
         trial_seeds = [derived_seed(args.seed, Stream.EVALUATION, index) for index in range(trial_size)]
         trial = policy.context([prompt] * trial_size, [metadata] * trial_size, trial_seeds)
@@ -419,6 +425,17 @@ class DDPOTrainer(Trainer):
         if self.eval_prompts is not None and args.world_size > 1:
             given["eval_prompts"] = fingerprint(self.eval_prompts)
         check_alike(given)
+
+    def _known_prompts(self, policy: Policy) -> Iterator[Context]:
+        """Batches of the prompts that are known before training begins, those of the first rounds first."""
+        pairs = self._preview(1)
+        if isinstance(self.prompts, ShuffledPrompts) and not policy.input_names:  # these may be large
+            pairs = self._preview(min(len(self.prompts.pairs), MAX_PROMPTS_AHEAD))
+        own = list({prompt: (prompt, metadata) for prompt, metadata in [*pairs, *(self.eval_prompts or ())]}.values())
+        size = policy.settings.per_device_sample_batch_size
+        for first in range(0, len(own), size):
+            prompts, metadata = zip(*own[first : first + size], strict=True)
+            yield policy.context(prompts, metadata, range(len(prompts)))
 
     def _preview(self, count: int) -> list[PromptPair]:
         """The first prompts of a run that starts at round 0, those of the first process on all."""

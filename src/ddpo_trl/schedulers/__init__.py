@@ -2,6 +2,7 @@
 
 from ddpo_trl.schedulers.actions import (
     ActionSource,
+    BeforeSteps,
     DifferentiatedSampling,
     NoGradient,
     Replay,
@@ -14,6 +15,7 @@ from ddpo_trl.schedulers.policy import PolicyScheduler
 
 __all__ = [
     "ActionSource",
+    "BeforeSteps",
     "DifferentiatedSampling",
     "NoGradient",
     "PolicyScheduler",

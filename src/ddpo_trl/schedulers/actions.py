@@ -212,3 +212,13 @@ class Replay(ActionSource):
     def next_latents(self, index: int, latents: Tensor, mean: Tensor, std: float) -> Tensor:
         self.latents, self.mean, self.std = latents, mean, std
         raise StepReplayed
+
+
+class BeforeSteps(Replay):
+    """Has the pipeline leave when it asks for its timesteps: by then prompts are encoded, and nothing has been run."""
+
+    def __init__(self) -> None:
+        super().__init__(step=0)
+
+    def schedule(self, timesteps: Tensor, skipped: int) -> Tensor:
+        raise StepReplayed
