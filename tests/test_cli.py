@@ -1,5 +1,6 @@
 """The command line: help that fits a screen, answers of one line to mistakes, and commands that do what they say."""
 
+import argparse
 import dataclasses
 import inspect
 import json
@@ -393,7 +394,7 @@ def test_processes_that_could_not_join_are_refused_with_the_remedy(capsys, monke
 
 
 def test_several_processes_on_cpus_are_started_and_joined_without_mpi(monkeypatch):
-    started = []
+    started: list[argparse.Namespace] = []
     monkeypatch.setattr("ddpo_trl.cli.launch.launch_command", started.append)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "false")
     for flags in (["--num_processes", "2"], ["--num_processes", "2", "--cpu"]):

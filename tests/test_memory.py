@@ -126,15 +126,14 @@ def test_the_trial_at_construction_has_no_more_samples_than_a_batch(make_config,
 @pytest.mark.parametrize("insisting", [None, True])
 def test_a_trial_that_runs_out_of_memory_means_two_passes_with_the_reason(make_config, monkeypatch, insisting):
     pipeline = tiny_pipeline()
-    forward = pipeline.unet.forward
+    forward, failures = pipeline.unet.forward, []
 
     def full(*args: Any, **kwargs: Any) -> Any:
-        if torch.is_grad_enabled() and (insisting or not full.over):
-            full.over = True
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total of ...")
+        if torch.is_grad_enabled() and not failures:
+            failures.append("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total of ...")
+            raise torch.OutOfMemoryError(*failures)
         return forward(*args, **kwargs)
 
-    full.over = False
     monkeypatch.setattr(pipeline.unet, "forward", full)
     config = make_config(one_pass=insisting)
     reason = "a step of 2 samples with gradients needs more memory than there is (CUDA out of memory. Tried to allocat"
@@ -158,11 +157,14 @@ def test_one_pass_holds_no_outputs_of_layers_that_pytorch_would_not_hold(make_co
     def remember(module: Any, inputs: Any, output: torch.Tensor) -> None:
         outputs.append(weakref.ref(output))
 
+    def differentiate(log_probs: torch.Tensor) -> None:
+        watch.backward(log_probs.sum())
+
     context = policy.context(PROMPTS[:2], [{}] * 2, [0, 1])
     with watch.watching():
-        wide = [layer for layer in layers if layer.out_features > layer.in_features]
+        wide = [layer for layer in layers if layer.weight.shape[0] > layer.weight.shape[1]]
         hooks = [layer.register_forward_hook(remember) for layer in wide]
-        policy.differentiate(context, 0, lambda log_probs: watch.backward(log_probs.sum()) and None)
+        policy.differentiate(context, 0, differentiate)
         for hook in hooks:
             hook.remove()
     assert len(alive) > 10  # calls that a gradient reached

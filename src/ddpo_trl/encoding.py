@@ -124,7 +124,7 @@ def text_encoders(pipeline: DiffusionPipeline) -> dict[str, nn.Module]:
 
 
 class OnlyInPlace(Exception):
-    """A pipeline encodes prompts on the device that it is on, and on no other."""
+    """Prompts can't be encoded ahead: the pipeline does it where it is, or their embeddings are not kept."""
 
 
 class PromptEncoder:
@@ -152,7 +152,8 @@ class PromptEncoder:
         self.pipeline = pipeline
         self.encoders = text_encoders(pipeline)
         self.offload = offload
-        self._ahead: torch.device | None = None
+        self._ahead: torch.device | None = None  # where the pipeline is going to run,
+        self._here = torch.device("cpu")  # and where it runs while it is not there yet
         self._stays = False
         self._cache = EmbeddingCache()
         self._present: dict[Hashable, Any] = {}  # those of the last batch: steps of the same samples come in a row
@@ -168,16 +169,15 @@ class PromptEncoder:
         self.last = self._embeddings(*args, **kwargs)
         if self._ahead is None:
             return self.last
-        return recursively_apply(lambda tensor: tensor.to(self.pipeline.device), self.last)  # where it runs now
+        return recursively_apply(lambda tensor: tensor.to(self._here), self.last)
 
     def _embeddings(self, *args: Any, **kwargs: Any) -> Any:
         bound = self._signature.bind(*args, **kwargs)
-        if self._ahead is not None:
-            if "device" not in self._signature.parameters and self._ahead != self.pipeline.device:
-                raise OnlyInPlace
-            if "device" in self._signature.parameters:
-                bound.arguments["device"] = self._ahead
+        if self._ahead is not None and "device" in self._signature.parameters:
+            bound.arguments["device"] = self._ahead
         calls = split_by_sample(bound)
+        if self._ahead not in (None, self._here) and (calls is None or "device" not in bound.arguments):
+            raise OnlyInPlace
         if calls is None:
             return self._encode([(args, kwargs)])[0]
         keys = [call_key(call) for call in calls]
@@ -241,7 +241,7 @@ class PromptEncoder:
             device (`torch.device`):
                 As tensors there name it.
         """
-        self._ahead = device
+        self._ahead, self._here = device, self.pipeline.device
         try:
             yield
         finally:

@@ -153,8 +153,8 @@ def layers_of_samples(policy: Policy, trial: Context, step: int) -> dict[Trained
     layouts = dict.fromkeys(layers, 1)
     if len(trial) == TRIAL_SAMPLES:
         first, second = (each.rows for each in tries)
-        for index in first.keys() & second.keys():  # else no gradient ever gets there
-            (layer, of_first), (_, of_second) = first[index], second[index]
+        for number in first.keys() & second.keys():  # else no gradient ever gets there
+            (layer, of_first), (_, of_second) = first[number], second[number]
             layouts[layer] = row_layout(of_first, of_second)
     return layouts
 
@@ -165,7 +165,7 @@ class _Differentiated(NamedTuple):
 
     Args:
         rows (`dict[int, tuple[torch.nn.Module, torch.Tensor]]`):
-            By the index of a layer's call, the layer and the rows of its outputs that the gradient reaches.
+            By the number of a layer's call, the layer and the rows of its outputs that the gradient reaches.
         missed (`float`):
             Squared distance of what the rows' products add up to from PyTorch's gradient of the weights.
         size (`float`):
@@ -181,11 +181,13 @@ def _differentiated(
     policy: Policy, trial: Context, step: int, layers: Sequence[TrainedLayer], sample: int
 ) -> _Differentiated:
     rows: dict[int, tuple[TrainedLayer, Tensor]] = {}
-    sums = {weight: torch.zeros_like(weight, dtype=torch.float32) for weight in trained_weights(layers)}
+    sums: dict[Tensor, Tensor] = {
+        weight: torch.zeros_like(weight, dtype=torch.float32) for weight in trained_weights(layers)
+    }
     expected: list[Tensor | None] = []
 
     def take(call: Call, grad: Tensor) -> None:
-        rows[call.index] = call.layer, reached_rows(grad)
+        rows[call.number] = call.layer, reached_rows(grad)
         for weight, gradient in weight_gradients(call.layer, call.inputs, grad).items():
             sums[weight] += gradient.sum(0)
 

@@ -22,7 +22,7 @@ class Call(NamedTuple):
     One call of a layer in a forward pass.
 
     Args:
-        index (`int`):
+        number (`int`):
             How many calls of watched layers came before it in this forward pass.
         layer (`torch.nn.Linear` or `torch.nn.Conv2d`):
             The layer.
@@ -31,7 +31,7 @@ class Call(NamedTuple):
             a sample has several frames.
     """
 
-    index: int
+    number: int
     layer: TrainedLayer
     inputs: Tensor
 

@@ -364,7 +364,7 @@ class DDPOTrainer(Trainer):
 
     def _forget_rollout(self) -> None:
         self.recorder.rollout = None
-        vars(self).pop("rollout", None)
+        self.__dict__.pop("rollout", None)
 
     def _start_optimising(self, rollout: Rollout) -> None:
         self.rollout = self.recorder.rollout = rollout
