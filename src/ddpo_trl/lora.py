@@ -353,8 +353,8 @@ def freeze_all_but_denoiser(pipeline: DiffusionPipeline, peft_config: PeftConfig
         known = type(denoiser).from_config(denoiser.config).state_dict().keys()
     if unknown := [key for key in denoiser.state_dict() if key not in known]:
         raise ValueError(
-            f"use_lora is False, but pipeline.{name} has weights that are not in its config, such as {unknown[0]}. "
-            "They would not be loaded again. Take away what was added to it, such as an IP-Adapter with "
+            f"use_lora is False, but pipeline.{name} has weights that its config does not have, such as {unknown[0]}: "
+            "they would not be loaded again. Take away what was added to it, such as an IP-Adapter with "
             "`pipeline.unload_ip_adapter()`, or train a LoRA adapter."
         )
     for component_name, component in pipeline.components.items():
