@@ -22,7 +22,7 @@ learning: $(READY)  ## the slow proof that the demo learns, and that its control
 package: $(READY)  ## installs the wheel in a new environment outside the tree and trains there; and in two processes
 	$(BIN)/pytest -q -m slow tests/test_packaging.py tests/test_cli.py
 
-torture: $(READY)  ## kills a run 30 times at random moments; last line is survived N/N
+torture: $(READY)  ## kills runs of one pass and of two 30 times; last line is survived N/N
 	TRANSFORMERS_VERBOSITY=error $(BIN)/python tests/torture.py
 
 conformance: $(READY)  ## the table of pipelines and checks, into docs/conformance.md; last line is passed/total
