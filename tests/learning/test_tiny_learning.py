@@ -73,7 +73,31 @@ def gain(make_config, sign: int, shuffle: bool = False, **settings: Any) -> Gain
     return Gain(gains.mean().item(), gains.std().item() / math.sqrt(len(gains)), logs)
 
 
-@pytest.mark.parametrize("loss_type, sign", [("is", +1), ("is", -1), ("sf", +1)])
+# Four updates per round: ratios leave 1, and clipping acts on some transitions and not on most.
+OFF_POLICY = {"num_mini_batches": 4, "cliprange": 0.02, "num_train_epochs": 12}
+
+
+def assert_clipping_acts(logs: list[dict[str, float]]) -> None:
+    assert len(logs) == OFF_POLICY["num_train_epochs"]
+    for log in logs:
+        assert log["policy/approxkl_avg"] > 5e-6  # half of the mean square of log r: |r − 1| is above 0.003
+        assert 0.001 < log["policy/clipfrac_avg"] < 0.5
+
+
+def test_importance_sampling_learns_in_several_updates_per_round(make_config):
+    learned = gain(make_config, +1, **OFF_POLICY)
+    assert_clipping_acts(learned.logs)
+    assert learned.is_learning()
+
+
+def test_shuffled_rewards_teach_nothing_in_several_updates_per_round(make_config):
+    control = gain(make_config, +1, shuffle=True, **OFF_POLICY)
+    assert_clipping_acts(control.logs)
+    assert not control.is_learning()
+    assert abs(control.mean) < LEAST_GAIN
+
+
+@pytest.mark.parametrize("loss_type, sign", [("is", -1), ("sf", +1)])
 def test_training_moves_brightness_in_the_direction_of_the_reward(make_config, loss_type, sign):
     assert gain(make_config, sign, loss_type=loss_type).is_learning()
 
