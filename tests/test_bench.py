@@ -222,7 +222,7 @@ def test_a_round_that_does_other_work_than_it_is_timed_for_is_an_error():
 
 @pytest.mark.parametrize("error", [Disagreement("embeddings differ"), RuntimeError("a side has ended")], ids=str)
 def test_bench_fails_and_writes_nothing(tmp_path, monkeypatch, error):
-    def compare(cases: list[str], repeats: int) -> None:
+    def compare(cases: dict[str, Case], repeats: int) -> None:
         raise error
 
     monkeypatch.setattr(bench, "compare", compare)
