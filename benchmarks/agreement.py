@@ -52,7 +52,7 @@ def require_close(what: str, ours: Mapping[str, Tensor], theirs: Mapping[str, Te
 
     Args:
         what (`str`):
-            What they are, in plural, for the message.
+            Plural noun for the message.
         ours, theirs (`Mapping[str, torch.Tensor]`):
             Tensors by name.
 
@@ -71,8 +71,8 @@ def require_close(what: str, ours: Mapping[str, Tensor], theirs: Mapping[str, Te
     relative = difference / size if size else math.inf
     if not relative <= ROUNDING:
         raise Disagreement(
-            f"The comparison is not valid: {what} of ddpo_trl differ from TRL's by {relative:.1e} of their size, and "
-            f"rounding explains {ROUNDING:.0e}."
+            f"The comparison is not valid: the two sides' {what} differ by {relative:.1e} of their size, and rounding "
+            f"explains {ROUNDING:.0e}."
         )
     return relative
 
@@ -249,7 +249,7 @@ def replay(policy: Any, sizes: Case, theirs: TheirRound) -> tuple[dict[str, Tens
 def one_pass_difference(case: str) -> float:
     """Difference of the gradient that one pass takes from that of two passes."""
     gradients = {one_pass: our_gradient(case, one_pass) for one_pass in (True, False)}
-    return require_close("gradients of one pass and of two passes", gradients[True], gradients[False])
+    return require_close("gradients (one pass and two passes of ddpo_trl)", gradients[True], gradients[False])
 
 
 def our_gradient(case: str, one_pass: bool) -> dict[str, Tensor]:

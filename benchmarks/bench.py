@@ -28,7 +28,7 @@ from typing import Any, TextIO
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from agreement import Disagreement, check_sides
+from agreement import CHECKED, Disagreement, check_sides
 from environments import LOCK_FILES, TRL, install, locked, python_of
 from rounds import PROMPTS, ROOT, Child, machine, resident_bytes
 from sides import CASES, Case, load, our_trainer, their_trainer
@@ -79,7 +79,7 @@ class Turns:
         print(json.dumps({**seconds, **work, "MiB": (peak - self.resident) / 2**20}), file=self.answers, flush=True)
 
 
-def run_ours(case: str, one_pass: bool, rounds: int, turns: Turns) -> None:
+def run_ours(case: str, sizes: Case, one_pass: bool, rounds: int, turns: Turns) -> None:
     from transformers import TrainerCallback
 
     class Stopwatch(TrainerCallback):
@@ -93,13 +93,13 @@ def run_ours(case: str, one_pass: bool, rounds: int, turns: Turns) -> None:
             sampling = metrics["time/sampling"] + metrics["time/waiting_for_rewards"]
             turns.answer({"sampling": sampling, "training": total - sampling, "round": total})
 
-    trainer = our_trainer(case, CASES[case], rounds, [Stopwatch()], one_pass=one_pass)
+    trainer = our_trainer(case, sizes, rounds, [Stopwatch()], one_pass=one_pass)
     turns.ready(trainer.pipeline.unet)
     trainer.train()
 
 
-def run_theirs(case: str, rounds: int, turns: Turns) -> None:
-    trainer = their_trainer(case, CASES[case])
+def run_theirs(case: str, sizes: Case, rounds: int, turns: Turns) -> None:
+    trainer = their_trainer(case, sizes)
     generate, seconds = trainer._generate_samples, {}
 
     def timed(**sizes: int) -> Any:
@@ -118,11 +118,11 @@ def run_theirs(case: str, rounds: int, turns: Turns) -> None:
         turns.answer({"sampling": seconds["sampling"], "training": total - seconds["sampling"], "round": total})
 
 
-def run_floor(case: str, rounds: int, turns: Turns) -> None:
+def run_floor(case: str, sizes: Case, rounds: int, turns: Turns) -> None:
     """The denoiser with its adapter alone, on batches doubled by guidance."""
     from ddpo_trl.lora import put_on_adapter
 
-    pipeline, sizes = load(case), CASES[case]
+    pipeline = load(case)
     put_on_adapter(pipeline, None)
     with torch.no_grad():
         prompts = [PROMPTS[0]] * sizes.batch_size
@@ -144,10 +144,10 @@ def run_floor(case: str, rounds: int, turns: Turns) -> None:
         turns.answer({"sampling": sampled - start, "training": end - sampled, "round": end - start})
 
 
-RUNS: dict[str, Callable[[str, int, Turns], None]] = {
+RUNS: dict[str, Callable[[str, Case, int, Turns], None]] = {
     "TRL 0.23.1": run_theirs,
-    "two passes": lambda case, rounds, turns: run_ours(case, False, rounds, turns),
-    "one pass": lambda case, rounds, turns: run_ours(case, True, rounds, turns),
+    "two passes": lambda case, sizes, rounds, turns: run_ours(case, sizes, False, rounds, turns),
+    "one pass": lambda case, sizes, rounds, turns: run_ours(case, sizes, True, rounds, turns),
     "floor": run_floor,
 }
 
@@ -171,22 +171,24 @@ def require_work(run: str, sizes: Case, answer: dict[str, float]) -> None:
             raise Disagreement(f"The comparison is not valid: a round of {run} had {name}={found}, not {count}.")
 
 
-def command(case: str, run: str, rounds: int) -> list[str]:
+def command(case: str, sizes: Case, run: str, rounds: int) -> list[str]:
     """Command line of the process of a side."""
     python = python_of(TRL) if run == "TRL 0.23.1" else sys.executable
-    return [python, __file__, "--case", case, "--run", run, "--rounds", str(rounds)]
+    return [python, __file__, "--case", case, "--sizes", json.dumps(sizes), "--run", run, "--rounds", str(rounds)]
 
 
 # ---- The table ----
 
 
-def measure(case: str, repeats: int) -> dict[str, dict[str, list[float]]]:
+def measure(case: str, sizes: Case, repeats: int) -> dict[str, dict[str, list[float]]]:
     """
     Time rounds of all sides in turns.
 
     Args:
         case (`str`):
             Key of `CASES`.
+        sizes ([`~sides.Case`]):
+            Size of a round.
         repeats (`int`):
             Rounds of each process that count. Processes are started more than once, as some are slower than others.
 
@@ -198,7 +200,7 @@ def measure(case: str, repeats: int) -> dict[str, dict[str, list[float]]]:
     """
     figures: dict[str, dict[str, list[float]]] = {run: {} for run in RUNS}
     for session in range(SESSIONS):
-        children = {run: Child(command(case, run, repeats + 1)) for run in RUNS}
+        children = {run: Child(command(case, sizes, run, repeats + 1)) for run in RUNS}
         for child in children.values():
             child.answer()  # when it is ready
         for repeat in range(repeats + 1):
@@ -206,7 +208,7 @@ def measure(case: str, repeats: int) -> dict[str, dict[str, list[float]]]:
             for run, child in turns if (session + repeat) % 2 else reversed(turns):
                 child.ask()
                 answer = child.answer()
-                require_work(run, CASES[case], answer)
+                require_work(run, sizes, answer)
                 for name, value in answer.items() if repeat else ():  # the first is warm-up
                     figures[run].setdefault(name, []).append(value)
         for child in children.values():
@@ -234,11 +236,10 @@ def ratios(figures: dict[str, dict[str, list[float]]]) -> dict[str, list[float]]
     }
 
 
-def show(case: str, figures: dict[str, dict[str, list[float]]]) -> None:
+def show(sizes: Case, figures: dict[str, dict[str, list[float]]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    sizes = CASES[case]
     samples = sizes.batch_size * sizes.batches
     base = figures["TRL 0.23.1"]["round"]
     table = Table(title=f"{sizes.title}: {sizes.batches} batches of {sizes.batch_size}, {sizes.steps} steps")
@@ -261,8 +262,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--repeats", type=int, default=2, help="rounds of each process that count")
+    parser.add_argument("--small", action="store_true", help="rounds of 8 images in 3 steps, to try this command")
     parser.add_argument("--output", type=Path, default=ROOT / "outputs" / "bench.json")
     parser.add_argument("--case", choices=list(CASES), help=argparse.SUPPRESS)
+    parser.add_argument("--sizes", type=json.loads, help=argparse.SUPPRESS)
     parser.add_argument("--run", choices=list(RUNS), help=argparse.SUPPRESS)
     parser.add_argument("--rounds", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -270,37 +273,39 @@ def main() -> None:
         torch.manual_seed(0)
         turns = Turns(sys.stdout)
         with contextlib.redirect_stdout(io.StringIO()):  # Trainer prints its logs
-            return RUNS[arguments.run](arguments.case, arguments.rounds, turns)
+            return RUNS[arguments.run](arguments.case, Case(*arguments.sizes), arguments.rounds, turns)
     try:
-        results = compare(arguments.cases, arguments.repeats)
+        results = compare(
+            {case: (CHECKED if arguments.small else CASES)[case] for case in arguments.cases}, arguments.repeats
+        )
     except (Disagreement, RuntimeError) as error:
         raise SystemExit(str(error)) from error
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(json.dumps(results, indent=2) + "\n")
 
 
-def compare(cases: list[str], repeats: int) -> dict[str, Any]:
+def compare(cases: dict[str, Case], repeats: int) -> dict[str, Any]:
     """Measure all cases; the first one's figures are on top."""
     install(TRL)
     versions = locked(LOCK_FILES / f"{TRL}.txt")
     theirs = " ".join(f"{name}=={versions[name]}" for name in ("torch", "transformers", "diffusers", "peft"))
-    results = {case: run_case(case, repeats) for case in cases}
-    first = {name: value for name, value in results[cases[0]].items() if isinstance(value, float)}
+    results = {case: run_case(case, sizes, repeats) for case, sizes in cases.items()}
+    first = {name: value for name, value in next(iter(results.values())).items() if isinstance(value, float)}
     return {**first, "machine": {**machine(), "TRL's environment": theirs}, "cases": results}
 
 
-def run_case(case: str, repeats: int) -> dict[str, Any]:
+def run_case(case: str, sizes: Case, repeats: int) -> dict[str, Any]:
     """Check and measure a case, show it, and return what is kept of it."""
     medians = check_sides(case)
     for name, value in medians.items():
         print(f"{name:<30} {value:.1e}", flush=True)
-    figures = measure(case, repeats)
-    show(case, figures)
+    figures = measure(case, sizes, repeats)
+    show(sizes, figures)
     spreads = {}
     for name, values in ratios(figures).items():
         medians[name], spreads[name] = statistics.median(values), [min(values), max(values)]
         print(f"{name:<30} {medians[name]:.3f}  ({min(values):.3f} to {max(values):.3f})", flush=True)
-    return {**medians, "from_to": spreads, "size": CASES[case]._asdict(), "figures": figures}
+    return {**medians, "from_to": spreads, "size": sizes._asdict(), "figures": figures}
 
 
 if __name__ == "__main__":

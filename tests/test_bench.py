@@ -197,7 +197,7 @@ def test_a_round_like_ours_agrees(theirs):
         ("embeddings", other, "prompt embeddings"),
         ("image", lambda image: 1.001 * image, "decoded images"),
         ("samples", lambda batches: [{**b, "log_probs": b["log_probs"] + 1e-3} for b in batches], "log-probabilities"),
-        ("gradients", other, "gradients of ddpo_trl differ from TRL's"),
+        ("gradients", other, "the two sides' gradients differ"),
         ("gradients", lambda gradients: {name: -g for name, g in gradients.items()}, "gradients"),
     ],
 )
@@ -222,7 +222,7 @@ def test_a_round_that_does_other_work_than_it_is_timed_for_is_an_error():
 
 @pytest.mark.parametrize("error", [Disagreement("embeddings differ"), RuntimeError("a side has ended")], ids=str)
 def test_bench_fails_and_writes_nothing(tmp_path, monkeypatch, error):
-    def compare(cases: list[str], repeats: int) -> None:
+    def compare(cases: dict[str, Case], repeats: int) -> None:
         raise error
 
     monkeypatch.setattr(bench, "compare", compare)
