@@ -1,7 +1,8 @@
 """What the processes of a run hold together: results that are gathered, weights that are sharded (FSDP2)."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
+import torch
 from accelerate import Accelerator, DistributedType
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -75,3 +76,8 @@ def sharded_like(weights: Mapping[str, Tensor], model: Mapping[str, Tensor]) -> 
         else value
         for name, value in weights.items()
     }
+
+
+def on_any_process(accelerator: Accelerator, flags: Sequence[bool]) -> list[bool]:
+    """Of each flag, whether it is set on at least one process. All processes have to call it."""
+    return gather(accelerator, torch.tensor([flags], dtype=torch.uint8)).any(dim=0).tolist()

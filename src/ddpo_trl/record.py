@@ -29,6 +29,9 @@ BEFORE_AFTER_NAME = "before_after.png"
 SAMPLES_FOLDER = "samples"
 SAMPLES_NAME = "samples.json"
 
+# Of a run that is over, in its folder.
+RUN_FILES = [METRICS_NAME, ENVIRONMENT_NAME, REWARD_CURVE_NAME, BEFORE_AFTER_NAME, SAMPLES_FOLDER]
+
 Kind = Literal["fixed", "best", "median", "worst"]
 
 # In this order on a sheet.

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -24,11 +25,13 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, rotat
 from transformers.utils import logging
 from transformers.utils.hub import PushInProgress
 
-from ddpo_trl import advantages, checkpoints, hub
+from ddpo_trl import advantages, checkpoints, hub, record, resuming
+from ddpo_trl import optimizers as optimizers_  # the argument's name is Trainer's
+from ddpo_trl.boundary import RoundCallbacks, RoundSchedule, StopSignals, agree, end_round
 from ddpo_trl.callbacks import RoundProgress
-from ddpo_trl.checkpoints import CONFIG_NAME
+from ddpo_trl.checkpoints import CONFIG_NAME, PLAN_NAME
 from ddpo_trl.config import DDPOConfig
-from ddpo_trl.evaluation import EvaluationRounds, Evaluator, Samples, check_evaluation, reward_names
+from ddpo_trl.evaluation import Evaluator, Samples, check_evaluation, reward_names
 from ddpo_trl.guard import replay_problem
 from ddpo_trl.loader import RolloutLoader
 from ddpo_trl.lora import freeze_all_but_denoiser, put_on_adapter
@@ -39,7 +42,7 @@ from ddpo_trl.pipelines import move
 from ddpo_trl.plan import plan_batches
 from ddpo_trl.policy import Policy
 from ddpo_trl.processes import check_wrapping
-from ddpo_trl.prompts import PromptFunction, PromptPair, prompt_pairs, prompt_source
+from ddpo_trl.prompts import PromptFunction, PromptPair, fingerprint, prompt_pairs, prompt_source
 from ddpo_trl.sample_gradients import trained_weights
 from ddpo_trl.scoring import RewardScorer, first_problem
 from ddpo_trl.seeding import Stream, derived_seed
@@ -52,7 +55,6 @@ logger = logging.get_logger(__name__)
 
 PROMPT_STATISTICS_NAME = "prompt_statistics.json"
 PROMPTS_NAME = "prompts.pt"
-PLAN_NAME = "batch_plan.json"
 
 
 class DDPOTrainer(Trainer):
@@ -101,7 +103,10 @@ class DDPOTrainer(Trainer):
         callbacks (`list[~transformers.TrainerCallback]`, *optional*):
             Callbacks.
         optimizers (`tuple`, *optional*, defaults to `(None, None)`):
-            Optimizer and learning rate scheduler; AdamW and a constant rate by default.
+            Optimizer and learning rate scheduler; AdamW and a constant rate by default. The optimizer must hold the
+            trained parameters, so the pipeline must have its adapter before.
+        optimizer_cls_and_kwargs (`tuple`, *optional*):
+            Class and keyword arguments of an optimizer that is made for the trained parameters.
 
     Raises:
         `ValueError` or `TypeError`: For everything that can't be trained as asked, with the argument, its value and
@@ -138,6 +143,7 @@ class DDPOTrainer(Trainer):
         eval_reward_fns: RewardFunction | Sequence[RewardFunction] | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
     ):
         args = copy.copy(config)
         if args.n_gpu > 1:
@@ -176,9 +182,12 @@ class DDPOTrainer(Trainer):
             model=policy,
             args=args,
             eval_dataset=self.eval_prompts,
-            callbacks=[EvaluationRounds(args.eval_rounds, args.updates_per_round), *(callbacks or [])],
+            callbacks=[RoundSchedule(args.eval_rounds, args.save_rounds, args.updates_per_round), *(callbacks or [])],
             optimizers=optimizers,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
         )
+        optimizers_.check_given(optimizers[0], policy)
+        self.callback_handler: RoundCallbacks = RoundCallbacks(self.callback_handler, args.updates_per_round)
         check_wrapping(self.accelerator)
         if self.is_fsdp_enabled:
             # Autocast decides on precision, as in sampling. This would round recorded states and log-probabilities.
@@ -198,6 +207,9 @@ class DDPOTrainer(Trainer):
         self._target_kl = TargetKL(math.inf if args.target_kl is None else args.target_kl)
         self._warned_of_rounding = False
         self._staging: str | None = None  # where a checkpoint is being written
+        self._signals = StopSignals(args.stop_on_signal)
+        self._trained_in: str | None = None  # output_dir of an earlier call of `train`
+        self._own_optimizer = optimizers[0] is not None or optimizer_cls_and_kwargs is not None
         self._example_prompt = prompt
         self._try_reward_function(trial, metadata)
         fixed = fixed_prompts(args, self.eval_prompts, self.prompts, self.plan.prompts_per_round)
@@ -232,15 +244,35 @@ class DDPOTrainer(Trainer):
         Args:
             resume_from_checkpoint (`str` or `bool`, *optional*):
                 A checkpoint's folder; or `True` for the last one in `output_dir`, from the start if there is none: so
-                the same script can be started again whenever it was stopped.
+                the same script can be started again whenever it was stopped. `args.resume_from_checkpoint` by
+                default.
+
+        Raises:
+            `ValueError`: If there is no such checkpoint, if it can't be gone on from with these settings, or if
+                `output_dir` holds another run.
         """
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = checkpoints.last_checkpoint(self.args.output_dir)
-            if resume_from_checkpoint is None:
-                logger.warning(f"There is no checkpoint in {self.args.output_dir} to resume from: starting anew.")
+        if resume_from_checkpoint is None:
+            resume_from_checkpoint = self.args.resume_from_checkpoint
+        checkpoint = checkpoints.to_resume(resume_from_checkpoint, self.args.output_dir)
+        if resume_from_checkpoint is True and checkpoint is None:
+            logger.warning(f"There is no checkpoint in {self.args.output_dir} to resume from: starting anew.")
+        if self._trained_in != self.args.output_dir:
+            checkpoints.check_folder_is_free(self.args.output_dir, checkpoint)
+        if checkpoint is not None:
+            self._compare_with(checkpoint)
+        self._make_room(checkpoint)
         if self.is_world_process_zero() and not self.args.disable_tqdm:
             print(f"Batch plan\n{self.plan}\nTrained\n  {self._policy.describe()}")
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        with self._signals.handled():
+            return super().train(checkpoint, *args, **kwargs)
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """Inside a round this only logs: all else waits for its end, and is done there by all processes."""
+        act = functools.partial(super()._maybe_log_save_evaluate, *args, **kwargs)
+        if self.callback_handler.inside:
+            act()
+        else:
+            end_round(self, self.callback_handler, self._signals, act)
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
@@ -470,6 +502,17 @@ class DDPOTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        metrics = super()._evaluate(*args, **kwargs)
+        agree(self, self._signals)  # before it is saved: a callback may have ended training, on one process
+        return metrics
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        is_best = super()._determine_best_metric(metrics, trial)
+        if is_best and self.args.load_best_model_at_end:  # whatever save_rounds says
+            self.control.should_save = True
+        return is_best
+
     @property
     def _evaluator(self) -> Evaluator:
         return Evaluator(
@@ -541,9 +584,7 @@ class DDPOTrainer(Trainer):
         self.accelerator.wait_for_everyone()  # all have written their part
         if self.args.should_save:
             checkpoints.publish(staged, final)
-            rotate_checkpoints(
-                run_directory, self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True
-            )
+            rotate_checkpoints(run_directory, self.args.save_total_limit, self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()
         if self.args.push_to_hub:
             self._push_from_checkpoint(final)
@@ -553,6 +594,9 @@ class DDPOTrainer(Trainer):
         self.state.save_to_json(os.path.join(directory, TRAINER_STATE_NAME))  # with the final name of the best one
         with open(os.path.join(directory, PLAN_NAME), "w") as file:
             json.dump(dataclasses.asdict(self.plan), file)
+        run = {**self._what_is_run(), **self._optimizer_record(), **self.recorder.state_dict()}
+        with open(os.path.join(directory, resuming.RUN_NAME), "w") as file:
+            json.dump(run, file)
         torch.save(self.prompts.state_dict(), os.path.join(directory, PROMPTS_NAME))
         if self._prompt_statistics:
             with open(os.path.join(directory, PROMPT_STATISTICS_NAME), "w") as file:
@@ -564,23 +608,83 @@ class DDPOTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self._policy.load(resume_from_checkpoint)
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:  # here because all ways to wrap a model come by; DeepSpeed loads its own weights
-            self._load_round(checkpoint)
+    # ---- Resuming ----
 
-    def _load_round(self, checkpoint: str) -> None:
-        """Reads what [`_save_round`] wrote, and says what the resumed run does otherwise."""
-        with open(os.path.join(checkpoint, PLAN_NAME)) as file:
-            saved = json.load(file)
+    def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
+        scheduler = super().create_scheduler(*args, **kwargs)
+        self._hyperparameters = optimizers_.hyperparameters(self.optimizer)  # before a checkpoint's take their place
+        return scheduler
+
+    def _optimizer_record(self) -> dict[str, Any]:
+        return optimizers_.record(self.optimizer, self.lr_scheduler, self._hyperparameters)
+
+    @property
+    def _rewards(self) -> dict[str, float]:
+        """Weights of the reward functions, by name."""
+        return dict(zip(self.scorer.names, self.scorer.weights.tolist(), strict=True))
+
+    def _what_is_run(self) -> dict[str, Any]:
+        """Rewards and prompts, as a checkpoint holds them."""
+        return {
+            "rewards": self._rewards,
+            "prompts": self.prompts.fingerprint,
+            "eval_prompts": None if self.eval_prompts is None else fingerprint(self.eval_prompts),
+        }
+
+    def _compare_with(self, checkpoint: str) -> None:
+        """Says what the resumed run does otherwise, and refuses what can't be continued."""
+        saved = resuming.read(checkpoint)
         plan = json.loads(json.dumps(dataclasses.asdict(self.plan)))  # tuples as lists, as they were saved
-        for change in checkpoints.changes(saved, plan):
+        settings = resuming.with_plan(json.loads(self.args.to_json_string()), plan)
+        changes = [*resuming.setting_changes(saved.settings, settings, self._own_optimizer)]
+        if saved.run is None:
+            changes.append(f"it has no {resuming.RUN_NAME}: whether rewards and prompts are its own is not known.")
+        else:
+            changes += resuming.run_changes(saved.run, self._what_is_run(), self.args.resume_with_new_rewards)
+        for change in changes:
             logger.warning(f"Resuming from {checkpoint}: {change}")
+
+    def _make_room(self, checkpoint: str | None) -> None:
+        """Leaves in `output_dir` nothing that this run does not go on from."""
+        is_over = checkpoint is None and self._trained_in != self.args.output_dir
+        if self.is_world_process_zero():
+            done = checkpoints.make_room(self.args.output_dir, checkpoint, record.RUN_FILES if is_over else [])
+            if done:
+                logger.warning(done)
+        self._trained_in = self.args.output_dir
+        self.accelerator.wait_for_everyone()
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        run = resuming.read(checkpoint).run
+        if run is not None:
+            optimizers_.check_same(run, self._optimizer_record())
+        super()._load_optimizer_and_scheduler(checkpoint)
+        before = optimizers_.hyperparameters(self.optimizer) if run is None else run["groups"]
+        changes = optimizers_.keep_changed(self.optimizer, self.lr_scheduler, self._hyperparameters, before)
+        for change in changes if self._own_optimizer else []:  # else the settings' changes say it
+            logger.warning(f"Resuming from {checkpoint}: {change}")
+        self._load_round(checkpoint, run)  # here because all ways to wrap a model come by
+
+    def _load_round(self, checkpoint: str, run: dict[str, Any] | None) -> None:
+        """Reads what [`_save_round`] wrote."""
         prompts = torch.load(os.path.join(checkpoint, PROMPTS_NAME), weights_only=True)
         self.prompts.load_state_dict(prompts)
         if self._prompt_statistics:
-            self._load_prompt_statistics(os.path.join(checkpoint, PROMPT_STATISTICS_NAME))
+            self._load_prompt_statistics(os.path.join(checkpoint, PROMPT_STATISTICS_NAME), run)
+        self.recorder.load_state_dict(run or {"earlier_logs": [], "earlier_steps": 0})
         self._load_rng_state(checkpoint)  # Trainer does so in the next round, which a finished run does not have
+        self._find_best(checkpoint)
+
+    def _find_best(self, checkpoint: str) -> None:
+        """The best checkpoint is beside the one that is resumed, or none yet if another figure decides."""
+        saved = resuming.read(checkpoint).settings
+        state, args = self.state, self.args
+        if any(saved[name] != vars(args)[name] for name in ("metric_for_best_model", "greater_is_better")):
+            state.best_metric = state.best_global_step = state.best_model_checkpoint = None
+        elif moved := checkpoints.moved_best(checkpoint, state.best_global_step):
+            state.best_model_checkpoint = moved
 
     @property
     def _prompt_statistics(self) -> list[advantages.PromptStatistics]:
@@ -588,13 +692,14 @@ class DDPOTrainer(Trainer):
         normalizers = [self.normalize, *self.normalize_each]
         return [one for one in normalizers if isinstance(one, advantages.PromptStatistics)]
 
-    def _load_prompt_statistics(self, path: str) -> None:
+    def _load_prompt_statistics(self, path: str, run: dict[str, Any] | None) -> None:
         with open(path) as file:
             states = json.load(file)
-        if len(states) != len(self._prompt_statistics):
+        same_names = run is None or [*run["rewards"]] == self.scorer.names
+        same_sum = same_names and (run is None or bool(self.normalize_each) or run["rewards"] == self._rewards)
+        if len(states) != len(self._prompt_statistics) or not same_sum:
             logger.warning(
-                f"{path} has the remembered rewards of {len(states)} sums or reward functions, and this run has "
-                f"{len(self._prompt_statistics)}: they are forgotten."
+                f"The rewards remembered of each prompt in {path} are of other rewards: they are forgotten."
             )
             return
         for statistics, state in zip(self._prompt_statistics, states, strict=True):
@@ -703,7 +808,7 @@ class DDPOTrainer(Trainer):
                 tags=[*self._tag_names, *self._policy.model_tags, *given],
                 dataset_name=dataset_name,
                 rewards={
-                    **dict(zip(self.scorer.names, self.scorer.weights.tolist(), strict=True)),
+                    **self._rewards,
                     **dict.fromkeys(held_out),
                 },
                 log_history=self.state.log_history,

@@ -2,7 +2,14 @@
 
 from ddpo_trl.prompts.lists import animal_activities, common_animals, fill_template, imagenet_animals
 from ddpo_trl.prompts.loading import load_prompts
-from ddpo_trl.prompts.sources import PromptFunction, PromptPair, PromptSource, prompt_pairs, prompt_source
+from ddpo_trl.prompts.sources import (
+    PromptFunction,
+    PromptPair,
+    PromptSource,
+    fingerprint,
+    prompt_pairs,
+    prompt_source,
+)
 
 
 __all__ = [
@@ -12,6 +19,7 @@ __all__ = [
     "animal_activities",
     "common_animals",
     "fill_template",
+    "fingerprint",
     "imagenet_animals",
     "load_prompts",
     "prompt_pairs",
