@@ -16,8 +16,7 @@ LAYERS = [
     {"emoji", "importing", "processes", "trl_config"},
     {
         "advantages", "boundary", "callbacks", "checkpoints", "config", "encoding", "environment", "gaussian", "lora",
-        "optimizers", "plots",
-        "rewards", "sample_gradients", "seeding", "target_kl", "types", "workers",
+        "optimizers", "plots", "rewards", "sample_gradients", "seeding", "target_kl", "types", "workers",
     },
     {"conditions", "objectives", "plan", "prompts", "record", "resuming", "schedulers", "scoring"},
     {"pipelines", "report", "reward_server"},

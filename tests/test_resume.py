@@ -148,10 +148,11 @@ def test_resuming_without_a_checkpoint_starts_anew(tmp_path):
     ],
 )
 def test_resuming_with_other_sizes_works_and_says_what_is_no_longer_equal(tmp_path, monkeypatch, change, said):
-    kill_a_run.make_trainer(tmp_path, rounds=1).train()
+    constant = {"lr_scheduler_type": "constant"}
+    kill_a_run.make_trainer(tmp_path, rounds=1, **constant).train()
     warnings: list[str] = []
     monkeypatch.setattr("ddpo_trl.trainer.logger.warning", warnings.append)
-    trainer = kill_a_run.make_trainer(tmp_path, rounds=2, **change)
+    trainer = kill_a_run.make_trainer(tmp_path, rounds=2, **constant, **change)
     trainer.train(resume_from_checkpoint=True)
     assert trainer.state.global_step == 4
     assert all(any(sentence in warning for warning in warnings) for sentence in said)

@@ -29,7 +29,7 @@ def last_checkpoint(directory: str) -> str | None:
     return get_last_checkpoint(directory) if os.path.isdir(directory) else None
 
 
-def to_resume(asked: str | os.PathLike[str] | bool | None, output_dir: str) -> str | None:
+def to_resume(asked: str | os.PathLike[str] | bool | None, output_dir: str, own_folder: bool = False) -> str | None:
     """
     The checkpoint that a run goes on from, by what was asked for; `None` if it begins.
 
@@ -38,14 +38,18 @@ def to_resume(asked: str | os.PathLike[str] | bool | None, output_dir: str) -> s
             A checkpoint's folder, or `True` for the last one in `output_dir`, if there is one.
         output_dir (`str`):
             Of the run.
+        own_folder (`bool`, *optional*, defaults to `False`):
+            Whether checkpoints in it are the caller's own.
 
     Raises:
-        `ValueError`: If it is no checkpoint, or none that can be resumed.
+        `ValueError`: If it is no checkpoint, or none that can be resumed, or if `output_dir` holds another run.
     """
     checkpoint = last_checkpoint(output_dir) if asked is True else os.fspath(asked) if asked else None
     if checkpoint is not None:
         check_is_checkpoint(checkpoint)
         check_is_resumable(Path(checkpoint))
+    if not own_folder:
+        check_is_free(output_dir, checkpoint)
     return checkpoint
 
 
@@ -87,7 +91,7 @@ def check_is_resumable(checkpoint: Path) -> None:
         )
 
 
-def check_folder_is_free(output_dir: str, checkpoint: str | None) -> None:
+def check_is_free(output_dir: str, checkpoint: str | None) -> None:
     """Raises a `ValueError` if a run that goes on from `checkpoint`, or begins, would be mixed with another one."""
     last = last_checkpoint(output_dir)
     if last is None or (checkpoint is not None and os.path.samefile(os.path.dirname(checkpoint) or ".", output_dir)):

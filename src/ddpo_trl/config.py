@@ -211,6 +211,9 @@ class DDPOConfig(TrainingArguments):
             processes: what a cluster sends before it takes the machine away. A script that trains with
             `resume_from_checkpoint=True` goes on when it is started again. `[]`, or `none` on the command line, leaves
             signals alone.
+        restore_callback_states_from_checkpoint (`bool`, *optional*, defaults to `True`):
+            Whether a resumed run goes on with the state of callbacks that have one, such as the patience of
+            [`~transformers.EarlyStoppingCallback`].
         resume_with_new_rewards (`bool`, *optional*, defaults to `False`):
             Whether a run may be resumed with other reward functions than those of its checkpoint. Rewards remembered
             of each prompt are forgotten then.
@@ -228,6 +231,9 @@ class DDPOConfig(TrainingArguments):
     )
     save_strategy: str = field(
         default="epoch", metadata={"help": "When to save a checkpoint: 'epoch' (between rounds), 'best' or 'no'."}
+    )
+    restore_callback_states_from_checkpoint: bool = field(
+        default=True, metadata={"help": "Whether a resumed run goes on with the state of callbacks that have one."}
     )
     save_total_limit: int | None = field(default=3, metadata={"help": "Checkpoints that are kept."})
     logging_strategy: str = field(

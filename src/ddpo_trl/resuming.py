@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ddpo_trl.checkpoints import CONFIG_NAME, PLAN_NAME
+from transformers import TrainerState
+
+from ddpo_trl.checkpoints import CONFIG_NAME, PLAN_NAME, moved_best
 
 
 RUN_NAME = "run.json"  # what the settings don't tell: rewards, prompts, the optimizer
@@ -156,3 +158,22 @@ def run_changes(saved: Mapping[str, Any], current: Mapping[str, Any], new_reward
     for name in ("prompts", "eval_prompts"):
         if current[name] != saved[name]:
             yield f"The {name} are {current[name]} and were {saved[name]}: from here on this is another run."
+
+
+def find_best(state: TrainerState, checkpoint: str, saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
+    """
+    Corrects what a resumed run takes for its best checkpoint: a folder beside the one that is resumed, wherever both
+    were when they were written; none yet if another figure decides now.
+
+    Args:
+        state ([`~transformers.TrainerState`]):
+            As it was read from the checkpoint.
+        checkpoint (`str`):
+            Its folder.
+        saved, current (`Mapping[str, Any]`):
+            The settings of both runs.
+    """
+    if any(saved.get(name) != current[name] for name in ("metric_for_best_model", "greater_is_better")):
+        state.best_metric = state.best_global_step = state.best_model_checkpoint = None
+    elif moved := moved_best(checkpoint, state.best_global_step):
+        state.best_model_checkpoint = moved

@@ -175,6 +175,8 @@ class DDPOTrainer(Trainer):
         plan = plan_batches(args, *policy.survey(trial))
         self.plan, self._gradient_layers = choose_passes(args, policy, trial, plan)
         args.gradient_accumulation_steps = self.plan.micro_batches_per_update
+        if args.save_total_limit == 1 and args.metric_for_best_model is not None:
+            args.save_total_limit = 2  # at the end Trainer would delete the last one, which a stopped run goes on from
         if args.total_episodes is not None:
             args.num_train_epochs = self.plan.rounds_for(args.total_episodes)
 
@@ -248,18 +250,9 @@ class DDPOTrainer(Trainer):
                 default.
 
         Raises:
-            `ValueError`: If there is no such checkpoint, if it can't be gone on from with these settings, or if
-                `output_dir` holds another run.
+            `ValueError`: As [`~DDPOTrainer.checkpoint_to_resume`].
         """
-        if resume_from_checkpoint is None:
-            resume_from_checkpoint = self.args.resume_from_checkpoint
-        checkpoint = checkpoints.to_resume(resume_from_checkpoint, self.args.output_dir)
-        if resume_from_checkpoint is True and checkpoint is None:
-            logger.warning(f"There is no checkpoint in {self.args.output_dir} to resume from: starting anew.")
-        if self._trained_in != self.args.output_dir:
-            checkpoints.check_folder_is_free(self.args.output_dir, checkpoint)
-        if checkpoint is not None:
-            self._compare_with(checkpoint)
+        checkpoint = self.checkpoint_to_resume(resume_from_checkpoint)
         self._make_room(checkpoint)
         if self.is_world_process_zero() and not self.args.disable_tqdm:
             print(f"Batch plan\n{self.plan}\nTrained\n  {self._policy.describe()}")
@@ -631,8 +624,29 @@ class DDPOTrainer(Trainer):
             "eval_prompts": None if self.eval_prompts is None else fingerprint(self.eval_prompts),
         }
 
-    def _compare_with(self, checkpoint: str) -> None:
-        """Says what the resumed run does otherwise, and refuses what can't be continued."""
+    def checkpoint_to_resume(self, resume_from_checkpoint: str | bool | None = None) -> str | None:
+        """
+        The checkpoint that [`~DDPOTrainer.train`] goes on from; `None` if it begins.
+
+        Args:
+            resume_from_checkpoint (`str` or `bool`, *optional*):
+                As for [`~DDPOTrainer.train`].
+
+        Raises:
+            `ValueError`: If there is no such checkpoint, if it can't be gone on from with these settings, or if
+                `output_dir` holds another run.
+        """
+        directory = self.args.output_dir
+        asked = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
+        checkpoint = checkpoints.to_resume(asked, directory, own_folder=self._trained_in == directory)
+        if checkpoint is not None:
+            self._changes_since(checkpoint)
+        elif asked:
+            logger.warning(f"There is no checkpoint in {directory} to resume from: starting anew.")
+        return checkpoint
+
+    def _changes_since(self, checkpoint: str) -> list[str]:
+        """What the resumed run does otherwise, in words; an error if it can't be continued."""
         saved = resuming.read(checkpoint)
         plan = json.loads(json.dumps(dataclasses.asdict(self.plan)))  # tuples as lists, as they were saved
         settings = resuming.with_plan(json.loads(self.args.to_json_string()), plan)
@@ -641,8 +655,7 @@ class DDPOTrainer(Trainer):
             changes.append(f"it has no {resuming.RUN_NAME}: whether rewards and prompts are its own is not known.")
         else:
             changes += resuming.run_changes(saved.run, self._what_is_run(), self.args.resume_with_new_rewards)
-        for change in changes:
-            logger.warning(f"Resuming from {checkpoint}: {change}")
+        return changes
 
     def _make_room(self, checkpoint: str | None) -> None:
         """Leaves in `output_dir` nothing that this run does not go on from."""
@@ -663,28 +676,21 @@ class DDPOTrainer(Trainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         before = optimizers_.hyperparameters(self.optimizer) if run is None else run["groups"]
         changes = optimizers_.keep_changed(self.optimizer, self.lr_scheduler, self._hyperparameters, before)
-        for change in changes if self._own_optimizer else []:  # else the settings' changes say it
+        changes = changes if self._own_optimizer else []  # else the settings' changes say it
+        for change in [*self._changes_since(checkpoint), *changes]:
             logger.warning(f"Resuming from {checkpoint}: {change}")
-        self._load_round(checkpoint, run)  # here because all ways to wrap a model come by
+        self._load_round(checkpoint)  # here because all ways to wrap a model come by
 
-    def _load_round(self, checkpoint: str, run: dict[str, Any] | None) -> None:
+    def _load_round(self, checkpoint: str) -> None:
         """Reads what [`_save_round`] wrote."""
+        saved = resuming.read(checkpoint)
         prompts = torch.load(os.path.join(checkpoint, PROMPTS_NAME), weights_only=True)
         self.prompts.load_state_dict(prompts)
         if self._prompt_statistics:
-            self._load_prompt_statistics(os.path.join(checkpoint, PROMPT_STATISTICS_NAME), run)
-        self.recorder.load_state_dict(run or {"earlier_logs": [], "earlier_steps": 0})
+            self._load_prompt_statistics(os.path.join(checkpoint, PROMPT_STATISTICS_NAME), saved.run)
+        self.recorder.load_state_dict(saved.run or {"earlier_logs": [], "earlier_steps": 0})
+        resuming.find_best(self.state, checkpoint, saved.settings, vars(self.args))
         self._load_rng_state(checkpoint)  # Trainer does so in the next round, which a finished run does not have
-        self._find_best(checkpoint)
-
-    def _find_best(self, checkpoint: str) -> None:
-        """The best checkpoint is beside the one that is resumed, or none yet if another figure decides."""
-        saved = resuming.read(checkpoint).settings
-        state, args = self.state, self.args
-        if any(saved[name] != vars(args)[name] for name in ("metric_for_best_model", "greater_is_better")):
-            state.best_metric = state.best_global_step = state.best_model_checkpoint = None
-        elif moved := checkpoints.moved_best(checkpoint, state.best_global_step):
-            state.best_model_checkpoint = moved
 
     @property
     def _prompt_statistics(self) -> list[advantages.PromptStatistics]:
@@ -695,15 +701,19 @@ class DDPOTrainer(Trainer):
     def _load_prompt_statistics(self, path: str, run: dict[str, Any] | None) -> None:
         with open(path) as file:
             states = json.load(file)
-        same_names = run is None or [*run["rewards"]] == self.scorer.names
-        same_sum = same_names and (run is None or bool(self.normalize_each) or run["rewards"] == self._rewards)
-        if len(states) != len(self._prompt_statistics) or not same_sum:
+        own, before = self._rewards, self._rewards if run is None else run["rewards"]
+        if len(states) != len(self._prompt_statistics):
             logger.warning(
-                f"The rewards remembered of each prompt in {path} are of other rewards: they are forgotten."
+                f"{path} has the remembered rewards of {len(states)} sums or reward functions, and this run has "
+                f"{len(self._prompt_statistics)}: they are forgotten."
             )
-            return
-        for statistics, state in zip(self._prompt_statistics, states, strict=True):
-            statistics.load_state_dict(state)
+        elif [*own] != [*before] if self.normalize_each else own != before:
+            logger.warning(
+                f"{path} has the remembered rewards of {before}, and this run has {own}: they are forgotten."
+            )
+        else:
+            for statistics, state in zip(self._prompt_statistics, states, strict=True):
+                statistics.load_state_dict(state)
 
     def _load_best_model(self) -> None:
         self._policy.load(self.state.best_model_checkpoint)
