@@ -36,6 +36,17 @@ class Ask(TrainerCallback):
         setattr(self, event, answer)
 
 
+@pytest.fixture
+def light_config(make_config) -> Any:
+    """A round of two images and two steps."""
+
+    def make(**settings: Any) -> Any:
+        sizes = {"num_inference_steps": 2, "per_device_sample_batch_size": 2, "per_device_train_batch_size": 1}
+        return make_config(**{**sizes, "num_sample_batches": 1, **settings})
+
+    return make
+
+
 def trainer_of(config: Any, *callbacks: TrainerCallback) -> DDPOTrainer:
     """Callbacks come after all of the trainer's own."""
     trainer = DDPOTrainer(config, brightness, PROMPTS, tiny_pipeline(), eval_prompts=PROMPTS)
@@ -59,9 +70,9 @@ SELDOM = {"save_strategy": "epoch", "save_rounds": 5, "eval_strategy": "epoch", 
 
 
 @pytest.mark.parametrize("event", ["on_step_begin", "on_substep_end", "on_optimizer_step", "on_step_end"])
-def test_what_is_asked_for_inside_a_round_comes_at_its_end(make_config, tmp_path, caplog, event):
+def test_what_is_asked_for_inside_a_round_comes_at_its_end(light_config, tmp_path, caplog, event):
     """Asked for after the third of six steps; a round has two."""
-    config = make_config(num_mini_batches=2, num_train_epochs=3, **SELDOM)
+    config = light_config(num_mini_batches=2, num_train_epochs=3, **SELDOM)
     trainer = trainer_of(config, Ask(event, 3, *REQUESTS))
     with caplog.at_level("WARNING", logger="ddpo_trl"):
         trainer.train()
@@ -71,8 +82,8 @@ def test_what_is_asked_for_inside_a_round_comes_at_its_end(make_config, tmp_path
     assert len(said) == len(REQUESTS) and all(event in line and "when the round is over" in line for line in said)
 
 
-def test_a_request_at_the_last_step_of_a_round_is_granted_without_a_word(make_config, tmp_path, caplog):
-    trainer = trainer_of(make_config(num_train_epochs=3, one_pass=None, **SELDOM), Ask("on_step_end", 2, *REQUESTS))
+def test_a_request_at_the_last_step_of_a_round_is_granted_without_a_word(light_config, tmp_path, caplog):
+    trainer = trainer_of(light_config(num_train_epochs=3, one_pass=None, **SELDOM), Ask("on_step_end", 2, *REQUESTS))
     with caplog.at_level("WARNING", logger="ddpo_trl"):
         trainer.train()
     assert checkpoints(tmp_path / "run") == [2] and evaluated(trainer) == [2.0]
@@ -95,8 +106,8 @@ def test_a_run_that_a_callback_stops_inside_a_round_goes_on_as_if_it_had_not(tmp
 
 
 @pytest.mark.parametrize("event", ["on_epoch_end", "on_log", "on_save"])
-def test_the_last_round_is_evaluated_and_saved_whenever_a_callback_ends_the_run(make_config, tmp_path, event):
-    config = make_config(num_train_epochs=9, one_pass=None, **SELDOM)
+def test_the_last_round_is_evaluated_and_saved_whenever_a_callback_ends_the_run(light_config, tmp_path, event):
+    config = light_config(num_train_epochs=9, one_pass=None, **SELDOM)
     step = 2
     callbacks = [Ask("on_epoch_end", step, "should_save")] if event == "on_save" else []
     trainer = trainer_of(config, *callbacks, Ask(event, step, "should_training_stop"))
@@ -107,9 +118,9 @@ def test_the_last_round_is_evaluated_and_saved_whenever_a_callback_ends_the_run(
     assert [log["epoch"] for log in state["log_history"] if "eval_reward" in log] == [2.0]
 
 
-def test_the_round_after_which_patience_ends_is_saved_too(make_config, tmp_path):
+def test_the_round_after_which_patience_ends_is_saved_too(light_config, tmp_path):
     """Nothing changes at a learning rate of 0: the first evaluation is the best, then patience ends."""
-    config = make_config(
+    config = light_config(
         num_train_epochs=9, save_strategy="epoch", save_rounds=4, eval_strategy="epoch", learning_rate=0.0,
         metric_for_best_model="eval_reward", one_pass=None,
     )  # fmt: skip
@@ -118,9 +129,9 @@ def test_the_round_after_which_patience_ends_is_saved_too(make_config, tmp_path)
     assert checkpoints(tmp_path / "run") == [2]
 
 
-def test_patience_goes_on_where_it_stood_when_a_run_is_resumed(make_config):
+def test_patience_goes_on_where_it_stood_when_a_run_is_resumed(light_config):
     def trainer(*more: TrainerCallback) -> DDPOTrainer:
-        config = make_config(
+        config = light_config(
             num_train_epochs=9, save_strategy="epoch", eval_strategy="epoch", learning_rate=0.0,
             metric_for_best_model="eval_reward", one_pass=None,
         )  # fmt: skip
@@ -132,13 +143,13 @@ def test_patience_goes_on_where_it_stood_when_a_run_is_resumed(make_config):
     assert resumed.state.global_step == 3
 
 
-def test_a_checkpoint_comes_every_so_many_rounds_and_after_the_last(make_config, tmp_path):
-    trainer_of(make_config(num_train_epochs=5, save_strategy="epoch", save_rounds=2, one_pass=None)).train()
+def test_a_checkpoint_comes_every_so_many_rounds_and_after_the_last(light_config, tmp_path):
+    trainer_of(light_config(num_train_epochs=5, save_strategy="epoch", save_rounds=2, one_pass=None)).train()
     assert checkpoints(tmp_path / "run") == [2, 4, 5]
 
 
-def test_the_best_evaluated_round_is_saved_whatever_save_rounds_says(make_config, tmp_path):
-    config = make_config(
+def test_the_best_evaluated_round_is_saved_whatever_save_rounds_says(light_config, tmp_path):
+    config = light_config(
         num_train_epochs=4, save_strategy="epoch", save_rounds=4, eval_strategy="epoch", learning_rate=0.0,
         load_best_model_at_end=True, one_pass=None,
     )  # fmt: skip
@@ -148,8 +159,8 @@ def test_the_best_evaluated_round_is_saved_whatever_save_rounds_says(make_config
     assert trainer.state.best_model_checkpoint == str(tmp_path / "run" / "checkpoint-1")
 
 
-def test_a_long_run_keeps_three_checkpoints_by_default(make_config, tmp_path):
-    trainer_of(make_config(num_train_epochs=5, save_strategy="epoch", one_pass=None)).train()
+def test_a_long_run_keeps_three_checkpoints_by_default(light_config, tmp_path):
+    trainer_of(light_config(num_train_epochs=5, save_strategy="epoch", one_pass=None)).train()
     assert checkpoints(tmp_path / "run") == [3, 4, 5]
 
 
@@ -194,40 +205,40 @@ class Send(TrainerCallback):
             os.kill(os.getpid(), self.number)
 
 
-def test_a_signal_saves_where_only_the_best_is_saved_and_says_where_nothing_is(make_config, tmp_path, caplog):
+def test_a_signal_saves_where_only_the_best_is_saved_and_says_where_nothing_is(light_config, tmp_path, caplog):
     settings = {"num_train_epochs": 3, "stop_on_signal": ["SIGUSR1"], "one_pass": None}
     best = {"save_strategy": "best", "eval_strategy": "epoch", "eval_rounds": 2}
-    trainer_of(make_config(output_dir=str(tmp_path / "best"), **best, **settings), Send(signal.SIGUSR1)).train()
+    trainer_of(light_config(output_dir=str(tmp_path / "best"), **best, **settings), Send(signal.SIGUSR1)).train()
     assert checkpoints(tmp_path / "best") == [1]
     with caplog.at_level("WARNING", logger="ddpo_trl"):
-        trainer = trainer_of(make_config(**settings), Send(signal.SIGUSR1))
+        trainer = trainer_of(light_config(**settings), Send(signal.SIGUSR1))
         trainer.train()
     assert trainer.state.global_step == 1 and checkpoints(tmp_path / "run") == []
     said = "\n".join(record.getMessage() for record in caplog.records)
     assert "SIGUSR1 received" in said and "without a checkpoint, because save_strategy is 'no'" in said
 
 
-def test_a_signal_leaves_the_schedule_of_evaluations_as_it_is(make_config):
+def test_a_signal_leaves_the_schedule_of_evaluations_as_it_is(light_config):
     """The run is not over: an evaluation that was not due would be one more in the resumed run."""
-    trainer = trainer_of(make_config(num_train_epochs=3, **SELDOM), Send(signal.SIGTERM))
+    trainer = trainer_of(light_config(num_train_epochs=3, **SELDOM), Send(signal.SIGTERM))
     trainer.train()
     assert trainer.state.global_step == 1 and evaluated(trainer) == []
 
 
-def test_handlers_are_the_users_again_after_training_and_after_an_error(make_config):
+def test_handlers_are_the_users_again_after_training_and_after_an_error(light_config):
     def own(number, frame):
         raise AssertionError
 
     before = signal.signal(signal.SIGTERM, own)
     try:
-        trainer_of(make_config(one_pass=None)).train()
+        trainer_of(light_config(one_pass=None)).train()
         assert signal.getsignal(signal.SIGTERM) is own
-        broken = trainer_of(make_config(one_pass=None))
+        broken = trainer_of(light_config(one_pass=None))
         broken.scorer.functions = [lambda images, prompts, metadata: None]
         with pytest.raises(TypeError):
             broken.train()
         assert signal.getsignal(signal.SIGTERM) is own
-        trainer_of(make_config(stop_on_signal=["none"]), CheckHandler(own)).train()
+        trainer_of(light_config(stop_on_signal=["none"]), CheckHandler(own)).train()
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -240,8 +251,8 @@ class CheckHandler(TrainerCallback):
         assert signal.getsignal(signal.SIGTERM) is self.own
 
 
-def test_a_thread_trains_without_handlers(make_config):
-    trainer = trainer_of(make_config(one_pass=None))
+def test_a_thread_trains_without_handlers(light_config):
+    trainer = trainer_of(light_config(one_pass=None))
     thread = threading.Thread(target=trainer.train)
     thread.start()
     thread.join()

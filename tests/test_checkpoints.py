@@ -14,7 +14,10 @@ from ddpo_trl.report.reading import read_run
 
 
 PROMPTS = ["cat", "dog"]
-SHORT = {"save_strategy": "epoch", "one_pass": None, "num_sample_batches": 1}
+SHORT = {
+    "save_strategy": "epoch", "one_pass": None, "num_inference_steps": 2, "num_sample_batches": 1,
+    "per_device_sample_batch_size": 2, "per_device_train_batch_size": 2,
+}  # fmt: skip
 
 
 def trainer_of(config: Any) -> DDPOTrainer:
@@ -101,7 +104,7 @@ def test_a_run_that_begins_in_the_folder_of_another_is_refused_with_the_remedies
 
 def test_a_second_call_of_train_keeps_the_record_of_the_first(make_config, tmp_path):
     folder = tmp_path / "run"
-    settings = {"log_images_rounds": 1, "num_logged_images": 1, "save_strategy": "epoch", "one_pass": None}
+    settings = {**SHORT, "log_images_rounds": 1, "num_logged_images": 1}
     trainer = trainer_of(make_config(num_train_epochs=2, **settings))
     trainer.train()
     first = (folder / "metrics.csv").read_text()
