@@ -29,9 +29,6 @@ BEFORE_AFTER_NAME = "before_after.png"
 SAMPLES_FOLDER = "samples"
 SAMPLES_NAME = "samples.json"
 
-# Of a run that is over, in its folder.
-RUN_FILES = [METRICS_NAME, ENVIRONMENT_NAME, REWARD_CURVE_NAME, BEFORE_AFTER_NAME, SAMPLES_FOLDER]
-
 Kind = Literal["fixed", "best", "median", "worst"]
 
 # In this order on a sheet.
@@ -96,6 +93,14 @@ def frames(image: Tensor) -> list[Image.Image]:
 def valid(reward: float) -> float | None:
     """`None` in place of NaN, which stands for no valid reward and is no JSON."""
     return None if math.isnan(reward) else reward
+
+
+def run_files(directory: str | os.PathLike[str]) -> list[str]:
+    """Names of what a run has recorded in a folder; none if not even a round was logged."""
+    metrics = Path(directory, METRICS_NAME)
+    if not metrics.is_file() or len(metrics.read_text().splitlines()) < 2:
+        return []
+    return [METRICS_NAME, ENVIRONMENT_NAME, REWARD_CURVE_NAME, BEFORE_AFTER_NAME, SAMPLES_FOLDER]
 
 
 # ---- Figures ----

@@ -80,8 +80,9 @@ class SavedRun:
 def read(checkpoint: str) -> SavedRun:
     """Reads what a checkpoint says of its run."""
     config, plan, run = (Path(checkpoint, name) for name in (CONFIG_NAME, PLAN_NAME, RUN_NAME))
+    settings = json.loads(config.read_text()) if config.is_file() else {}
     return SavedRun(
-        settings=with_plan(json.loads(config.read_text()), json.loads(plan.read_text())),
+        settings=with_plan(settings, json.loads(plan.read_text())),
         run=json.loads(run.read_text()) if run.is_file() else None,
     )
 
@@ -173,7 +174,7 @@ def find_best(state: TrainerState, checkpoint: str, saved: Mapping[str, Any], cu
         saved, current (`Mapping[str, Any]`):
             The settings of both runs.
     """
-    if any(saved.get(name) != current[name] for name in ("metric_for_best_model", "greater_is_better")):
+    if any(saved.get(name, current[name]) != current[name] for name in ("metric_for_best_model", "greater_is_better")):
         state.best_metric = state.best_global_step = state.best_model_checkpoint = None
     elif moved := moved_best(checkpoint, state.best_global_step):
         state.best_model_checkpoint = moved

@@ -497,7 +497,8 @@ class DDPOTrainer(Trainer):
 
     def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         metrics = super()._evaluate(*args, **kwargs)
-        agree(self, self._signals)  # before it is saved: a callback may have ended training, on one process
+        if not self.callback_handler.inside:  # before it is saved: a callback may have ended training, on one process
+            agree(self, self._signals)
         return metrics
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
@@ -603,9 +604,10 @@ class DDPOTrainer(Trainer):
 
     # ---- Resuming ----
 
-    def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
-        scheduler = super().create_scheduler(*args, **kwargs)
-        self._hyperparameters = optimizers_.hyperparameters(self.optimizer)  # before a checkpoint's take their place
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        # Before a checkpoint's take their place. DeepSpeed hands in its own optimizer.
+        self._hyperparameters = optimizers_.hyperparameters(optimizer or self.optimizer)
         return scheduler
 
     def _optimizer_record(self) -> dict[str, Any]:
@@ -659,9 +661,10 @@ class DDPOTrainer(Trainer):
 
     def _make_room(self, checkpoint: str | None) -> None:
         """Leaves in `output_dir` nothing that this run does not go on from."""
-        is_over = checkpoint is None and self._trained_in != self.args.output_dir
+        is_new = checkpoint is None and self._trained_in != self.args.output_dir
         if self.is_world_process_zero():
-            done = checkpoints.make_room(self.args.output_dir, checkpoint, record.RUN_FILES if is_over else [])
+            files = record.run_files(self.args.output_dir) if is_new else []
+            done = checkpoints.make_room(self.args.output_dir, checkpoint, files)
             if done:
                 logger.warning(done)
         self._trained_in = self.args.output_dir
@@ -685,8 +688,9 @@ class DDPOTrainer(Trainer):
         """Reads what [`_save_round`] wrote."""
         saved = resuming.read(checkpoint)
         prompts = torch.load(os.path.join(checkpoint, PROMPTS_NAME), weights_only=True)
-        self.prompts.load_state_dict(prompts)
-        if self._prompt_statistics:
+        if saved.run is None or saved.run["prompts"] == self.prompts.fingerprint:
+            self.prompts.load_state_dict(prompts)
+        if self._prompt_statistics and saved.settings.get("advantage_normalization", "prompt") == "prompt":
             self._load_prompt_statistics(os.path.join(checkpoint, PROMPT_STATISTICS_NAME), saved.run)
         self.recorder.load_state_dict(saved.run or {"earlier_logs": [], "earlier_steps": 0})
         resuming.find_best(self.state, checkpoint, saved.settings, vars(self.args))
