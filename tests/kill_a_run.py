@@ -11,6 +11,7 @@ import random
 import signal
 import sys
 import threading
+import time
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from tqdm import tqdm
+from transformers import TrainerCallback
 
 from conftest import brightness, tiny_pipeline
 from ddpo_trl import DDPOConfig, DDPOTrainer
@@ -158,6 +160,27 @@ def run_until_done(directory: Path, rounds: int, kills: list[tuple[str, int]], p
             break
         survived += 1
     return survived
+
+
+class WaitInside(TrainerCallback):
+    """Stops in the midst of the first round until a signal has been sent."""
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == args.num_mini_batches - 1:
+            (self.directory / "inside").touch()
+            while not (self.directory / "sent").exists():
+                time.sleep(0.01)
+
+
+def wait_for_a_signal(directory: Path, rounds: int, mini_batches: int) -> None:
+    """What a process does that gets one: it ends by itself, with status 0."""
+    torch.set_num_threads(1)
+    trainer = make_trainer(directory, rounds, num_mini_batches=mini_batches)
+    trainer.add_callback(WaitInside(directory))
+    trainer.train()
 
 
 def run(directory: Path, rounds: int, kill: tuple[str, int] | None, passes: str) -> None:

@@ -1,9 +1,12 @@
 """Training runs for tests/test_processes.py, in one process or several."""
 
 import dataclasses
+import os
+import signal
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -42,9 +45,9 @@ def make_config(output_dir: str, num_processes: int, **settings: Any) -> DDPOCon
         use_cpu=True,
         disable_tqdm=True,
         report_to="none",
-        log_images_rounds=2,
+        log_images_rounds=settings.pop("log_images_rounds", 2),
         num_logged_images=3,
-        num_train_epochs=2,
+        num_train_epochs=settings.pop("num_train_epochs", 2),
         num_inference_steps=3,
         per_device_sample_batch_size=2,
         num_sample_batches=SAMPLES_PER_ROUND // 2 // num_processes,
@@ -141,6 +144,47 @@ def unequal_processes(output_dir: str) -> dict[str, Any]:
     }
 
 
+class OnTheLastProcess(TrainerCallback):
+    """Asks for something inside the second round, or sends a signal, on one process only."""
+
+    def __init__(self, event: str, request: str):
+        self.asked = False
+
+        def answer(args, state, control, **kwargs):
+            if args.process_index < args.world_size - 1 or state.global_step < 2 or self.asked:
+                return
+            self.asked = True
+            if request == "signal":
+                os.kill(os.getpid(), signal.SIGTERM)
+            else:
+                setattr(control, request, True)
+
+        setattr(self, event, answer)
+
+
+def asked_runs(output_dir: str, num_processes: int) -> dict[str, Any]:
+    """Three rounds of two updates, in which one process asks for something: how they end, by the event."""
+    ends = {}
+    for event, request in (
+        ("on_substep_end", "should_training_stop"), ("on_step_begin", "signal"), ("on_log", "should_training_stop"),
+        ("on_evaluate", "should_save"), ("on_epoch_end", "should_evaluate"),
+    ):  # fmt: skip
+        folder = f"{output_dir}/{event}"
+        config = make_config(
+            folder, num_processes, num_mini_batches=2, num_train_epochs=3, save_rounds=3, eval_strategy="epoch",
+            eval_rounds=2, log_images_rounds=0,
+        )  # fmt: skip
+        callback = OnTheLastProcess(event, request)
+        trainer = DDPOTrainer(config, brightness, PROMPTS, tiny_pipeline(), callbacks=[callback], eval_prompts=["cat"])
+        trainer.train()
+        ends[event] = {
+            "steps": trainer.state.global_step,
+            "evaluated": [log["epoch"] for log in trainer.state.log_history if "eval_reward" in log],
+            "checkpoints": sorted(path.name for path in Path(folder).glob("checkpoint-*")),
+        }
+    return ends
+
+
 def decisions(trainer: DDPOTrainer) -> list[bool]:
     """Whether 1 on the first process and 3 on the second end the updates, for targets on both sides of their mean."""
     reached = []
@@ -156,6 +200,7 @@ def main(output_dir: str, num_processes: int) -> None:
     results = {
         "plain": plain_run(f"{output_dir}/plain", num_processes, one_pass=False),
         "one_pass": plain_run(f"{output_dir}/one_pass", num_processes, one_pass=True),
+        "asked": asked_runs(f"{output_dir}/asked", num_processes) if num_processes > 1 else {},
         "stopped": stopped_run(f"{output_dir}/stopped", num_processes),
     }
     if num_processes == 2:

@@ -341,6 +341,19 @@ def test_a_run_goes_on_from_its_last_checkpoint(tiny, tmp_path, capsys):
     assert [log["episode"] for log in state["log_history"] if "reward" in log] == [4, 8, 12]
     assert "resume" not in (tmp_path / train.SETTINGS_NAME).read_text()
     assert parse_train(*WHAT, "--resume", "here")[1].resume_from_checkpoint == "here"
+    settings = (tmp_path / train.SETTINGS_NAME).read_text()
+    flags[flags.index("brightness")] = "redness"
+    for more, message in (
+        ([], "holds another run (checkpoint-3 is its last checkpoint): resume that one with"),
+        (["--resume"], "reward_fn is redness, but the checkpoint was written with brightness"),
+        (["--resume", "True"], "--resume` without a value"),
+        (["--resume", str(tmp_path)], "holds checkpoints and is none"),
+    ):
+        capsys.readouterr()
+        with pytest.raises(SystemExit):
+            cli.main(["train", *flags, "--num_train_epochs", "4", *more])
+        assert message in capsys.readouterr().err
+    assert (tmp_path / train.SETTINGS_NAME).read_text() == settings
 
 
 def test_several_rewards_and_an_evaluation_by_another(tiny, tmp_path, monkeypatch):

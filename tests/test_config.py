@@ -88,6 +88,7 @@ AT_LEAST_ONE = [
     "sde_window_size",
     "eval_rounds",
     "num_logged_images",
+    "save_rounds",
 ]
 
 
@@ -200,8 +201,15 @@ NAN = float("nan")
             {"target_kl": 1e-8, "num_mini_batches": 2, "fp16": True},
             r"target_kl is set, but the loss scaler of fp16 .*Use bf16 or float32",
         ),
-        ({"eval_rounds": 2}, r"eval_rounds is 2, but evaluation does not come with the rounds.*Set eval_strategy="),
-        ({"eval_rounds": 2, "eval_strategy": "steps", "eval_steps": 4}, r"eval_rounds is 2, .*Set eval_strategy="),
+        ({"eval_rounds": 2}, r"eval_rounds is 2, but eval_strategy is not 'epoch': .*Set eval_strategy='epoch'"),
+        ({"save_rounds": 2, "save_strategy": "no"}, r"save_rounds is 2, .*Set save_strategy='epoch'"),
+        (
+            {"eval_strategy": "steps", "eval_steps": 4},
+            r"eval_strategy is 'steps', .*eval_strategy='epoch'.*eval_rounds",
+        ),
+        ({"enable_jit_checkpoint": True}, r"enable_jit_checkpoint is True: .*inside a round.*stop_on_signal"),
+        ({"stop_on_signal": ["SIGNAL"]}, r"stop_on_signal holds 'SIGNAL', .*'SIGTERM' or 'SIGUSR1'"),
+        ({"stop_on_signal": "SIGKILL"}, r"stop_on_signal holds 'SIGKILL', which is no signal that can be waited for"),
         ({"num_train_epochs": 2.5}, r"num_train_epochs is 2\.5; a run has a whole number of rounds"),
     ],
 )
@@ -230,6 +238,9 @@ def test_what_cannot_be_trained_is_refused(make_config, arguments, message):
         {"target_kl": 1e-12, "num_ppo_epochs": 2},
         {"target_kl": float("inf"), "num_mini_batches": 2},
         {"eval_rounds": 3, "eval_strategy": "epoch"},
+        {"save_rounds": 3, "save_strategy": "epoch"},
+        {"stop_on_signal": ["SIGUSR1", "SIGTERM"]},
+        {"stop_on_signal": []},
         {"max_steps": 8, "num_mini_batches": 4},
         {"num_train_epochs": 3.0},
         {"train_timestep_range": (0.0, 0.8)},
@@ -330,6 +341,8 @@ def test_no_field_shadows_one_of_the_trainer_but_for_its_default():
         "per_device_train_batch_size",
         "save_strategy",
         "logging_nan_inf_filter",
+        "save_total_limit",
+        "restore_callback_states_from_checkpoint",
         "logging_strategy",
         "metric_for_best_model",
     }

@@ -15,10 +15,10 @@ ROOT = Path(ddpo_trl.__file__).parent
 LAYERS = [
     {"adapter_checks", "emoji", "finite", "importing", "processes", "trl_config"},
     {
-        "advantages", "callbacks", "checkpoints", "config", "encoding", "environment", "gaussian", "lora", "plots",
-        "rewards", "sample_gradients", "seeding", "target_kl", "types", "workers",
+        "advantages", "boundary", "callbacks", "checkpoints", "config", "encoding", "environment", "gaussian", "lora",
+        "optimizers", "plots", "rewards", "sample_gradients", "seeding", "target_kl", "types", "workers",
     },
-    {"conditions", "objectives", "plan", "prompts", "record", "schedulers", "scoring"},
+    {"conditions", "objectives", "plan", "prompts", "record", "resuming", "schedulers", "scoring"},
     {"pipelines", "report", "reward_server"},
     {"policy"},
     {"one_pass"},

@@ -106,7 +106,7 @@ CONVERSIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "tracker_project_name": ({"tracker_project_name": "mine"}, {"project": "mine"}),
     "num_epochs": ({"num_epochs": 7}, {"num_train_epochs": 7}),
-    "save_freq": ({"save_freq": 7, "num_epochs": 7}, {"save_strategy": "no"}),  # epochs 0 to 6: it never saved
+    "save_freq": ({"save_freq": 7, "num_epochs": 8}, {"save_strategy": "epoch", "save_rounds": 7}),
     "num_checkpoint_limit": ({"num_checkpoint_limit": 2}, {"save_total_limit": 2}),
     "mixed_precision": ({"mixed_precision": "bf16"}, {"bf16": True, "fp16": False}),
     "allow_tf32": ({"allow_tf32": True}, {"tf32": False}),  # on this machine, as TRL did without CUDA
@@ -154,7 +154,6 @@ WARNINGS: dict[str, tuple[dict[str, Any], str]] = {
     "train_cfg": ({"train_cfg": False}, "same in training"),
     "project_kwargs['logging_dir']": ({"project_kwargs": {"logging_dir": "a"}}, "TENSORBOARD_LOGGING_DIR"),
     "tracker_project_name": ({"tracker_project_name": "a", "log_with": "wandb"}, "WANDB_PROJECT"),
-    "save_freq": ({"save_freq": 2}, "save_total_limit"),
 }
 
 

@@ -136,6 +136,19 @@ def test_one_process_writes_the_checkpoints(runs, folder):
     assert {"pytorch_lora_weights.safetensors", "trainer_state.json", "prompt_statistics.json"} <= names
 
 
+def test_what_one_process_asks_for_all_do_at_the_end_of_the_round(both):
+    """The stop inside round 2, the signal there, the stop at the log of round 1, a checkpoint, an evaluation."""
+    ends = {
+        "on_substep_end": (4, [2.0], ["checkpoint-4"]),
+        "on_step_begin": (4, [2.0], ["checkpoint-4"]),
+        "on_log": (2, [1.0], ["checkpoint-2"]),
+        "on_evaluate": (6, [2.0, 3.0], ["checkpoint-4", "checkpoint-6"]),
+        "on_epoch_end": (6, [1.0, 2.0, 3.0], ["checkpoint-6"]),
+    }
+    for rank in both[1]:
+        assert {event: tuple(end.values()) for event, end in rank["asked"].items()} == ends
+
+
 def test_target_kl_ends_the_updates_of_all_processes_alike(stopped_runs):
     alone, (first, second) = stopped_runs
     assert first["skipped"] == second["skipped"] == alone["skipped"] == pytest.approx([2 / 3, 2 / 3])

@@ -1,17 +1,19 @@
 """A run that is killed at any moment and started again ends as if it had never been interrupted, to the bit."""
 
+import dataclasses
 import json
 import os
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import kill_a_run
 from conftest import brightness, tiny_pipeline
-from ddpo_trl import DDPOTrainer, checkpoints
+from ddpo_trl import DDPOConfig, DDPOTrainer, checkpoints, resuming
 
 
 ROUNDS = 6
@@ -163,10 +165,11 @@ def test_resuming_without_a_checkpoint_starts_anew(tmp_path):
     ],
 )
 def test_resuming_with_other_sizes_works_and_says_what_is_no_longer_equal(tmp_path, monkeypatch, change, said):
-    kill_a_run.make_trainer(tmp_path, rounds=1).train()
+    constant = {"lr_scheduler_type": "constant"}
+    kill_a_run.make_trainer(tmp_path, rounds=1, **constant).train()
     warnings: list[str] = []
     monkeypatch.setattr("ddpo_trl.trainer.logger.warning", warnings.append)
-    trainer = kill_a_run.make_trainer(tmp_path, rounds=2, **change)
+    trainer = kill_a_run.make_trainer(tmp_path, rounds=2, **constant, **change)
     trainer.train(resume_from_checkpoint=True)
     assert trainer.state.global_step == 4
     assert all(any(sentence in warning for warning in warnings) for sentence in said)
@@ -177,6 +180,99 @@ def test_a_checkpoint_of_rounds_with_other_steps_is_refused(tmp_path):
     kill_a_run.make_trainer(tmp_path, rounds=1).train()
     with pytest.raises(ValueError, match=r"num_mini_batches is 1, but the checkpoint was written with 2: .*Set num"):
         kill_a_run.make_trainer(tmp_path, rounds=2, num_mini_batches=1).train(resume_from_checkpoint=True)
+
+
+# ---- Only as itself ----
+
+
+@pytest.mark.parametrize(
+    "name", ["guidance_scale", "cliprange", "seed", "max_grad_norm", "kl_coef", "new_in_transformers"]
+)
+def test_every_setting_is_named_that_is_not_known_to_be_harmless(name):
+    said = list(resuming.setting_changes({name: 1, "lr_scheduler_type": "constant"}, {name: 2}))
+    assert said == [f"{name} is 2 and was 1: from here on this is another run."]
+
+
+def test_settings_that_change_no_result_are_not_named(tmp_path):
+    before, after = (
+        json.loads(DDPOConfig(output_dir=str(tmp_path / name), use_cpu=True, **settings).to_json_string())
+        for name, settings in (
+            ("a", {}),
+            (
+                "b",
+                {
+                    "num_train_epochs": 200, "logging_steps": 3, "report_to": "none", "save_rounds": 5,
+                    "eval_strategy": "epoch", "eval_rounds": 2, "hub_model_id": "me/it", "dataloader_num_workers": 2,
+                    "save_total_limit": None, "disable_tqdm": True, "max_workers": 7, "offload_vae": True,
+                    "stop_on_signal": [], "log_images_rounds": 0, "resume_from_checkpoint": "here", "run_name": "x",
+                },
+            ),
+        )
+    )  # fmt: skip
+    assert before != after and list(resuming.setting_changes(before, after)) == []
+    longer = list(
+        resuming.setting_changes({**before, "lr_scheduler_type": "linear"}, {**after, "lr_scheduler_type": "linear"})
+    )
+    assert longer == ["num_train_epochs is 200 and was 100: the learning rate follows the schedule of this length."]
+
+
+def test_the_lists_of_settings_hold_nothing_that_does_not_exist():
+    fields = {field.name for field in dataclasses.fields(DDPOConfig)}
+    named = resuming.HARMLESS | resuming.LENGTH | resuming.OF_THE_OPTIMIZER | resuming.REFUSED.keys()
+    assert named <= fields
+    assert resuming.ROUNDING.keys() - fields == {"num_processes"}
+    assert all(any(name.startswith(prefix) for name in fields) for prefix in resuming.HARMLESS_PREFIXES)
+
+
+@pytest.mark.parametrize("name, value", [("optim", "sgd"), ("use_lora", False), ("num_ppo_epochs", 2)])
+def test_what_cannot_be_continued_is_refused_with_both_values_and_the_remedies(name, value):
+    with pytest.raises(ValueError, match=rf"^{name} is {value!r}, but .* with 1: .*Set {name}=1 .*load_lora_weights"):
+        list(resuming.setting_changes({name: 1}, {name: value}))
+
+
+def other_reward(images: torch.Tensor, prompts: Any, metadata: Any) -> torch.Tensor:
+    return -brightness(images, prompts, metadata)
+
+
+def test_another_reward_is_refused_without_a_word_and_named_with_it(make_config, tmp_path, caplog):
+    def trainer(*rewards: Any, prompts: Any = ("cat", "dog"), **settings: Any) -> DDPOTrainer:
+        config = make_config(
+            save_strategy="epoch", num_inference_steps=2, num_sample_batches=1, one_pass=None,
+            advantage_normalization="prompt", per_prompt_stat_tracking_min_count=2, **settings,
+        )  # fmt: skip
+        return DDPOTrainer(config, list(rewards), list(prompts), tiny_pipeline())
+
+    def resumed(*rewards: Any, **kwargs: Any) -> tuple[DDPOTrainer, str]:
+        caplog.clear()
+        one = trainer(*rewards, **kwargs)
+        with caplog.at_level("WARNING", logger="ddpo_trl"):
+            one.train(resume_from_checkpoint=True)
+        return one, "\n".join(record.getMessage() for record in caplog.records)
+
+    trainer(brightness).train()
+    with pytest.raises(ValueError, match=r"is other_reward, but .* with brightness: .*resume_with_new_rewards=True"):
+        trainer(other_reward, num_train_epochs=2).train(resume_from_checkpoint=True)
+    new, said = resumed(other_reward, num_train_epochs=2, resume_with_new_rewards=True, prompts=["cat", "owl"])
+    assert "is other_reward, but the checkpoint was written with brightness: from here on this is another" in said
+    assert "{'brightness': 1.0}, and this run has {'other_reward': 1.0}: they are forgotten" in said
+    assert "The prompts are 2 prompts with the hash" in said
+    remembered = new.normalize.state_dict()  # type: ignore[attr-defined]
+    assert {numpy.sign(reward) for rewards in remembered.values() for reward in rewards} == {-1.0}
+    _, said = resumed(other_reward, num_train_epochs=3, reward_weights=[2.0], prompts=["cat", "owl"])
+    assert "weights of the rewards are {'other_reward': 2.0} and were {'other_reward': 1.0}" in said
+    assert "they are forgotten" in said and "The prompts" not in said
+
+
+def test_prompts_and_statistics_of_another_kind_begin_anew(tmp_path):
+    """From statistics of the round to those of each prompt, and from a function with a state to a list."""
+    kill_a_run.make_trainer(tmp_path, rounds=1, advantage_normalization="batch").train()
+    config = kill_a_run.make_trainer(tmp_path / "unused", rounds=2).args
+    config.output_dir, config.gradient_accumulation_steps = str(tmp_path), 1
+    trainer = DDPOTrainer(config, brightness, ["a", "b"], tiny_pipeline(), eval_prompts=["cat", "dog"])
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 4
+    remembered = trainer.normalize.state_dict()  # type: ignore[attr-defined]
+    assert sum(map(len, remembered.values())) == 8  # of the second round
 
 
 def test_prompt_functions_without_state_are_resumed_as_well(make_config, tmp_path):

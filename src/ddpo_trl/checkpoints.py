@@ -1,11 +1,15 @@
-"""Checkpoints between rounds: complete or absent, and honest about what a resumed run can't repeat."""
+"""Checkpoints between rounds: complete or absent, of one run in one folder, and checked before anything is loaded."""
 
+import itertools
+import json
 import os
+import re
 import shutil
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable
+from pathlib import Path
 
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 
 # Beside the checkpoints; a name that is not theirs, so that no one takes what is in it for one. Trainer leaves names
@@ -14,17 +18,10 @@ STAGING_NAME = "_unfinished"
 
 CONFIG_NAME = "ddpo_config.json"  # the settings, beside the weights
 
-# Parts of the batch plan that may change on resume, with what then is no longer equal to the bit.
-HARMLESS_CHANGES = {
-    "num_processes": "images, by the rounding of other batches, and the composition of mini-batches",
-    "per_device_sample_batch_size": "images, by the rounding of other batches",
-    "num_sample_batches": "the composition of mini-batches",
-    "per_device_train_batch_size": "gradients, by the rounding of other batches and another order",
-    "one_pass": "gradients, by the rounding of their sums",
-}
+PLAN_NAME = "batch_plan.json"
 
-# What follows from the others, from the first prompt, or from the memory that is free.
-NOT_COMPARED = {"two_passes_because", "gradient_bytes", "image_bytes", "embedding_bytes"}
+# Where the record of earlier runs goes, with a number. Not pushed to the Hub either.
+ASIDE = "_earlier"
 
 
 def last_checkpoint(directory: str) -> str | None:
@@ -38,6 +35,138 @@ def what_is_left(directory: str) -> str:
     if checkpoint is None:
         return f"No round was saved: there is no checkpoint in {directory}."
     return f"{checkpoint} is intact: train(resume_from_checkpoint=True) continues from there."
+
+
+def to_resume(asked: str | os.PathLike[str] | bool | None, output_dir: str, own_folder: bool = False) -> str | None:
+    """
+    The checkpoint that a run goes on from, by what was asked for; `None` if it begins.
+
+    Args:
+        asked (`str`, `os.PathLike` or `bool`, *optional*):
+            A checkpoint's folder, or `True` for the last one in `output_dir`, if there is one.
+        output_dir (`str`):
+            Of the run.
+        own_folder (`bool`, *optional*, defaults to `False`):
+            Whether checkpoints in it are the caller's own.
+
+    Raises:
+        `ValueError`: If it is no checkpoint, or none that can be resumed, or if `output_dir` holds another run.
+    """
+    checkpoint = last_checkpoint(output_dir) if asked is True else os.fspath(asked) if asked else None
+    if checkpoint is not None:
+        check_is_checkpoint(checkpoint)
+        check_is_resumable(Path(checkpoint))
+    if not own_folder:
+        check_is_free(output_dir, checkpoint)
+    return checkpoint
+
+
+def check_is_checkpoint(folder: str) -> None:
+    """Raises a `ValueError` that says what is meant instead."""
+    argument = f"resume_from_checkpoint is {folder!r}"
+    if not os.path.isdir(folder):
+        if folder.lower() in ("true", "false", "none"):
+            raise ValueError(
+                f"{argument}, a text. Give True, False or None without quotes (on the command line `--resume` without "
+                "a value), or the folder of a checkpoint."
+            )
+        there = last_checkpoint(os.path.dirname(os.path.abspath(folder)))
+        hint = f" The last one beside it is {there}." if there else ""
+        raise ValueError(f"{argument}, which is no folder. Give that of a checkpoint.{hint}")
+    if os.path.isfile(os.path.join(folder, TRAINER_STATE_NAME)):
+        return
+    if inside := last_checkpoint(folder):
+        raise ValueError(
+            f"{argument}, a folder that holds checkpoints and is none. Give one of them, such as {inside}, or "
+            "resume_from_checkpoint=True for the last one in output_dir."
+        )
+    raise ValueError(f"{argument}, which is no checkpoint: it has no {TRAINER_STATE_NAME}. Give the folder of one.")
+
+
+def check_is_resumable(checkpoint: Path) -> None:
+    """Raises a `ValueError` if a checkpoint lacks a part that goes on, or lies inside a round."""
+    weights = "its weights can start another run (`pipeline.load_lora_weights(checkpoint)`), but can't go on with this"
+    if not (checkpoint / PLAN_NAME).is_file():
+        raise ValueError(f"{checkpoint} was not written by DDPOTrainer: it has no {PLAN_NAME}; {weights}.")
+    if not list(checkpoint.glob("rng_state*.pth")):
+        raise ValueError(f"{checkpoint} holds no optimizer (save_only_model=True): {weights}.")
+    plan = json.loads((checkpoint / PLAN_NAME).read_text())
+    step = json.loads((checkpoint / TRAINER_STATE_NAME).read_text())["global_step"]
+    if step % (updates := plan["num_ppo_epochs"] * plan["num_mini_batches"]):
+        raise ValueError(
+            f"{checkpoint} lies inside a round of {updates} optimizer steps, whose samples are not part of it. Resume "
+            f"from one whose number is a multiple of {updates}; {weights}."
+        )
+
+
+def check_is_free(output_dir: str, checkpoint: str | None) -> None:
+    """Raises a `ValueError` if a run that goes on from `checkpoint`, or begins, would be mixed with another one."""
+    last = last_checkpoint(output_dir)
+    if last is None or (checkpoint is not None and os.path.samefile(os.path.dirname(checkpoint) or ".", output_dir)):
+        return
+    raise ValueError(
+        f"output_dir is {output_dir!r}, which holds another run ({os.path.basename(last)} is its last checkpoint): "
+        "resume that one with resume_from_checkpoint=True (`--resume`), set another output_dir, or move the folder "
+        "away."
+    )
+
+
+def checkpoints_after(directory: str, step: int) -> list[str]:
+    """Names of the checkpoints in a folder whose number is above `step`."""
+    names = os.listdir(directory) if os.path.isdir(directory) else []
+    numbers = {name: re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", name) for name in names}
+    return sorted(name for name, number in numbers.items() if number and int(number[1]) > step)
+
+
+def set_aside(directory: str, names: Iterable[str]) -> str | None:
+    """
+    Moves what an earlier run left in a folder into one of its own inside.
+
+    Args:
+        directory (`str`):
+            The folder.
+        names (`Iterable[str]`):
+            Files and folders in it; those that are missing are left out.
+
+    Returns:
+        `str`: Where they are now; `None` if there was nothing.
+    """
+    there = [name for name in names if os.path.exists(os.path.join(directory, name))]
+    if not there:
+        return None
+    candidates = (os.path.join(directory, f"{ASIDE}-{number}") for number in itertools.count(1))
+    aside = next(path for path in candidates if not os.path.exists(path))
+    os.makedirs(aside)
+    for name in there:
+        os.rename(os.path.join(directory, name), os.path.join(aside, name))
+    return aside
+
+
+def make_room(output_dir: str, checkpoint: str | None, record: Iterable[str]) -> str | None:
+    """
+    Moves aside what a run that begins, or goes on from a checkpoint, would mix with its own or write over.
+
+    Args:
+        output_dir (`str`):
+            Of the run.
+        checkpoint (`str`, *optional*):
+            Checkpoints after this one are of a run that went on otherwise. Without it all are.
+        record (`Iterable[str]`):
+            Names of further files and folders of a run that is over.
+
+    Returns:
+        `str`: What was done, in words; `None` if there was nothing to do.
+    """
+    step = -1 if checkpoint is None else json.loads(Path(checkpoint, TRAINER_STATE_NAME).read_text())["global_step"]
+    names = [*checkpoints_after(output_dir, step), *record]
+    aside = set_aside(output_dir, names)
+    return aside and f"What an earlier run left in {output_dir} ({', '.join(os.listdir(aside))}) is now in {aside}."
+
+
+def moved_best(checkpoint: str, best_step: int | None) -> str | None:
+    """The best checkpoint beside the one that is resumed, whatever path was written down; `None` if it isn't there."""
+    path = os.path.join(os.path.dirname(checkpoint), f"{PREFIX_CHECKPOINT_DIR}-{best_step}")
+    return path if os.path.isdir(path) else None
 
 
 def clear(directory: str) -> None:
@@ -76,30 +205,3 @@ def synchronise(path: str) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> Iterator[str]:
-    """
-    What a resumed run does otherwise than the one that wrote the checkpoint, a sentence each.
-
-    Args:
-        saved, current (`Mapping[str, Any]`):
-            The fields of both batch plans.
-
-    Raises:
-        `ValueError`: If the rounds have another number of optimizer steps, by which a checkpoint's round is found.
-    """
-    for name in ("num_ppo_epochs", "num_mini_batches"):
-        if saved.get(name, current[name]) != current[name]:
-            raise ValueError(
-                f"{name} is {current[name]}, but the checkpoint was written with {saved[name]}: its number of "
-                f"optimizer steps says nothing about this run's rounds. Set {name}={saved[name]} to resume."
-            )
-    for name, value in current.items():
-        before = saved.get(name, value)
-        if before == value or name in NOT_COMPARED:
-            continue
-        if name in HARMLESS_CHANGES:
-            yield f"{name} is {value} and was {before}: no longer equal to the bit are {HARMLESS_CHANGES[name]}."
-        else:
-            yield f"{name} is {value} and was {before}: from here on this is another run."

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import signal
 import warnings
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self
@@ -214,6 +215,23 @@ class DDPOConfig(TrainingArguments):
             When to log: `"epoch"` is once a round, `"steps"` every `logging_steps` updates.
         save_strategy (`str`, *optional*, defaults to `"epoch"`):
             When to save a checkpoint: `"epoch"` (between rounds), `"best"` or `"no"`.
+        save_rounds (`int`, *optional*, defaults to `1`):
+            Rounds from one checkpoint to the next with `save_strategy="epoch"`. The last round is saved in any case,
+            whatever ended the run, and so is the best one with `load_best_model_at_end`.
+        save_total_limit (`int`, *optional*, defaults to `3`):
+            Checkpoints that are kept: the last ones and, if there is a `metric_for_best_model`, the best. `None` keeps
+            all.
+        stop_on_signal (`list[str]`, *optional*, defaults to `["SIGTERM"]`):
+            Signals after which [`~DDPOTrainer.train`] finishes the round, saves a checkpoint and returns, on all
+            processes: what a cluster sends before it takes the machine away. A script that trains with
+            `resume_from_checkpoint=True` goes on when it is started again. `[]`, or `none` on the command line, leaves
+            signals alone.
+        restore_callback_states_from_checkpoint (`bool`, *optional*, defaults to `True`):
+            Whether a resumed run goes on with the state of callbacks that have one, such as the patience of
+            [`~transformers.EarlyStoppingCallback`].
+        resume_with_new_rewards (`bool`, *optional*, defaults to `False`):
+            Whether a run may be resumed with other reward functions than those of its checkpoint. Rewards remembered
+            of each prompt are forgotten then.
     """
 
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "pipeline_kwargs"]
@@ -232,6 +250,10 @@ class DDPOConfig(TrainingArguments):
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Must stay False: a loss that is not finite ends the run."}
     )
+    restore_callback_states_from_checkpoint: bool = field(
+        default=True, metadata={"help": "Whether a resumed run goes on with the state of callbacks that have one."}
+    )
+    save_total_limit: int | None = field(default=3, metadata={"help": "Checkpoints that are kept."})
     logging_strategy: str = field(
         default="epoch",
         metadata={"help": "When to log: 'epoch' is once a round, 'steps' every `logging_steps` updates."},
@@ -362,6 +384,16 @@ class DDPOConfig(TrainingArguments):
     num_logged_images: int = field(
         default=8, metadata={"help": "Prompts whose images are logged every time, with the same seeds."}
     )
+    save_rounds: int = field(
+        default=1, metadata={"help": "Rounds from one checkpoint to the next with save_strategy='epoch'."}
+    )
+    stop_on_signal: list[str] = field(
+        default_factory=lambda: ["SIGTERM"],
+        metadata={"help": "Signals after which the round is finished and saved, and training ends."},
+    )
+    resume_with_new_rewards: bool = field(
+        default=False, metadata={"help": "Resume with other reward functions than the checkpoint's."}
+    )
 
     def __post_init__(self):
         if self.metric_for_best_model is None and (self.load_best_model_at_end or self.save_strategy == "best"):
@@ -377,6 +409,7 @@ class DDPOConfig(TrainingArguments):
         self._check_one_pass()
         self._check_pipeline_kwargs()
         self._check_round_boundaries()
+        self._check_signals()
 
     @classmethod
     def from_trl(cls, **old: Any) -> Self:
@@ -422,7 +455,7 @@ class DDPOConfig(TrainingArguments):
             "num_inference_steps", "per_device_sample_batch_size", "num_sample_batches", "num_images_per_prompt",
             "per_device_train_batch_size", "num_ppo_epochs", "num_mini_batches", "max_workers",
             "per_prompt_stat_tracking_buffer_size", "per_prompt_stat_tracking_min_count", "sde_window_interval",
-            "eval_rounds", "num_logged_images",
+            "eval_rounds", "num_logged_images", "save_rounds",
         ):  # fmt: skip
             if (value := vars(self)[name]) < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1.")
@@ -599,6 +632,18 @@ class DDPOConfig(TrainingArguments):
                 "all samples or comes from their metadata. Leave it out of one."
             )
 
+    def _check_signals(self) -> None:
+        if isinstance(self.stop_on_signal, str):
+            self.stop_on_signal = [self.stop_on_signal]
+        if self.stop_on_signal in (None, ["none"]):
+            self.stop_on_signal = []
+        for name in self.stop_on_signal:
+            if name not in signal.Signals.__members__ or name in ("SIGKILL", "SIGSTOP"):
+                raise ValueError(
+                    f"stop_on_signal holds {name!r}, which is no signal that can be waited for. Give names such as "
+                    "'SIGTERM' or 'SIGUSR1'."
+                )
+
     def _check_round_boundaries(self) -> None:
         if self.gradient_accumulation_steps != 1:
             raise ValueError(
@@ -616,11 +661,22 @@ class DDPOConfig(TrainingArguments):
                 f"save_strategy is 'best' with eval_strategy={str(self.eval_strategy)!r}: the best checkpoint must "
                 "fall between rounds. Set eval_strategy='epoch'."
             )
-        if self.eval_rounds > 1 and self.eval_strategy != "epoch":
+        if self.eval_strategy == "steps":
             raise ValueError(
-                f"eval_rounds is {self.eval_rounds}, but evaluation does not come with the rounds: it would do "
-                "nothing. Set eval_strategy='epoch', or leave eval_rounds out."
+                "eval_strategy is 'steps', but a run is evaluated, saved and stopped between rounds only. Set "
+                "eval_strategy='epoch', and eval_rounds if not every round is to be evaluated."
             )
+        if self.enable_jit_checkpoint:
+            raise ValueError(
+                "enable_jit_checkpoint is True: it would save inside a round, and such a checkpoint can't be resumed. "
+                "Leave it out: after a SIGTERM the round is finished and saved as it is (stop_on_signal)."
+            )
+        for name, strategy in (("eval_rounds", "eval_strategy"), ("save_rounds", "save_strategy")):
+            if (value := vars(self)[name]) > 1 and vars(self)[strategy] != "epoch":
+                raise ValueError(
+                    f"{name} is {value}, but {strategy} is not 'epoch': it would do nothing. Set {strategy}='epoch', "
+                    f"or leave {name} out."
+                )
         if self.max_steps > 0 and self.max_steps % self.updates_per_round:
             raise ValueError(
                 f"max_steps is {self.max_steps}, which ends inside a round of {self.updates_per_round} optimizer "

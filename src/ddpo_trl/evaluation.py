@@ -3,12 +3,11 @@
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
 from ddpo_trl.callbacks import RoundProgress
@@ -56,33 +55,6 @@ class Made(NamedTuple):
     images: Tensor
     places: list[int]
     rewards: list[Tensor]
-
-
-class EvaluationRounds(TrainerCallback):
-    """
-    Thins out the evaluations of `eval_strategy="epoch"` to one every so many rounds, and one after the last.
-
-    Trainer's own `eval_strategy="steps"` can't do it: it evaluates before the round is logged, so that a checkpoint
-    saved as the best would lack its own round, and `load_best_model_at_end` refuses it beside `save_strategy="epoch"`.
-
-    Args:
-        every (`int`):
-            Rounds from one evaluation to the next.
-        updates_per_round (`int`):
-            Optimizer steps of a round.
-    """
-
-    def __init__(self, every: int, updates_per_round: int):
-        self.every = every
-        self.updates_per_round = updates_per_round
-
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        rounds = state.global_step // self.updates_per_round
-        is_due = rounds % self.every == 0 or state.global_step >= state.max_steps
-        if args.eval_strategy == IntervalStrategy.EPOCH and not is_due:
-            control.should_evaluate = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,9 +1,10 @@
 """What the processes of a run hold together: gathered results, decisions, weights that are sharded (FSDP2)."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from accelerate import Accelerator, DistributedType, PartialState
 from accelerate.utils import gather_object
 from torch import Tensor, nn
@@ -127,3 +128,8 @@ def sharded_like(weights: Mapping[str, Tensor], model: Mapping[str, Tensor]) -> 
         else value
         for name, value in weights.items()
     }
+
+
+def on_any_process(accelerator: Accelerator, flags: Sequence[bool]) -> list[bool]:
+    """Of each flag, whether it is set on at least one process. All processes have to call it."""
+    return gather(accelerator, torch.tensor([flags], dtype=torch.uint8)).any(dim=0).tolist()

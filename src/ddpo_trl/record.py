@@ -95,6 +95,14 @@ def valid(reward: float) -> float | None:
     return None if math.isnan(reward) else reward
 
 
+def run_files(directory: str | os.PathLike[str]) -> list[str]:
+    """Names of what a run has recorded in a folder; none if not even a round was logged."""
+    metrics = Path(directory, METRICS_NAME)
+    if not metrics.is_file() or len(metrics.read_text().splitlines()) < 2:
+        return []
+    return [METRICS_NAME, ENVIRONMENT_NAME, REWARD_CURVE_NAME, BEFORE_AFTER_NAME, SAMPLES_FOLDER]
+
+
 # ---- Figures ----
 
 

@@ -1,6 +1,7 @@
 """Shows what a run makes: sample images in the trackers, and all that one wants to look at later on the disk."""
 
 import dataclasses
+import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -59,22 +60,55 @@ class RunRecorder(TrainerCallback):
         self.pairs = pairs
         self.trackers = trackers
         self.rollout: Rollout | None = None
+        self._earlier: list[dict[str, Any]] = []  # logs of earlier calls of `train`, and their optimizer steps
+        self._earlier_steps = 0
+        self._current: tuple[str, TrainerState] | None = None  # of this call: the folder and the state
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint has to hold: the record of earlier calls of `train`."""
+        return {"earlier_logs": self._earlier, "earlier_steps": self._earlier_steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from where [`~RunRecorder.state_dict`] was taken."""
+        self._earlier, self._earlier_steps = state["earlier_logs"], state["earlier_steps"]
 
     def on_train_begin(self, args: DDPOConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.rollout = None
+        if not state.global_step:  # not resumed
+            self._append_to_record(args)
+        self._current = args.output_dir, state
         if not state.is_world_process_zero:
             return
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
         record.write_settings(args.output_dir, args)
         record.write_environment(args.output_dir, args.device)
-        record.write_metrics(args.output_dir, state.log_history, args.updates_per_round)
+        record.write_metrics(args.output_dir, self._history(state), args.updates_per_round)
         # What a run that is resumed here has made of this round is complete: there is no rollout to make it again.
-        done = rounds_done(args, state)
+        done = self._rounds_done(args, state)
         record.remove_rounds_from(args.output_dir, done + 1 if done else 0)
+
+    def _append_to_record(self, args: DDPOConfig) -> None:
+        """A further call of `train` counts on, if it writes to the same folder."""
+        if self._current is None or self._current[0] != args.output_dir:
+            self._earlier, self._earlier_steps = [], 0
+            return
+        state = self._current[1]
+        self._earlier = self._history(state)
+        rounds = math.ceil(state.global_step / args.updates_per_round)
+        self._earlier_steps += rounds * args.updates_per_round
+
+    def _history(self, state: TrainerState) -> list[dict[str, Any]]:
+        """All logs of the record, with steps that count on from one call of `train` to the next."""
+        own = [{**log, "step": log["step"] + self._earlier_steps} for log in state.log_history]
+        return [*self._earlier, *own]
+
+    def _rounds_done(self, args: DDPOConfig, state: TrainerState) -> int:
+        """Between rounds, how many there are in the record."""
+        return (self._earlier_steps + state.global_step) // args.updates_per_round
 
     def on_epoch_begin(self, args: DDPOConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         # The round before is over, its figures are logged: making images has no part in its times.
-        if args.log_images_rounds and rounds_done(args, state) % args.log_images_rounds == 0:
+        if args.log_images_rounds and self._rounds_done(args, state) % args.log_images_rounds == 0:
             self._log_images(args, state)
 
     def on_log(
@@ -86,7 +120,7 @@ class RunRecorder(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         if state.is_world_process_zero:
-            record.write_metrics(args.output_dir, state.log_history, args.updates_per_round)
+            record.write_metrics(args.output_dir, self._history(state), args.updates_per_round)
         # Trainer's last word: the trackers are still open, and the best checkpoint is not loaded yet.
         if logs is not None and "train_runtime" in logs:
             if args.log_images_rounds:
@@ -95,7 +129,7 @@ class RunRecorder(TrainerCallback):
                 write_report(args.output_dir)
 
     def _log_images(self, args: DDPOConfig, state: TrainerState) -> None:
-        round = rounds_done(args, state)
+        round = self._rounds_done(args, state)
         if round and self.rollout is None:
             return  # the run was resumed here
         evaluator = dataclasses.replace(self.evaluator(), drop_invalid=True)  # a picture without a reward is no error
@@ -104,16 +138,11 @@ class RunRecorder(TrainerCallback):
         if not state.is_world_process_zero:
             return
         record.write_samples(args.output_dir, round, images)
-        record.write_reward_curve(args.output_dir, state.log_history, evaluator.scorer.names)
+        record.write_reward_curve(args.output_dir, self._history(state), evaluator.scorer.names)
         if round:
             record.write_before_after(args.output_dir, round)
         for tracker in self.trackers:
             send(tracker, round, images, state.global_step)
-
-
-def rounds_done(args: DDPOConfig, state: TrainerState) -> int:
-    """Between rounds, how many there were."""
-    return state.global_step // args.updates_per_round
 
 
 def fixed_prompts(

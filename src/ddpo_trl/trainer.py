@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -24,11 +25,13 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, rotat
 from transformers.utils import logging
 from transformers.utils.hub import PushInProgress
 
-from ddpo_trl import advantages, checkpoints, hub
+from ddpo_trl import advantages, checkpoints, hub, record, resuming
+from ddpo_trl import optimizers as optimizers_  # the argument's name is Trainer's
+from ddpo_trl.boundary import RoundCallbacks, RoundSchedule, StopSignals, agree, end_round
 from ddpo_trl.callbacks import RoundProgress, TrainingClock
-from ddpo_trl.checkpoints import CONFIG_NAME
+from ddpo_trl.checkpoints import CONFIG_NAME, PLAN_NAME
 from ddpo_trl.config import DDPOConfig
-from ddpo_trl.evaluation import EvaluationRounds, Evaluator, Samples, check_evaluation, reward_names
+from ddpo_trl.evaluation import Evaluator, Samples, check_evaluation, reward_names
 from ddpo_trl.finite import check_update
 from ddpo_trl.guard import replay_problem
 from ddpo_trl.loader import RolloutLoader
@@ -60,7 +63,6 @@ logger = logging.get_logger(__name__)
 
 PROMPT_STATISTICS_NAME = "prompt_statistics.json"
 PROMPTS_NAME = "prompts.pt"
-PLAN_NAME = "batch_plan.json"
 
 # So many prompts of a list are encoded at construction, where text encoders are offloaded.
 MAX_PROMPTS_AHEAD = 1024
@@ -112,7 +114,10 @@ class DDPOTrainer(Trainer):
         callbacks (`list[~transformers.TrainerCallback]`, *optional*):
             Callbacks.
         optimizers (`tuple`, *optional*, defaults to `(None, None)`):
-            Optimizer and learning rate scheduler; AdamW and a constant rate by default.
+            Optimizer and learning rate scheduler; AdamW and a constant rate by default. The optimizer must hold the
+            trained parameters, so the pipeline must have its adapter before.
+        optimizer_cls_and_kwargs (`tuple`, *optional*):
+            Class and keyword arguments of an optimizer that is made for the trained parameters.
 
     Raises:
         `ValueError` or `TypeError`: For everything that can't be trained as asked, with the argument, its value and
@@ -149,6 +154,7 @@ class DDPOTrainer(Trainer):
         eval_reward_fns: RewardFunction | Sequence[RewardFunction] | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
     ):
         args = copy.copy(config)
         if args.n_gpu > 1:
@@ -186,6 +192,8 @@ class DDPOTrainer(Trainer):
             plan = plan_batches(args, *policy.survey(trial))
             self.plan, self._gradient_layers = choose_passes(args, policy, trial, plan)
         args.gradient_accumulation_steps = self.plan.micro_batches_per_update
+        if args.save_total_limit == 1 and args.metric_for_best_model is not None:
+            args.save_total_limit = 2  # at the end Trainer would delete the last one, which a stopped run goes on from
         if args.total_episodes is not None:
             args.num_train_epochs = self.plan.rounds_for(args.total_episodes)
 
@@ -193,9 +201,12 @@ class DDPOTrainer(Trainer):
             model=policy,
             args=args,
             eval_dataset=self.eval_prompts,
-            callbacks=[EvaluationRounds(args.eval_rounds, args.updates_per_round), *(callbacks or [])],
+            callbacks=[RoundSchedule(args.eval_rounds, args.save_rounds, args.updates_per_round), *(callbacks or [])],
             optimizers=optimizers,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
         )
+        optimizers_.check_given(optimizers[0], policy)
+        self.callback_handler: RoundCallbacks = RoundCallbacks(self.callback_handler, args.updates_per_round)
         check_wrapping(self.accelerator)
         if self.is_fsdp_enabled:
             # Autocast decides on precision, as in sampling. This would round recorded states and log-probabilities.
@@ -218,6 +229,9 @@ class DDPOTrainer(Trainer):
         self._target_kl = TargetKL(math.inf if args.target_kl is None else args.target_kl)
         self._warned_of_rounding = False
         self._staging: str | None = None  # where a checkpoint is being written
+        self._signals = StopSignals(args.stop_on_signal)
+        self._trained_in: str | None = None  # output_dir of an earlier call of `train`
+        self._own_optimizer = optimizers[0] is not None or optimizer_cls_and_kwargs is not None
         self._example_prompt = prompt
         self._example_inputs = {name: values[0] for name, values in trial.inputs.items()}
         self._try_reward_function(prompt, metadata, trial_size)
@@ -254,20 +268,31 @@ class DDPOTrainer(Trainer):
         Args:
             resume_from_checkpoint (`str` or `bool`, *optional*):
                 A checkpoint's folder; or `True` for the last one in `output_dir`, from the start if there is none: so
-                the same script can be started again whenever it was stopped.
+                the same script can be started again whenever it was stopped. `args.resume_from_checkpoint` by
+                default.
+
+        Raises:
+            `ValueError`: As [`~DDPOTrainer.checkpoint_to_resume`].
         """
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = checkpoints.last_checkpoint(self.args.output_dir)
-            if resume_from_checkpoint is None:
-                logger.warning(f"There is no checkpoint in {self.args.output_dir} to resume from: starting anew.")
+        checkpoint = self.checkpoint_to_resume(resume_from_checkpoint)
+        self._make_room(checkpoint)
         if self.is_world_process_zero() and not self.args.disable_tqdm:
             print(f"Batch plan\n{self.plan}\nTrained\n  {self._policy.describe()}")
         self._episodes = 0  # a checkpoint brings its own count
         try:
-            return super().train(resume_from_checkpoint, *args, **kwargs)
+            with self._signals.handled():
+                return super().train(checkpoint, *args, **kwargs)
         except BaseException as error:  # whatever ends a run, one asks next what is left of it
             error.add_note(checkpoints.what_is_left(self.args.output_dir))
             raise
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """Inside a round this only logs: all else waits for its end, and is done there by all processes."""
+        act = functools.partial(super()._maybe_log_save_evaluate, *args, **kwargs)
+        if self.callback_handler.inside:
+            act()
+        else:
+            end_round(self, self.callback_handler, self._signals, act)
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
@@ -552,6 +577,18 @@ class DDPOTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        metrics = super()._evaluate(*args, **kwargs)
+        if not self.callback_handler.inside:  # before it is saved: a callback may have ended training, on one process
+            agree(self, self._signals)
+        return metrics
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        is_best = super()._determine_best_metric(metrics, trial)
+        if is_best and self.args.load_best_model_at_end:  # whatever save_rounds says
+            self.control.should_save = True
+        return is_best
+
     @property
     def _evaluator(self) -> Evaluator:
         return Evaluator(
@@ -623,9 +660,7 @@ class DDPOTrainer(Trainer):
         self.accelerator.wait_for_everyone()  # all have written their part
         if self.args.should_save:
             checkpoints.publish(staged, final)
-            rotate_checkpoints(
-                run_directory, self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True
-            )
+            rotate_checkpoints(run_directory, self.args.save_total_limit, self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()
         if self.args.push_to_hub:
             self._push_from_checkpoint(final)
@@ -634,7 +669,15 @@ class DDPOTrainer(Trainer):
         """What Trainer does not know of: the batch plan, the prompts' state, the rewards remembered of each prompt."""
         self.state.save_to_json(os.path.join(directory, TRAINER_STATE_NAME))  # with the final name of the best one
         with open(os.path.join(directory, PLAN_NAME), "w") as file:
-            json.dump({**dataclasses.asdict(self.plan), "episodes": self._episodes}, file)
+            json.dump(dataclasses.asdict(self.plan), file)
+        run = {
+            "episodes": self._episodes,
+            **self._what_is_run(),
+            **self._optimizer_record(),
+            **self.recorder.state_dict(),
+        }
+        with open(os.path.join(directory, resuming.RUN_NAME), "w") as file:
+            json.dump(run, file)
         torch.save(self.prompts.state_dict(), os.path.join(directory, PROMPTS_NAME))
         if self._prompt_statistics:
             with open(os.path.join(directory, PROMPT_STATISTICS_NAME), "w") as file:
@@ -646,25 +689,101 @@ class DDPOTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self._policy.load(resume_from_checkpoint)
 
+    # ---- Resuming ----
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        # Before a checkpoint's take their place. DeepSpeed hands in its own optimizer.
+        self._hyperparameters = optimizers_.hyperparameters(optimizer or self.optimizer)
+        return scheduler
+
+    def _optimizer_record(self) -> dict[str, Any]:
+        return optimizers_.record(self.optimizer, self.lr_scheduler, self._hyperparameters)
+
+    @property
+    def _rewards(self) -> dict[str, float]:
+        """Weights of the reward functions, by name."""
+        return dict(zip(self.scorer.names, self.scorer.weights.tolist(), strict=True))
+
+    def _what_is_run(self) -> dict[str, Any]:
+        """Rewards and prompts, as a checkpoint holds them."""
+        return {
+            "rewards": self._rewards,
+            "prompts": self.prompts.fingerprint,
+            "eval_prompts": None if self.eval_prompts is None else fingerprint(self.eval_prompts),
+        }
+
+    def checkpoint_to_resume(self, resume_from_checkpoint: str | bool | None = None) -> str | None:
+        """
+        The checkpoint that [`~DDPOTrainer.train`] goes on from; `None` if it begins.
+
+        Args:
+            resume_from_checkpoint (`str` or `bool`, *optional*):
+                As for [`~DDPOTrainer.train`].
+
+        Raises:
+            `ValueError`: If there is no such checkpoint, if it can't be gone on from with these settings, or if
+                `output_dir` holds another run.
+        """
+        directory = self.args.output_dir
+        asked = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
+        checkpoint = checkpoints.to_resume(asked, directory, own_folder=self._trained_in == directory)
+        if checkpoint is not None:
+            self._changes_since(checkpoint)
+        elif asked:
+            logger.warning(f"There is no checkpoint in {directory} to resume from: starting anew.")
+        return checkpoint
+
+    def _changes_since(self, checkpoint: str) -> list[str]:
+        """What the resumed run does otherwise, in words; an error if it can't be continued."""
+        saved = resuming.read(checkpoint)
+        plan = json.loads(json.dumps(dataclasses.asdict(self.plan)))  # tuples as lists, as they were saved
+        settings = resuming.with_plan(json.loads(self.args.to_json_string()), plan)
+        changes = [*resuming.setting_changes(saved.settings, settings, self._own_optimizer)]
+        if saved.run is None:
+            changes.append(f"it has no {resuming.RUN_NAME}: whether rewards and prompts are its own is not known.")
+        else:
+            changes += resuming.run_changes(saved.run, self._what_is_run(), self.args.resume_with_new_rewards)
+        return changes
+
+    def _make_room(self, checkpoint: str | None) -> None:
+        """Leaves in `output_dir` nothing that this run does not go on from."""
+        is_new = checkpoint is None and self._trained_in != self.args.output_dir
+        if self.is_world_process_zero():
+            files = record.run_files(self.args.output_dir) if is_new else []
+            done = checkpoints.make_room(self.args.output_dir, checkpoint, files)
+            if done:
+                logger.warning(done)
+        self._trained_in = self.args.output_dir
+        self.accelerator.wait_for_everyone()
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        run = resuming.read(checkpoint).run
+        if run is not None:
+            optimizers_.check_same(run, self._optimizer_record())
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:  # here because all ways to wrap a model come by; DeepSpeed loads its own weights
-            self._load_round(checkpoint)
+        before = optimizers_.hyperparameters(self.optimizer) if run is None else run["groups"]
+        changes = optimizers_.keep_changed(self.optimizer, self.lr_scheduler, self._hyperparameters, before)
+        changes = changes if self._own_optimizer else []  # else the settings' changes say it
+        for change in [*self._changes_since(checkpoint), *changes]:
+            logger.warning(f"Resuming from {checkpoint}: {change}")
+        self._load_round(checkpoint)  # here because all ways to wrap a model come by
 
     def _load_round(self, checkpoint: str) -> None:
-        """Reads what [`_save_round`] wrote, and says what the resumed run does otherwise."""
-        with open(os.path.join(checkpoint, PLAN_NAME)) as file:
-            saved = json.load(file)
-        plan = json.loads(json.dumps(dataclasses.asdict(self.plan)))  # tuples as lists, as they were saved
-        # Before there was a count, a checkpoint's rounds were all of this run's size.
+        """Reads what [`_save_round`] wrote."""
+        saved = resuming.read(checkpoint)
+        # Before checkpoints held the count, the rounds of a run were all of one size.
         rounds = self.state.global_step // self.plan.updates_per_round
-        self._episodes = saved.get("episodes", rounds * self.plan.samples_per_round)
-        for change in checkpoints.changes(saved, plan):
-            logger.warning(f"Resuming from {checkpoint}: {change}")
+        self._episodes = (saved.run or {}).get("episodes", rounds * self.plan.samples_per_round)
         prompts = torch.load(os.path.join(checkpoint, PROMPTS_NAME), weights_only=True)
-        self.prompts.load_state_dict(prompts)
-        if self._prompt_statistics:
-            self._load_prompt_statistics(os.path.join(checkpoint, PROMPT_STATISTICS_NAME))
+        if saved.run is None or saved.run["prompts"] == self.prompts.fingerprint:
+            self.prompts.load_state_dict(prompts)
+        if self._prompt_statistics and saved.settings.get("advantage_normalization", "prompt") == "prompt":
+            self._load_prompt_statistics(os.path.join(checkpoint, PROMPT_STATISTICS_NAME), saved.run)
+        self.recorder.load_state_dict(saved.run or {"earlier_logs": [], "earlier_steps": 0})
+        resuming.find_best(self.state, checkpoint, saved.settings, vars(self.args))
         self._load_rng_state(checkpoint)  # Trainer does so in the next round, which a finished run does not have
 
     @property
@@ -673,17 +792,22 @@ class DDPOTrainer(Trainer):
         normalizers = [self.normalize, *self.normalize_each]
         return [one for one in normalizers if isinstance(one, advantages.PromptStatistics)]
 
-    def _load_prompt_statistics(self, path: str) -> None:
+    def _load_prompt_statistics(self, path: str, run: dict[str, Any] | None) -> None:
         with open(path) as file:
             states = json.load(file)
+        own, before = self._rewards, self._rewards if run is None else run["rewards"]
         if len(states) != len(self._prompt_statistics):
             logger.warning(
                 f"{path} has the remembered rewards of {len(states)} sums or reward functions, and this run has "
                 f"{len(self._prompt_statistics)}: they are forgotten."
             )
-            return
-        for statistics, state in zip(self._prompt_statistics, states, strict=True):
-            statistics.load_state_dict(state)
+        elif [*own] != [*before] if self.normalize_each else own != before:
+            logger.warning(
+                f"{path} has the remembered rewards of {before}, and this run has {own}: they are forgotten."
+            )
+        else:
+            for statistics, state in zip(self._prompt_statistics, states, strict=True):
+                statistics.load_state_dict(state)
 
     def _load_best_model(self) -> None:
         self._policy.load(self.state.best_model_checkpoint)
@@ -789,7 +913,7 @@ class DDPOTrainer(Trainer):
                 tags=[*self._tag_names, *self._policy.model_tags, *given],
                 dataset_name=dataset_name,
                 rewards={
-                    **dict(zip(self.scorer.names, self.scorer.weights.tolist(), strict=True)),
+                    **self._rewards,
                     **dict.fromkeys(held_out),
                 },
                 log_history=self.state.log_history,

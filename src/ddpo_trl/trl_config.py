@@ -111,6 +111,7 @@ def converted(old: TRLConfig) -> dict[str, Any]:
         "num_train_epochs": old.num_epochs,
         # TRL saved after the epochs save_freq, 2 save_freq, ..., counted from 0.
         "save_strategy": "no" if old.save_freq >= old.num_epochs else "epoch",
+        "save_rounds": 1 if old.save_freq >= old.num_epochs else old.save_freq,
         "save_total_limit": old.project_kwargs.get("total_limit", old.num_checkpoint_limit),
         "tf32": old.allow_tf32 and is_torch_tf32_available(),
         "resume_from_checkpoint": old.resume_from or None,
@@ -180,7 +181,5 @@ def without_counterpart(given: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "tracker_project_name", "set the environment variable WANDB_PROJECT"
     if not old.train_cfg and old.sample_guidance_scale > 1:
         yield "train_cfg", "guidance is the same in training as in sampling; otherwise another policy would be trained"
-    if 1 < old.save_freq < old.num_epochs:
-        yield "save_freq", "every round is saved; save_total_limit says how many are kept"
     if "logging_dir" in old.project_kwargs:
         yield "project_kwargs['logging_dir']", "set the environment variable TENSORBOARD_LOGGING_DIR"

@@ -10,6 +10,7 @@ import yaml
 from diffusers import DiffusionPipeline
 from peft import LoraConfig
 
+from ddpo_trl import checkpoints
 from ddpo_trl.cli.arguments import CommandParser, Gather
 from ddpo_trl.cli.errors import usage_errors
 from ddpo_trl.cli.launch import LAUNCHED, launch, launch_flags
@@ -148,6 +149,7 @@ def train(arguments: TrainArguments, config: DDPOConfig, settings: Mapping[str, 
             What of them was given, to be kept beside the results.
     """
     with usage_errors():
+        checkpoints.to_resume(config.resume_from_checkpoint, config.output_dir)  # before minutes of loading
         rewards = [load_reward(name) for name in arguments.reward]
         held_out = [load_reward(name) for name in arguments.eval_reward or ()]
         where = (arguments.prompt_column, arguments.prompt_split)
@@ -163,6 +165,7 @@ def train(arguments: TrainArguments, config: DDPOConfig, settings: Mapping[str, 
             eval_prompts=eval_prompts,
             eval_reward_fns=held_out or None,
         )
+        trainer.checkpoint_to_resume(config.resume_from_checkpoint)
     if trainer.is_world_process_zero():
         os.makedirs(config.output_dir, exist_ok=True)
         with open(os.path.join(config.output_dir, SETTINGS_NAME), "w") as file:

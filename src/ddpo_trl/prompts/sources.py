@@ -1,6 +1,7 @@
 """Where a trainer draws prompts from: a function, a dataset or a list. Each yields `(prompt, metadata)` pairs."""
 
 import hashlib
+import types
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Protocol, runtime_checkable
@@ -33,6 +34,11 @@ class PromptSource(ABC):
     @abstractmethod
     def preview(self, count: int) -> list[PromptPair]:
         """The first `count` pairs of a run that starts at round 0, without using them up."""
+
+    @property
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Tells this source from others in a checkpoint, in words."""
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint has to hold beside the global random states."""
@@ -81,6 +87,11 @@ class FunctionPrompts(PromptSource):
         self.previewed += [self._call() for _ in range(count - len(self.previewed))]
         return self.previewed[:count]
 
+    @property
+    def fingerprint(self) -> str:
+        named = isinstance(self.prompt_fn, types.FunctionType | types.MethodType)
+        return f"the function {self.prompt_fn.__qualname__ if named else type(self.prompt_fn).__qualname__}"
+
     def state_dict(self) -> dict[str, Any]:
         return self.prompt_fn.state_dict() if isinstance(self.prompt_fn, StatefulPromptFunction) else {}
 
@@ -121,6 +132,10 @@ class ShuffledPrompts(PromptSource):
     def preview(self, count: int) -> list[PromptPair]:
         return self.draw(0, count)
 
+    @property
+    def fingerprint(self) -> str:
+        return fingerprint(self.pairs)
+
     def _order(self, which_pass: int) -> list[int]:
         random = generator(self.seed, Stream.PROMPTS, which_pass)
         return torch.randperm(len(self.pairs), generator=random).tolist()
@@ -144,6 +159,15 @@ class DatasetPairs(Sequence[PromptPair]):
     def __getitem__(self, index: Any) -> Any:
         row = dict(self.dataset[index])
         return row.pop("prompt"), row
+
+
+def fingerprint(pairs: Sequence[PromptPair]) -> str:
+    """Number and hash of the prompts in their order. Metadata have no part in it: they may be images."""
+    prompts = pairs.dataset["prompt"] if isinstance(pairs, DatasetPairs) else [prompt for prompt, _ in pairs]
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        digest.update(prompt.encode("utf-8", "surrogatepass") + b"\0")
+    return f"{len(pairs)} prompts with the hash {digest.hexdigest()[:12]}"
 
 
 def prompt_pairs(prompts: Any, argument: str) -> Sequence[PromptPair]:
@@ -176,15 +200,6 @@ def prompt_pairs(prompts: Any, argument: str) -> Sequence[PromptPair]:
     if not pairs:
         raise ValueError(f"{argument} is empty; give at least one prompt.")
     return pairs
-
-
-def fingerprint(pairs: Sequence[PromptPair]) -> str:
-    """How many prompts there are, and a number that another list of texts does not have."""
-    texts = pairs.dataset["prompt"] if isinstance(pairs, DatasetPairs) else [prompt for prompt, _ in pairs]
-    digest = hashlib.sha256()
-    for text in texts:
-        digest.update(text.encode() + b"\0")
-    return f"{len(pairs)} prompts ({digest.hexdigest()[:12]})"
 
 
 def _dataset_pairs(dataset: Dataset, argument: str) -> DatasetPairs:

@@ -1,0 +1,118 @@
+"""Optimizers: those that users give, and how one goes on from a checkpoint with what was changed since."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from accelerate.optimizer import AcceleratedOptimizer
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+
+
+def check_given(optimizer: Optimizer | None, policy: nn.Module) -> None:
+    """Raises a `ValueError` if an optimizer of the user's leaves out weights that are to be trained."""
+    if optimizer is None:
+        return
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    missing = sum(id(parameter) not in held for parameter in trained)
+    if missing:
+        raise ValueError(
+            f"optimizers holds {type(optimizer).__name__} without {missing} of the {len(trained)} trained weights, "
+            "which it would leave as they are. Add the adapter to the pipeline first and give the optimizer its "
+            "weights (those with requires_grad), or give its class by "
+            "optimizer_cls_and_kwargs=(torch.optim.AdamW, {'lr': 1e-3}), or set optim."
+        )
+
+
+def unwrapped(optimizer: Optimizer) -> Optimizer:
+    """The user's or Trainer's optimizer, without accelerate's wrapper."""
+    return optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
+
+
+def hyperparameters(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """Those of each group, with the learning rate at the start of its schedule (`initial_lr`) and not the current."""
+    return [
+        {name: value for name, value in group.items() if name not in ("params", "lr")}
+        for group in optimizer.param_groups
+    ]
+
+
+def as_json(value: Any) -> Any:
+    """A hyperparameter as it is read back from JSON."""
+    if isinstance(value, Tensor):
+        return value.item()
+    return json.loads(json.dumps(value, default=str))
+
+
+def record(optimizer: Optimizer, scheduler: LRScheduler, groups: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What `run.json` says of the optimizer; `groups` are [`hyperparameters`] at the start."""
+    return {
+        "optimizer": type(unwrapped(optimizer)).__name__,
+        "lr_scheduler": type(scheduler).__name__,
+        "groups": [{name: as_json(value) for name, value in group.items()} for group in groups],
+    }
+
+
+def check_same(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
+    """Raises a `ValueError` if the class of the optimizer or of its schedule is another one ([`record`])."""
+    for name, argument in (("optimizer", "optimizers"), ("lr_scheduler", "lr_scheduler_type")):
+        if saved[name] != current[name]:
+            raise ValueError(
+                f"{argument}: the {name} is {current[name]}, which can't go on with the state of the checkpoint's "
+                f"{saved[name]}. Use {saved[name]} to resume, or begin another run from the checkpoint's weights."
+            )
+
+
+def keep_changed(
+    optimizer: Optimizer,
+    scheduler: LRScheduler,
+    groups: Sequence[dict[str, Any]],
+    saved: Sequence[Mapping[str, Any]],
+) -> list[str]:
+    """
+    After a checkpoint was loaded, with its hyperparameters, sets those that the user has changed since.
+
+    Args:
+        optimizer ([`~torch.optim.Optimizer`]), scheduler ([`~torch.optim.lr_scheduler.LRScheduler`]):
+            With the checkpoint's state.
+        groups (`Sequence[dict]`):
+            [`hyperparameters`] before that.
+        saved (`Sequence[Mapping]`):
+            The same of the run that wrote the checkpoint, from its `run.json`. What is equal there keeps the
+            checkpoint's value: a callback may have moved it.
+
+    Returns:
+        `list[str]`: The changes, in words.
+    """
+    changed = []
+    rates = [as_json(group["lr"]) for group in optimizer.param_groups]
+    for index, (group, own, before) in enumerate(zip(optimizer.param_groups, groups, saved, strict=True)):
+        for name in own.keys() & before.keys():
+            if as_json(own[name]) == before[name]:
+                continue
+            changed.append(f"{name} of the optimizer's group {index} is {own[name]} and was {before[name]}.")
+            if name == "initial_lr" and before[name]:
+                rates[index] *= own[name] / before[name]
+            group[name] = own[name]
+    if isinstance(scheduler, LambdaLR):  # all of transformers' that depend on the step only
+        scheduler.base_lrs = [group["initial_lr"] for group in optimizer.param_groups]
+        rates = [
+            as_json(base * factor(scheduler.last_epoch))
+            for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+        ]
+    set_rates(optimizer, scheduler, rates)
+    return sorted(changed)
+
+
+def set_rates(optimizer: Optimizer, scheduler: LRScheduler, rates: Sequence[float]) -> None:
+    """Sets the learning rates of the next step; nothing is written if they are those already."""
+    if [as_json(group["lr"]) for group in optimizer.param_groups] == list(rates):
+        return
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+    scheduler._last_lr = list(rates)  # what is logged

@@ -1,0 +1,178 @@
+"""One run in one folder: what can be resumed, what is refused before anything is loaded, what is kept."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conftest import brightness, tiny_pipeline
+from ddpo_trl import DDPOTrainer, checkpoints
+from ddpo_trl.report.reading import read_run
+
+
+PROMPTS = ["cat", "dog"]
+SHORT = {
+    "save_strategy": "epoch", "one_pass": None, "num_inference_steps": 2, "num_sample_batches": 1,
+    "per_device_sample_batch_size": 2, "per_device_train_batch_size": 2,
+}  # fmt: skip
+
+
+def trainer_of(config: Any) -> DDPOTrainer:
+    return DDPOTrainer(config, brightness, PROMPTS, tiny_pipeline(), eval_prompts=PROMPTS)
+
+
+def numbers(folder: Path) -> list[int]:
+    return sorted(int(path.name.removeprefix("checkpoint-")) for path in folder.glob("checkpoint-*"))
+
+
+@pytest.fixture
+def run(make_config, tmp_path) -> Path:
+    """Two rounds."""
+    trainer_of(make_config(num_train_epochs=2, **SHORT)).train()
+    return tmp_path / "run"
+
+
+# ---- What is asked for ----
+
+
+def test_what_is_no_checkpoint_is_refused_before_anything_is_sampled_or_printed(make_config, run, capsys):
+    trainer = trainer_of(make_config(num_train_epochs=3, disable_tqdm=False, **SHORT))
+    capsys.readouterr()
+    for asked, message in (
+        ("True", "is 'True', a text. Give True, False or None without quotes"),
+        ("true", "a text"),
+        (str(run), f"holds checkpoints and is none. Give one of them, such as {run / 'checkpoint-2'}"),
+        (str(run / "checkpoint-7"), f"which is no folder. .* The last one beside it is {run / 'checkpoint-2'}"),
+        (str(run / "samples"), "which is no folder. Give that of a checkpoint"),
+        (run.parent, "no checkpoint: it has no trainer_state.json"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            trainer.train(resume_from_checkpoint=asked)
+    assert capsys.readouterr().out == ""
+    assert trainer.state.global_step == 0 and numbers(run) == [1, 2]
+
+
+def test_the_configs_own_field_is_not_ignored(make_config, run):
+    config = make_config(num_train_epochs=3, resume_from_checkpoint=str(run / "checkpoint-2"), **SHORT)
+    trainer = trainer_of(config)
+    trainer.train()
+    assert [log["epoch"] for log in trainer.state.log_history if "reward" in log] == [1, 2, 3]
+    with pytest.raises(ValueError, match="is 'True', a text"):
+        trainer.train("True")
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("trainer_state.json", {"global_step": 3}, "lies inside a round of 2 .* multiple of 2"),
+        ("batch_plan.json", None, "was not written by DDPOTrainer"),
+        ("rng_state.pth", None, r"holds no optimizer \(save_only_model=True\)"),
+    ],
+)
+def test_a_checkpoint_that_lacks_what_goes_on_is_refused(tmp_path, name, change, message):
+    files = {"trainer_state.json": {"global_step": 2}, "batch_plan.json": {"num_ppo_epochs": 1, "num_mini_batches": 2}}
+    folder = tmp_path / "checkpoint-2"
+    folder.mkdir()
+    for file, content in files.items():
+        (folder / file).write_text(json.dumps(content))
+    (folder / "rng_state.pth").touch()
+    assert checkpoints.to_resume(True, str(tmp_path)) == str(folder)
+    (folder / name).unlink()
+    if change:
+        (folder / name).write_text(json.dumps(change))
+    with pytest.raises(ValueError, match=message):
+        checkpoints.to_resume(True, str(tmp_path))
+
+
+# ---- One run in one folder ----
+
+
+def test_a_run_that_begins_in_the_folder_of_another_is_refused_with_the_remedies(make_config, run, tmp_path):
+    before = (run / "metrics.csv").read_text()
+    fresh = trainer_of(make_config(num_train_epochs=1, **SHORT))
+    with pytest.raises(ValueError, match=r"checkpoint-2 is its last.*resume_from_checkpoint=True.*set another output"):
+        fresh.train()
+    assert (run / "metrics.csv").read_text() == before and numbers(run) == [1, 2]
+    elsewhere = tmp_path / "elsewhere"
+    shutil.copytree(run, elsewhere)
+    with pytest.raises(ValueError, match="holds another run"):
+        fresh.train(resume_from_checkpoint=str(elsewhere / "checkpoint-1"))
+
+
+def test_a_second_call_of_train_keeps_the_record_of_the_first(make_config, tmp_path):
+    folder = tmp_path / "run"
+    settings = {**SHORT, "log_images_rounds": 1, "num_logged_images": 1}
+    trainer = trainer_of(make_config(num_train_epochs=2, **settings))
+    trainer.train()
+    first = (folder / "metrics.csv").read_text()
+    image = folder / "samples" / "round-0001" / "best-0.png"
+    written = image.stat().st_mtime_ns
+    trainer.train()
+    assert [row["round"] for row in read_run(folder).rows] == [1, 2, 3, 4]
+    assert first.splitlines()[1:] == (folder / "metrics.csv").read_text().splitlines()[1:3]
+    assert image.stat().st_mtime_ns == written
+    rounds = sorted(int(path.name.removeprefix("round-")) for path in (folder / "samples").glob("round-????"))
+    assert rounds == [0, 1, 2, 3, 4]
+    assert numbers(folder) == [1, 2] and numbers(folder / "_earlier-1") == [1, 2]  # no way to mix them
+    shutil.rmtree(folder / "checkpoint-2")  # as if it had been killed before
+    resumed = trainer_of(make_config(num_train_epochs=2, **settings))
+    resumed.train(resume_from_checkpoint=True)
+    assert [row["round"] for row in read_run(folder).rows] == [1, 2, 3, 4]
+    assert first.splitlines()[1:] == (folder / "metrics.csv").read_text().splitlines()[1:3]
+
+
+def test_the_record_of_a_run_without_checkpoints_is_moved_aside(make_config, tmp_path, caplog):
+    folder = tmp_path / "run"
+    for number in (1, 2):
+        with caplog.at_level("WARNING", logger="ddpo_trl"):
+            trainer_of(make_config(**{**SHORT, "save_strategy": "no"}, num_train_epochs=number)).train()
+    assert [len(read_run(place).rows) for place in (folder, folder / "_earlier-1")] == [2, 1]
+    assert any(f"is now in {folder / '_earlier-1'}" in record.getMessage() for record in caplog.records)
+
+
+def test_checkpoints_after_the_one_that_is_resumed_make_way(make_config, run):
+    """Else they would be taken for the last ones, and the new ones for the oldest."""
+    trainer = trainer_of(make_config(num_train_epochs=3, save_total_limit=1, **SHORT))
+    trainer.train(resume_from_checkpoint=str(run / "checkpoint-1"))
+    assert numbers(run) == [3] and numbers(run / "_earlier-1") == [2]
+
+
+# ---- Which are kept ----
+
+
+def test_what_is_kept_goes_by_number_and_not_by_the_time_of_a_copy(make_config, run):
+    for number, age in ((1, 0), (2, 10_000)):
+        moment = (run / f"checkpoint-{number}").stat().st_mtime - age
+        os.utime(run / f"checkpoint-{number}", (moment, moment))
+    trainer_of(make_config(num_train_epochs=3, save_total_limit=2, **SHORT)).train(resume_from_checkpoint=True)
+    assert numbers(run) == [2, 3]
+
+
+BEST = {**SHORT, "eval_strategy": "epoch", "load_best_model_at_end": True, "learning_rate": 0.0}
+
+
+def test_the_best_checkpoint_is_found_in_a_folder_that_was_copied_or_moved(make_config, tmp_path):
+    """At a learning rate of 0 the first round stays the best. The original is there still, and is another's now."""
+    old, new = tmp_path / "run", tmp_path / "copy"
+    trainer_of(make_config(num_train_epochs=2, save_total_limit=None, **BEST)).train()
+    shutil.copytree(old, new)
+    (old / "checkpoint-1" / "pytorch_lora_weights.safetensors").write_text("another's")
+    for _ in range(2):  # beside the original, and without it
+        trainer = trainer_of(make_config(num_train_epochs=3, save_total_limit=1, output_dir=str(new), **BEST))
+        trainer.train(resume_from_checkpoint=True)
+        assert trainer.state.best_model_checkpoint == str(new / "checkpoint-1")
+        assert numbers(new) == [1, 3]
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def test_another_figure_has_another_best_round(make_config, run, caplog):
+    trainer_of(make_config(num_train_epochs=3, **BEST)).train(resume_from_checkpoint=True)
+    settings = {**BEST, "metric_for_best_model": "eval_reward_std"}
+    trainer = trainer_of(make_config(num_train_epochs=4, **settings))
+    with caplog.at_level("WARNING", logger="ddpo_trl"):
+        trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.best_global_step == 4
+    assert any("metric_for_best_model is 'eval_reward_std'" in record.getMessage() for record in caplog.records)
