@@ -181,6 +181,7 @@ def test_a_signal_ends_the_run_after_its_round_and_it_goes_on_as_if_it_had_not(t
     child = kill_a_run.PROCESSES.Process(target=kill_a_run.wait_for_a_signal, args=(folder, 2, mini_batches))
     child.start()
     wait_for(folder / "inside")
+    assert child.pid is not None
     os.kill(child.pid, signal.SIGTERM)
     (folder / "sent").touch()
     child.join(timeout=120)

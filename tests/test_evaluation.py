@@ -289,11 +289,11 @@ def test_a_held_out_reward_that_falls_stops_the_run_and_the_best_weights_are_bac
     "metric",
     ["eval_reward", "reward_std", "eval_reward_sde_gap", "eval_diversity", "eval_rewards/redness/mean"],
 )
-def test_early_stopping_works_on_every_figure(make_config, metric):
+def test_early_stopping_works_on_every_figure(make_config, metric, tmp_path):
     """Which way a figure goes is seen in a run without a stop; going the other way is then what is wished for."""
     settings = {**KEEP_BEST, "num_train_epochs": 3, "metric_for_best_model": metric}
     kwargs = {"eval_prompts": REPEATED, "eval_reward_fns": [redness]}
-    free = trainer_for(make_config(**settings), **kwargs)
+    free = trainer_for(make_config(**settings, output_dir=str(tmp_path / "free")), **kwargs)
     free.train()
     name = "eval_" + metric.removeprefix("eval_")
     first, second, _ = [log[name] for log in evaluations(free)]

@@ -153,7 +153,7 @@ class DDPOTrainer(Trainer):
         eval_prompts: Dataset | Sequence[str] | None = None,
         eval_reward_fns: RewardFunction | Sequence[RewardFunction] | None = None,
         callbacks: list[TrainerCallback] | None = None,
-        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LRScheduler | None] = (None, None),
         optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
     ):
         args = copy.copy(config)

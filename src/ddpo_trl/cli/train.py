@@ -198,4 +198,4 @@ def print_places(output_dir: str) -> None:
     names = sorted(name for name in os.listdir(output_dir) if not name.startswith(("_", ".")))
     print(f"Saved in {output_dir}: {', '.join(names)}")
     print(f"Look at it: ddpo-trl sample {output_dir}, ddpo-trl report {output_dir}")
-    print(f"Repeat it: ddpo-trl train --config {os.path.join(output_dir, SETTINGS_NAME)}")
+    print(f"Repeat it: ddpo-trl train --config {os.path.join(output_dir, SETTINGS_NAME)} --output_dir ANOTHER")
