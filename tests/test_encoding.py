@@ -132,6 +132,10 @@ class RecordingPipeline(DiffusionPipeline):
         self.register_modules(text_encoder=text_encoder)
         self.calls: list[dict[str, Any]] = []
 
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu")
+
     def encode_prompt(
         self,
         prompt: Any,
@@ -213,6 +217,50 @@ def test_a_batch_of_more_prompts_than_are_kept_is_whole(monkeypatch):
     encode, calls = recording()
     assert encode(["a", "ab", "abc", "abcd", "a"]).tolist() == [[1.0], [2.0], [3.0], [4.0], [1.0]]
     assert len(calls) == 4
+
+
+def test_what_two_prompts_have_in_common_is_kept_once_and_counted_once(monkeypatch):
+    cache = encoding.EmbeddingCache()
+    for name, value in (("cat", 1.0), ("dog", 2.0)):
+        cache.put(name, (torch.full((1, 4), value), torch.zeros(1, 4)))  # with a negative prompt
+    (cat, negative), (dog, again) = cache.get("cat"), cache.get("dog")
+    assert (cat.tolist(), dog.tolist()) == ([[1.0] * 4], [[2.0] * 4])
+    assert negative is again
+    monkeypatch.setattr(encoding, "MAX_CACHED_BYTES", 3 * 4 * 4)
+    cache.shrink()
+    assert "cat" in cache
+    monkeypatch.setattr(encoding, "MAX_CACHED_BYTES", 3 * 4 * 4 - 1)
+    cache.shrink()
+    assert "cat" not in cache and "dog" in cache
+
+
+class Placed(RecordingPipeline):
+    """A pipeline that says where embeddings are to be, as most do."""
+
+    def encode_prompt(self, prompt: list[str], device: Any = None) -> Any:  # type: ignore[override]
+        self.calls.append({"prompt": prompt, "device": device})
+        return torch.tensor([[float(len(text))] for text in prompt])
+
+
+def test_prompts_are_encoded_ahead_for_the_device_that_the_pipeline_is_going_to_run_on():
+    log: list[str] = []
+    pipeline, gpu = Placed(Travelling(log)), torch.device("meta")
+    encode = PromptEncoder(pipeline, offload=True)
+    log.clear()
+    with encode.ahead(gpu):
+        assert encode(["cat"], device=torch.device("cpu")).tolist() == [[3.0]]
+        encode(["mouse", "cat"], device=torch.device("cpu"))
+    assert log == ["to meta", "to cpu"]  # once
+    assert pipeline.calls == [{"prompt": ["cat"], "device": gpu}, {"prompt": ["mouse"], "device": gpu}]
+    assert encode(["cat", "mouse"], device=gpu).tolist() == [[3.0], [5.0]]
+    assert len(pipeline.calls) == 2 and log == ["to meta", "to cpu"]
+
+
+def test_what_is_encoded_in_place_only_is_not_encoded_ahead():
+    encode, calls = recording()
+    with encode.ahead(torch.device("meta")), pytest.raises(encoding.OnlyInPlace):
+        encode(["cat"])
+    assert calls == []
 
 
 def test_an_encoder_remembers_its_last_inputs_only(monkeypatch):
