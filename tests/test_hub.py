@@ -15,7 +15,8 @@ from ddpo_trl import DDPOTrainer
 
 SCRIPT = Path(__file__).parent / "push_to_a_hub.py"
 
-ALWAYS = {"README.md", "ddpo_config.json", "environment.json", "metrics.csv"}
+SCHEDULER = "scheduler/scheduler_config.json"  # which the card's example loads
+ALWAYS = {"README.md", "ddpo_config.json", "environment.json", "metrics.csv", SCHEDULER}
 LORA = {*ALWAYS, "pytorch_lora_weights.safetensors"}
 CHECKPOINT = {
     "batch_plan.json", "ddpo_config.json", "optimizer.pt", "prompts.pt", "pytorch_lora_weights.safetensors",
@@ -128,7 +129,7 @@ def test_a_run_that_was_not_to_be_pushed_can_be(found):
     assert seen["refused"].startswith("PushError: Nothing was pushed: ValueError: The model is to be pushed to 'late'")
     assert "what was trained is in" in seen["refused"]
     assert not seen["made_too_early"]
-    assert set(seen["files"]) == {"README.md", "ddpo_config.json", "pytorch_lora_weights.safetensors"}
+    assert set(seen["files"]) == {"README.md", "ddpo_config.json", "pytorch_lora_weights.safetensors", SCHEDULER}
     assert seen["private"]
     assert 'load_lora_weights("me/late")' in seen["card"]
 
