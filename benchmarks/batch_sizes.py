@@ -10,13 +10,11 @@ import argparse
 import torch
 from torch import Tensor
 
-from ddpo_trl import DDPOConfig, load_emoji_pipeline
+from ddpo_trl import load_emoji_pipeline
 from ddpo_trl.lora import put_on_adapter
 from ddpo_trl.policy import Policy
 from ddpo_trl.seeding import Stream, derived_seed
-
-
-PROMPTS = ["cat face", "pizza", "tulip", "octopus"]
+from rounds import PROMPTS, quiet_config
 
 
 def images(policy: Policy, count: int, batch_size: int) -> Tensor:
@@ -39,7 +37,7 @@ def main() -> None:
     print("| dtype | batch sizes | largest difference | mean difference |\n|---|---|---|---|")
     for dtype in (torch.float32, torch.bfloat16):
         pipeline = load_emoji_pipeline(torch_dtype=dtype)
-        config = DDPOConfig(use_cpu=True, num_inference_steps=arguments.steps, guidance_scale=2.5)
+        config = quiet_config(use_cpu=True, num_inference_steps=arguments.steps)
         policy = Policy(pipeline, config, put_on_adapter(pipeline, None))
         reference, *others = (images(policy, arguments.images, size) for size in arguments.batch_sizes)
         for size, other in zip(arguments.batch_sizes[1:], others, strict=True):

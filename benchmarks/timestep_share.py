@@ -12,22 +12,17 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from ddpo_trl import DDPOConfig, load_emoji_pipeline
+from ddpo_trl import load_emoji_pipeline
 from ddpo_trl.demo import PROMPTS
 from ddpo_trl.lora import put_on_adapter
 from ddpo_trl.one_pass import layers_of_samples
 from ddpo_trl.policy import Policy
+from rounds import quiet_config
 
 
 def shares(steps: int, samples: int, guidance_scale: float) -> tuple[list[float], list[float]]:
     """Standard deviation and part of the squared norm of each step."""
-    config = DDPOConfig(
-        output_dir="build/timestep_share",
-        use_cpu=True,
-        report_to="none",
-        num_inference_steps=steps,
-        guidance_scale=guidance_scale,
-    )
+    config = quiet_config(use_cpu=True, num_inference_steps=steps, guidance_scale=guidance_scale)
     torch.manual_seed(0)
     pipeline = load_emoji_pipeline()
     policy = Policy(pipeline, config, put_on_adapter(pipeline, None))
