@@ -279,6 +279,7 @@ class DDPOTrainer(Trainer):
         if self.is_world_process_zero() and not self.args.disable_tqdm:
             print(f"Batch plan\n{self.plan}\nTrained\n  {self._policy.describe()}")
         self._episodes = 0  # a checkpoint brings its own count
+        self._update_loss = torch.zeros((), device=self.args.device)  # without what a run that failed has left
         try:
             with self._signals.handled():
                 return super().train(checkpoint, *args, **kwargs)
