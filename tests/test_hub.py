@@ -170,10 +170,10 @@ def test_the_card_shows_pictures_that_were_pushed(found):
         assert f"]({picture})" in seen["card"] and picture in seen["files"]
 
 
-def test_four_lines_of_the_card_load_the_model(found):
+def test_five_lines_of_the_card_load_the_model(found):
     seen = found["pictures_card_and_loading"]
     code = seen["card"].split("```python\n")[1].split("```")[0]
-    assert len([line for line in code.splitlines() if line]) == 4
+    assert len([line for line in code.splitlines() if line]) == 5
     assert seen["same_images_by_the_example"]
     assert seen["image_of_the_example"] == [16, 16]
 
