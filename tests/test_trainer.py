@@ -661,7 +661,8 @@ def test_a_reward_function_that_fails_in_a_round_is_named_and_leaves_the_checkpo
     trainer = DDPOTrainer(config, fragile, PROMPTS, tiny_pipeline())
     with pytest.raises(RuntimeError, match=r"`fragile` raised ConnectionError: server gone \(round 1, prompts \['"):
         trainer.train()
-    resumed = DDPOTrainer(config, brightness, PROMPTS, tiny_pipeline())
+    calls.clear()  # the server is back
+    resumed = DDPOTrainer(config, fragile, PROMPTS, tiny_pipeline())
     resumed.train(resume_from_checkpoint=True)
     assert resumed.state.global_step == 2
 
