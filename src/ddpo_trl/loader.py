@@ -168,14 +168,14 @@ class RolloutLoader:
                 contexts = (self._context(pairs[first : first + size], first) for first in firsts)
                 self.policy.encode(contexts, self.policy.denoiser.device)
         for first in firsts:
-            prompts, metadata = zip(*pairs[first : first + size], strict=True)
-            context = self._context(pairs[first : first + size], first)
+            own = pairs[first : first + size]
+            context, metadata = self._context(own, first), [entries for _, entries in own]
             with self.accelerator.autocast():
                 if self.plan.one_pass:
                     batch = self.policy.sample_with_gradients(context, weights, self.gradient_layers, noisy)
                 else:
                     batch = self.policy.sample(context, record=weights, stochastic=noisy)
-            pending.append(self.scorer.submit(batch.images, prompts, metadata, when=f"round {self.round}"))
+            pending.append(self.scorer.submit(batch.images, context.prompts, metadata, when=f"round {self.round}"))
             # The reward functions have them where they were made; then what is shown of them is all that is wanted.
             batches.append(dataclasses.replace(batch, images=batch.images.cpu()))
             self.progress.sampled(size, [self.scorer.total(scores.marked()) for scores in pending if scores.done()])
