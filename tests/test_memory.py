@@ -126,7 +126,8 @@ def test_the_trial_at_construction_has_no_more_samples_than_a_batch(make_config,
 @pytest.mark.parametrize("insisting", [None, True])
 def test_a_trial_that_runs_out_of_memory_means_two_passes_with_the_reason(make_config, monkeypatch, insisting):
     pipeline = tiny_pipeline()
-    forward, failures = pipeline.unet.forward, []
+    forward = pipeline.unet.forward
+    failures: list[str] = []
 
     def full(*args: Any, **kwargs: Any) -> Any:
         if torch.is_grad_enabled() and not failures:

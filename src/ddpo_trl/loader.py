@@ -167,8 +167,8 @@ class RolloutLoader:
                 contexts = (self._context(pairs[first : first + size], first) for first in firsts)
                 self.policy.encode(contexts, self.policy.denoiser.device)
         for first in firsts:
-            prompts, metadata = zip(*pairs[first : first + size], strict=True)
-            context = self._context(pairs[first : first + size], first)
+            own = pairs[first : first + size]
+            context, metadata = self._context(own, first), [entries for _, entries in own]
             with self.accelerator.autocast():
                 if self.plan.one_pass:
                     batch = self.policy.sample_with_gradients(context, weights, self.gradient_layers, noisy)
@@ -176,7 +176,7 @@ class RolloutLoader:
                     batch = self.policy.sample(context, record=weights, stochastic=noisy)
             when = f"round {self.round}"
             pending.append(
-                self.scorer.submit(batch.images, prompts, metadata, when, batch.finite_steps, batch.steps_run)
+                self.scorer.submit(batch.images, context.prompts, metadata, when, batch.finite_steps, batch.steps_run)
             )
             # The reward functions have them where they were made; then what is shown of them is all that is wanted.
             batches.append(dataclasses.replace(batch, images=batch.images.cpu()))
