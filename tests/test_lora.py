@@ -453,7 +453,8 @@ ALL_OF_LORA: dict[str, list[tuple[Any, str | None]]] = {
     "use_rslora": [(True, HOLDS)],
     "modules_to_save": [(["conv_out"], "peft_config trains a copy of the layer conv_out,.*Leave out modules_to_save")],
     "init_lora_weights": [
-        *((value, HOLDS) for value in (True, False, "gaussian", "eva", "orthogonal", "mica", "lora_ga")),
+        *((value, HOLDS) for value in (True, False, "gaussian", "orthogonal", "mica")),
+        *((value, f"init_lora_weights='{value}', which needs .*Leave out init") for value in ("eva", "lora_ga")),
         *((value, f"init_lora_weights='{value}'.*Leave out init") for value in ("olora", "pissa", "pissa_niter_2")),
         ("corda", "init_lora_weights='corda'.*preprocess_corda"),
     ],

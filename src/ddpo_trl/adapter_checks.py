@@ -25,6 +25,9 @@ PLACES = {"exclude_modules", "layers_to_transform", "layers_pattern", "modules_t
           "trainable_token_indices", "layer_replication"}  # fmt: skip
 PATTERNS = {"rank_pattern", "alpha_pattern"}
 
+# Values of init_lora_weights that peft completes in a call of its own, and what that call needs.
+DATA_DRIVEN = {"eva": "activations of the model", "lora_ga": "gradients of the model"}
+
 # Fields of every config, which say nothing about how an adapter computes.
 BOOKKEEPING = {field.name for field in dataclasses.fields(PeftConfig)}
 
@@ -40,6 +43,17 @@ def without_dropout(config: PeftConfig) -> PeftConfig:
                 "mode, where dropout never acts, and the saved adapter must not drop anything in training mode either."
             )
     return config
+
+
+def check_initialization(config: PeftConfig) -> None:
+    """Raise a `ValueError` for an initialization from data, which adding the adapter does not perform."""
+    how = vars(config).get("init_lora_weights")
+    if how in DATA_DRIVEN:
+        raise ValueError(
+            f"peft_config has init_lora_weights={how!r}, which needs {DATA_DRIVEN[how]} that the trainer does not "
+            "collect: the adapter would start from random weights. Leave out init_lora_weights, or add the adapter to "
+            "the pipeline and initialize it before it is given to the trainer."
+        )
 
 
 def check_config(config: PeftConfig, owner: str) -> None:

@@ -33,6 +33,7 @@ from torch import nn
 from ddpo_trl.adapter_checks import (
     check_config,
     check_copies,
+    check_initialization,
     check_projections,
     check_use,
     first_difference,
@@ -191,6 +192,7 @@ def put_on_adapter(pipeline: DiffusionPipeline, peft_config: PeftConfig | None) 
         _train_only(denoiser, ADAPTER_NAME)
         return ADAPTER_NAME
     config = without_dropout(peft_config)
+    check_initialization(config)
     check_config(config, "peft_config")
     try:
         _add_adapter(denoiser, config)
