@@ -545,8 +545,9 @@ def test_weights_of_other_tools_are_converted(weights, tiny, tmp_path, capsys):
         (lambda w: {"something": torch.ones(1)}, "don't fit .*Invalid LoRA checkpoint"),
         (lambda w: {name: torch.zeros_like(x) for name, x in w.items()}, "change nothing in these images"),
         (lambda w: {name: torch.ones(4, 4) for name in w}, "don't fit .*Give the --model"),
+        (lambda w: {name: x + float("nan") for name, x in w.items()}, "not finite"),
     ],
-    ids=["ComfyUI", "another denoiser", "no prefix", "layers beside", "LoHa", "no LoRA", "untrained", "other sizes"],
+    ids=["ComfyUI", "another denoiser", "no prefix", "layers beside", "LoHa", "no LoRA", "untrained", "sizes", "NaN"],
 )  # fmt: skip
 def test_weights_that_cant_be_applied_are_no_sheet(weights, tiny, tmp_path, capsys, change, message):
     status, err = sheet_of(change(weights), tmp_path, tiny, capsys)

@@ -135,6 +135,7 @@ NAN = float("nan")
         ({"kl_coef": -0.1}, r"kl_coef is -0\.1; it must be a finite number, 0 or above"),
         ({"learning_rate": float("nan")}, "learning_rate is nan; it must be a finite number, 0 or above"),
         ({"weight_decay": float("inf")}, "weight_decay is inf; it must be a finite number, 0 or above"),
+        ({"auto_find_batch_size": True}, "auto_find_batch_size is True, but the batch plan is made once"),
         ({"max_grad_norm": float("nan")}, "max_grad_norm is nan; it must be above 0, or 0 for no clipping"),
         ({"log_images_rounds": -1}, r"log_images_rounds is -1; it must be 0 \(no pictures\) or above"),
         ({"timestep_fraction": 0.0}, r"timestep_fraction is 0\.0; it must be in \(0, 1\]"),

@@ -402,6 +402,7 @@ class DDPOConfig(TrainingArguments):
         self._check_processes()
         self._check_positive()
         self._check_finite()
+        self._check_trainer_options()
         self._check_noise()
         self._check_ranges()
         self._check_objective()
@@ -511,12 +512,19 @@ class DDPOConfig(TrainingArguments):
                 "would ever be used. Raise per_prompt_stat_tracking_buffer_size or lower the count."
             )
 
-    def _check_objective(self) -> None:
+    def _check_trainer_options(self) -> None:
         if self.logging_nan_inf_filter:
             raise ValueError(
                 "logging_nan_inf_filter is True, which would hide a loss that is not finite. Leave it at False, "
                 "so that such a loss ends the run."
             )
+        if self.auto_find_batch_size:
+            raise ValueError(
+                "auto_find_batch_size is True, but the batch plan is made once, for all processes alike. Set "
+                "per_device_sample_batch_size and per_device_train_batch_size instead."
+            )
+
+    def _check_objective(self) -> None:
         choices = {
             "loss_type": ("is", "sf"),
             "on_invalid_reward": ("raise", "drop"),

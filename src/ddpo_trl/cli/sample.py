@@ -20,6 +20,7 @@ from ddpo_trl.cli.errors import UsageError, one_line, usage_errors
 from ddpo_trl.cli.sources import first_prompts, load_model, load_prompt_source, load_reward
 from ddpo_trl.cli.train import SETTINGS_NAME
 from ddpo_trl.config import DDPOConfig
+from ddpo_trl.finite import finite_rows
 from ddpo_trl.lora import (
     ADAPTER_NAME,
     LORA_WEIGHTS_NAME,
@@ -274,6 +275,11 @@ def make_images(policy: Policy, pairs: Sequence[PromptPair], seed: int, batch_si
     for first in range(0, len(pairs), batch_size):
         prompts, metadata = zip(*pairs[first : first + batch_size], strict=True)
         images.append(policy.generate(policy.context(prompts, metadata, [seed] * len(prompts))).cpu())
+        if not finite_rows(images[-1]).all():
+            raise UsageError(
+                f"Images of the prompts {list(prompts)} are not finite: the denoiser or the autoencoder overflowed, "
+                "or the LoRA weights diverged. Try --dtype float32 or bfloat16."
+            )
     return torch.cat(images)
 
 
