@@ -279,7 +279,9 @@ class DDPOTrainer(Trainer):
         if self.is_world_process_zero() and not self.args.disable_tqdm:
             print(f"Batch plan\n{self.plan}\nTrained\n  {self._policy.describe()}")
         self._episodes = 0  # a checkpoint brings its own count
-        self._update_loss = torch.zeros((), device=self.args.device)  # without what a run that failed has left
+        # Without what a run that failed has left, or one whose last rounds were not logged.
+        self._update_loss = torch.zeros((), device=self.args.device)
+        self._metrics.clear()
         try:
             with self._signals.handled():
                 return super().train(checkpoint, *args, **kwargs)
