@@ -144,6 +144,32 @@ def unequal_processes(output_dir: str) -> dict[str, Any]:
     }
 
 
+def dropped_run(output_dir: str, one_pass: bool, spoilt: bool) -> dict[str, Any]:
+    """A round in which all samples of the second process are dropped: for their rewards, or for their latents."""
+    config = make_config(
+        output_dir, 2, num_train_epochs=1, on_invalid_reward="drop", one_pass=one_pass, log_images_rounds=0
+    )
+    pipeline, is_second = tiny_pipeline(), PartialState().process_index == 1
+    spoil: list[bool] = []
+
+    def reward(images: torch.Tensor, *args: Any) -> Any:
+        return [None] * len(images) if spoil else brightness(images, *args)
+
+    if spoilt:
+        pipeline.unet.conv_in.register_forward_hook(lambda *args: args[-1] * torch.nan if spoil else None)
+    trainer = DDPOTrainer(config, brightness if spoilt else reward, PROMPTS, pipeline)
+    begin = trainer._start_optimising
+
+    def begin_sound(rollout: Any) -> None:
+        spoil.clear()
+        begin(rollout)
+
+    trainer._start_optimising = begin_sound  # type: ignore[method-assign]
+    spoil.extend([True] * is_second)
+    trainer.train()
+    return {"weights": weights(trainer), "logs": [log for log in trainer.state.log_history if "reward" in log]}
+
+
 class OnTheLastProcess(TrainerCallback):
     """Asks for something inside the second round, or sends a signal, on one process only."""
 
@@ -205,6 +231,12 @@ def main(output_dir: str, num_processes: int) -> None:
     }
     if num_processes == 2:
         results["unequal"] = unequal_processes(f"{output_dir}/unequal")
+        results["dropped"] = {
+            f"{one_pass=}": [
+                dropped_run(f"{output_dir}/dropped-{one_pass}-{spoilt}", one_pass, spoilt) for spoilt in (False, True)
+            ]
+            for one_pass in (True, False)
+        }
     rank = torch.distributed.get_rank() if num_processes > 1 else 0
     torch.save(results, f"{output_dir}/rank-{rank}.pt")
     PartialState().destroy_process_group()  # or its threads may be cut off when the process exits

@@ -389,10 +389,13 @@ def test_an_invalid_reward_ends_the_evaluation_by_default(make_config):
         trainer.evaluate(["cat", "owl"])
 
 
-def test_images_without_a_valid_reward_are_left_out_if_they_are_dropped(make_config):
+def test_images_without_a_valid_reward_are_left_out_if_they_are_dropped(make_config, caplog):
     trainer = trainer_for(make_config(on_invalid_reward="drop"))
+    trainer.evaluate()
+    assert "left out" not in caplog.text
     trainer.scorer.functions = [sometimes_nan]
     metrics = trainer.evaluate()
+    assert "1 of 3 images of an evaluation have no valid reward and are left out. The first reason: " in caplog.text
     cat, dog, _ = images_of_plain_diffusers(tiny_pipeline(), PROMPTS)[:, 0].flatten(1).mean(1).tolist()
     assert metrics["eval_reward"] == pytest.approx((cat + dog) / 2, abs=1e-6)
     assert metrics["eval_reward_std"] == pytest.approx(abs(cat - dog) / 2, abs=1e-6)

@@ -187,6 +187,17 @@ def test_a_micro_batch_of_dropped_samples_only_adds_nothing(make_config):
         torch.testing.assert_close(2 * half, whole, rtol=1e-3, atol=1e-6)
 
 
+def test_a_finite_image_of_infinite_latents_has_no_reward():
+    """AutoencoderTiny decodes tanh of the latents."""
+    pending = RewardScorer(brightness).submit(
+        torch.rand(2, 3, 8, 8), ("a", "b"), (1, 2), "round 4", torch.tensor([4, 2]), STEPS
+    )
+    assert pending.marked().isnan().flatten().tolist() == [False, True]
+    assert "image 1 of its batch, prompt 'b'). Its latents are not finite after denoising step 2" in str(
+        pending.problem()
+    )
+
+
 def test_diversity_is_that_of_the_finite_images():
     images = torch.rand(4, 3, 8, 8)
     images[3] = math.nan

@@ -1,6 +1,7 @@
 """Two real processes (gloo), started by `accelerate launch`, train as one does."""
 
 import json
+import math
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -147,6 +148,17 @@ def test_what_one_process_asks_for_all_do_at_the_end_of_the_round(both):
     }
     for rank in both[1]:
         assert {event: tuple(end.values()) for event, end in rank["asked"].items()} == ends
+
+
+@pytest.mark.parametrize("passes", ["one_pass=True", "one_pass=False"])
+def test_a_process_all_of_whose_samples_are_dropped_adds_nothing_whatever_they_hold(both, passes):
+    _, ranks = both
+    (of_rewards, of_latents), (others, _) = (rank["dropped"][passes] for rank in ranks)
+    assert largest_difference(of_rewards["weights"], of_latents["weights"]) == 0.0
+    assert largest_difference(of_rewards["weights"], others["weights"]) == 0.0
+    (log,) = of_latents["logs"]
+    assert log["rewards/invalid"] == 0.5 and log["grad_norm"] > 0
+    assert all(math.isfinite(value) for value in log.values())
 
 
 def test_target_kl_ends_the_updates_of_all_processes_alike(stopped_runs):

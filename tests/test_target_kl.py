@@ -153,6 +153,7 @@ def test_an_update_is_made_up_to_the_target_and_the_next_round_starts_anew(diver
         limit.add(torch.tensor(divergence))
     limit.end_update(accelerator)
     assert limit.reached == reached
+    limit.add(torch.tensor(9.0))  # of an update that an error has cut off
     limit.begin_round()
     limit.add(torch.tensor(2.0))
     limit.end_update(accelerator)

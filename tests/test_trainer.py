@@ -786,3 +786,23 @@ def test_a_mistake_is_refused_at_construction_with_its_remedy(make_config, argum
             peft_config=arguments.get("peft"),
             eval_prompts=arguments.get("eval_prompts"),
         )
+
+
+def test_a_run_that_failed_has_no_part_in_the_figures_of_the_next(make_config):
+    rewards = [100.0]
+
+    class Interrupt(TrainerCallback):
+        def on_step_begin(self, *args, **kwargs):
+            if rewards == [100.0]:
+                raise KeyboardInterrupt
+
+    def reward(images, prompts, metadata):
+        return [rewards[0]] * len(images)
+
+    trainer = DDPOTrainer(make_config(), reward, ["cat"], tiny_pipeline(), callbacks=[Interrupt()])
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    rewards[0] = 1.0
+    trainer.train()
+    (log,) = [log for log in trainer.state.log_history if "reward" in log]
+    assert log["reward"] == 1.0 and log["episode"] == 8

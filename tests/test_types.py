@@ -1,5 +1,8 @@
 """The records of a round: a micro-batch collects what belongs to its samples."""
 
+import dataclasses
+import math
+
 import pytest
 import torch
 
@@ -63,3 +66,18 @@ def test_a_micro_batch_has_everything_of_its_samples_in_their_order(samples, ste
 def test_a_rollout_lists_its_prompts_and_images_in_the_order_of_its_samples():
     assert rollout().prompts == [f"prompt {number}" for number in range(6)]
     assert rollout().images[:, 0, 0, 0].tolist() == list(range(6))
+
+
+def test_without_a_valid_sample_a_micro_batch_is_finite_and_counts_nothing():
+    """On one of several processes: it has to run as many micro-batches as the others, and 0 · NaN is NaN."""
+    whole = rollout()
+    nan = torch.full((3, 1), math.nan)
+    spoilt = [
+        dataclasses.replace(batch, steps={2: Step(latents=nan, next_latents=nan, log_probs=nan.flatten())})
+        for batch in whole.batches
+    ]
+    dropped = dataclasses.replace(whole, batches=spoilt, rewards=torch.full((6,), math.nan))
+    batch = dropped.transition([4, 1], 2, on_policy=True)
+    assert batch.share_counted == 0 and len(batch.counted(torch.ones(2))) == 2
+    assert batch.latents.shape == batch.next_latents.shape == (2, 1) and batch.log_probs.shape == (2,)
+    assert all(values.isfinite().all() for values in (batch.latents, batch.next_latents, batch.log_probs))

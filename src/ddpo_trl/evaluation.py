@@ -1,5 +1,6 @@
 """Evaluation on prompts of their own, with the scheduler that the pipeline's users will run."""
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,9 @@ from ddpo_trl.prompts import PromptPair
 from ddpo_trl.scoring import PendingRewards, RewardScorer, first_problem, unique_names
 from ddpo_trl.seeding import Stream, derived_seed
 from ddpo_trl.types import Context
+
+
+logger = logging.getLogger(__name__)
 
 
 class Samples(NamedTuple):
@@ -150,11 +154,17 @@ class Evaluator:
                 made.append(self._make_batch(chunk, pairs, make, scorers))
                 bar.update(len(chunk))
         images, pending = zip(*made, strict=True)
-        first_problem([scores for batch in pending for scores in batch], raises=not self.drop_invalid)
+        problem = first_problem([scores for batch in pending for scores in batch], raises=not self.drop_invalid)
         rewards = [torch.cat([scores.marked() for scores in batches]) for batches in zip(*pending, strict=True)]
         place_of = {index: place for place, index in enumerate(gather(self.accelerator, torch.tensor(share)).tolist())}
         places = [place_of[index] for index in range(len(pairs))]
         all_rewards = [gather(self.accelerator, columns)[places] for columns in rewards]
+        if problem is not None and self.accelerator.is_main_process:
+            invalid = int(torch.cat(all_rewards, dim=1).isnan().any(dim=1).sum())
+            logger.warning(
+                f"{invalid} of {len(pairs)} images of an evaluation have no valid reward and are left out. The first "
+                f"reason: {problem}"
+            )
         return Made(torch.cat(images), places, all_rewards)
 
     def _images(self, made: Made, indices: Sequence[int]) -> Tensor:

@@ -42,7 +42,8 @@ class ScoredBatch:
         when (`str`):
             For error messages, for instance `"round 3"`.
         finite (`torch.Tensor` of shape `(B,)`):
-            Whether each image is finite. An image that is not has no reward, and no reward function sees it.
+            Whether each image and its latents are finite. One that is not has no reward, and no reward function sees
+            it.
         finite_steps (`torch.Tensor` of shape `(B,)`, *optional*), steps (`int`):
             Denoising steps after which the latents of each sample were finite, of how many.
     """
@@ -227,12 +228,15 @@ class RewardScorer:
             finite_steps (`torch.Tensor` of shape `(B,)`, *optional*), steps (`int`, *optional*):
                 See [`ScoredBatch`]; for the message about an image that is not finite.
         """
+        finite = finite_rows(images)
+        if finite_steps is not None:  # some autoencoders make finite images of infinite latents
+            finite = finite & (finite_steps == steps).to(finite.device)
         batch = ScoredBatch(
             images=images,
             prompts=tuple(prompts),
             metadata=tuple(metadata),
             when=when,
-            finite=finite_rows(images),
+            finite=finite,
             finite_steps=finite_steps,
             steps=steps,
         )

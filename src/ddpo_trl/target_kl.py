@@ -29,6 +29,7 @@ class TargetKL:
     def begin_round(self) -> None:
         """Updates are made again."""
         self.reached = False
+        self._divergences.clear()  # of an update that failed
 
     def add(self, divergence: Tensor) -> None:
         """The divergence of one micro-batch, a scalar."""

@@ -279,7 +279,9 @@ class DDPOTrainer(Trainer):
         if self.is_world_process_zero() and not self.args.disable_tqdm:
             print(f"Batch plan\n{self.plan}\nTrained\n  {self._policy.describe()}")
         self._episodes = 0  # a checkpoint brings its own count
-        self._update_loss = torch.zeros((), device=self.args.device)  # without what a run that failed has left
+        # Without what a run that failed has left, or one whose last rounds were not logged.
+        self._update_loss = torch.zeros((), device=self.args.device)
+        self._metrics.clear()
         try:
             with self._signals.handled():
                 return super().train(checkpoint, *args, **kwargs)
@@ -360,7 +362,7 @@ class DDPOTrainer(Trainer):
             )
         # Before any update π_θ is π_old. Taking it from this very pass keeps the ratio at 1 where other kernels or
         # half precision would move it.
-        old_log_probs = log_probs.detach() if batch.on_policy else batch.log_probs
+        old_log_probs = log_probs.detach() if batch.on_policy or not batch.share_counted else batch.log_probs
         objective = self._objective(
             batch.counted(log_probs),
             batch.counted(old_log_probs),
@@ -425,6 +427,8 @@ class DDPOTrainer(Trainer):
 
     def _ratio_deviation(self, log_probs: Tensor, batch: Transition) -> Tensor:
         """Largest |ratio − 1| of replay to rollout before any update; in the first round a large one is an error."""
+        if not batch.share_counted:
+            return torch.zeros_like(log_probs[0])
         if self.state.global_step == self._initial_global_step:
             origins = [self.rollout.origin(sample) for sample in batch.samples]
             if problem := replay_problem(self._policy, batch, log_probs, origins):

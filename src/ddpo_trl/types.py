@@ -262,21 +262,26 @@ class Rollout:
         Collect step `step` of the samples with the given indices into one micro-batch, on the advantages' device.
 
         A sample without a valid reward may hold NaN, and 0 · NaN is NaN. A valid sample is run instead, so that the
-        size of the micro-batch stays; `valid` says which rows count.
+        size of the micro-batch stays; or zeros, if this process has no valid one. `valid` says which rows count.
         """
         device = self.advantages.device
         valid = None
         if len(self.valid) < len(self.rewards):
             valid = [row for row, sample in enumerate(samples) if sample in self.valid]
             samples = [sample if sample in self.valid else [*self.valid, sample][0] for sample in samples]
+
+        def batched(rows: Sequence[Tensor]) -> Tensor:
+            values = torch.stack(list(rows)).to(device)
+            return values if self.valid else torch.zeros_like(values)
+
         places = [divmod(sample, len(self.batches[0].context)) for sample in samples]
         recorded = [(self.batches[batch].steps[step], row) for batch, row in places]
         contexts = [(self.batches[batch].context, row) for batch, row in places]
         return Transition(
             step=step,
-            latents=torch.stack([step.latents[row] for step, row in recorded]).to(device),
-            next_latents=torch.stack([step.next_latents[row] for step, row in recorded]).to(device),
-            log_probs=torch.stack([step.log_probs[row] for step, row in recorded]).to(device),
+            latents=batched([step.latents[row] for step, row in recorded]),
+            next_latents=batched([step.next_latents[row] for step, row in recorded]),
+            log_probs=batched([step.log_probs[row] for step, row in recorded]),
             advantages=self.advantages[list(samples)],
             context=Context(
                 prompts=[context.prompts[row] for context, row in contexts],
