@@ -143,6 +143,22 @@ def test_patience_goes_on_where_it_stood_when_a_run_is_resumed(light_config):
     assert resumed.state.global_step == 3
 
 
+def test_another_patience_takes_effect_when_a_run_is_resumed(light_config):
+    """Nothing changes at a learning rate of 0: the first evaluation is the best, and one more of patience is spent."""
+
+    def ended(patience: int, **kwargs: str) -> int:
+        config = light_config(
+            num_train_epochs=9, save_strategy="epoch", eval_strategy="epoch", learning_rate=0.0,
+            metric_for_best_model="eval_reward", one_pass=None,
+        )  # fmt: skip
+        trainer = trainer_of(config, EarlyStoppingCallback(early_stopping_patience=patience))
+        trainer.train(**kwargs)
+        return trainer.state.global_step
+
+    assert ended(1) == 2
+    assert ended(3, resume_from_checkpoint=True) == 4
+
+
 def test_a_checkpoint_comes_every_so_many_rounds_and_after_the_last(light_config, tmp_path):
     trainer_of(light_config(num_train_epochs=5, save_strategy="epoch", save_rounds=2, one_pass=None)).train()
     assert checkpoints(tmp_path / "run") == [2, 4, 5]

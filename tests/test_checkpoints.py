@@ -55,6 +55,34 @@ def test_what_is_no_checkpoint_is_refused_before_anything_is_sampled_or_printed(
     assert trainer.state.global_step == 0 and numbers(run) == [1, 2]
 
 
+@pytest.mark.parametrize(
+    "name", ["{}/checkpoint-2/", "run/checkpoint-2", "run/../run/checkpoint-2", "latest", "linked/2"]
+)
+def test_a_checkpoint_may_be_named_in_any_way(make_config, run, monkeypatch, name):
+    """By a slash at the end, as shells complete it, relative to where one is, through links."""
+    monkeypatch.chdir(run.parent)
+    os.symlink(run / "checkpoint-2", "latest")
+    os.symlink(run, "runs")
+    os.makedirs("linked")
+    os.symlink("../runs/checkpoint-2", "linked/2")
+    trainer = trainer_of(make_config(num_train_epochs=3, **SHORT))
+    assert trainer.checkpoint_to_resume(name.format(run)) == str(run / "checkpoint-2")
+
+
+def test_the_best_checkpoint_is_kept_however_the_last_one_is_named(make_config, tmp_path, monkeypatch):
+    """Nothing changes at a learning rate of 0: the first round stays the best."""
+    monkeypatch.chdir(tmp_path)
+    settings = {
+        **SHORT, "output_dir": "run", "learning_rate": 0.0, "eval_strategy": "epoch", "load_best_model_at_end": True,
+        "save_total_limit": 2,
+    }  # fmt: skip
+    trainer_of(make_config(num_train_epochs=2, **settings)).train()
+    trainer = trainer_of(make_config(num_train_epochs=4, **settings))
+    trainer.train(resume_from_checkpoint=tmp_path / "run" / "checkpoint-2")
+    assert numbers(tmp_path / "run") == [1, 4]
+    assert trainer.state.best_model_checkpoint == os.path.join("run", "checkpoint-1")
+
+
 def test_the_configs_own_field_is_not_ignored(make_config, run):
     config = make_config(num_train_epochs=3, resume_from_checkpoint=str(run / "checkpoint-2"), **SHORT)
     trainer = trainer_of(config)
@@ -128,7 +156,13 @@ def test_the_record_of_a_run_without_checkpoints_is_moved_aside(make_config, tmp
     folder = tmp_path / "run"
     for number in (1, 2):
         with caplog.at_level("WARNING", logger="ddpo_trl"):
-            trainer_of(make_config(**{**SHORT, "save_strategy": "no"}, num_train_epochs=number)).train()
+            trainer = trainer_of(make_config(**{**SHORT, "save_strategy": "no"}, num_train_epochs=number))
+            trainer.train()
+        if number == 1:
+            trainer.save_model()
+            weights = (folder / "pytorch_lora_weights.safetensors").read_bytes()
+    assert (folder / "_earlier-1" / "pytorch_lora_weights.safetensors").read_bytes() == weights
+    assert not (folder / "pytorch_lora_weights.safetensors").exists()  # they are not the second run's
     assert [len(read_run(place).rows) for place in (folder, folder / "_earlier-1")] == [2, 1]
     assert any(f"is now in {folder / '_earlier-1'}" in record.getMessage() for record in caplog.records)
 

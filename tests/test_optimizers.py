@@ -115,6 +115,15 @@ def test_a_changed_rate_follows_the_schedule_from_where_it_stands(make_config, t
     assert learning_rates(longer) == pytest.approx([1e-2, 7.5e-3, 5e-3, 2.5e-3])
 
 
+def test_a_changed_rate_takes_effect_under_a_schedule_that_goes_by_the_evaluation(make_config, tmp_path):
+    plateau = {
+        **SHORT, "lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "epoch",
+        "metric_for_best_model": "eval_reward",
+    }  # fmt: skip
+    trainer = went_on(make_config, tmp_path, plateau, {"learning_rate": 0.1}, eval_prompts=["cat"])
+    assert learning_rates(trainer) == [1e-2, 0.1]
+
+
 def test_changed_momenta_take_effect_and_the_state_goes_on(make_config, tmp_path):
     trainer = went_on(make_config, tmp_path, SHORT, {"adam_beta1": 0.5, "adam_epsilon": 1e-6})
     for group in trainer.optimizer.param_groups:

@@ -153,6 +153,15 @@ def test_the_best_median_and_worst_are_those_of_the_round(run):
     assert np.abs(entries["best-0"]["pixels"] - 255 * shown.permute(1, 2, 0).numpy()).max() < 0.6
 
 
+def test_an_evaluation_before_training_leaves_the_record_of_another_run_alone(make_config, tmp_path):
+    """A trainer that is made in the folder of a run that is over, to evaluate what it has saved."""
+    trained(tmp_path / "run")
+    before = (tmp_path / "run" / "metrics.csv").read_bytes()
+    config = make_config(output_dir=str(tmp_path / "run"))
+    DDPOTrainer(config, brightness, ["cat", "dog"], tiny_pipeline(), eval_prompts=["cat"]).evaluate()
+    assert (tmp_path / "run" / "metrics.csv").read_bytes() == before
+
+
 def test_the_metrics_are_the_trainers_logs(run):
     logs = [log for log in run.trainer.state.log_history if "reward" in log]
     for round, (row, log) in enumerate(zip(rows(run.output), logs, strict=True), start=1):

@@ -55,10 +55,21 @@ def to_resume(asked: str | os.PathLike[str] | bool | None, output_dir: str, own_
     checkpoint = last_checkpoint(output_dir) if asked is True else os.fspath(asked) if asked else None
     if checkpoint is not None:
         check_is_checkpoint(checkpoint)
+        checkpoint = as_in(output_dir, checkpoint)
         check_is_resumable(Path(checkpoint))
     if not own_folder:
         check_is_free(output_dir, checkpoint)
     return checkpoint
+
+
+def as_in(output_dir: str, checkpoint: str) -> str:
+    """
+    A checkpoint's path without links or a slash at its end, so that its parent is where the others are. One in
+    `output_dir` gets the path that Trainer gives it there, by which it is known when old checkpoints are removed.
+    """
+    real = os.path.realpath(checkpoint)
+    own = os.path.join(output_dir, os.path.basename(real))
+    return own if os.path.realpath(own) == real else real
 
 
 def check_is_checkpoint(folder: str) -> None:

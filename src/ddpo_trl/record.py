@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from peft.utils import CONFIG_NAME as PEFT_CONFIG_NAME
 from PIL import Image
 from torch import Tensor
 from transformers import TrainingArguments
 
 from ddpo_trl.checkpoints import CONFIG_NAME
 from ddpo_trl.environment import environment
+from ddpo_trl.lora import LORA_WEIGHTS_NAME, PEFT_WEIGHTS_NAME
 from ddpo_trl.plots import ImageRow, Picture, save_comparison, save_reward_curve, save_sheet
 from ddpo_trl.rewards.model import as_pictures
 
@@ -28,6 +30,12 @@ REWARD_CURVE_NAME = "reward.png"
 BEFORE_AFTER_NAME = "before_after.png"
 SAMPLES_FOLDER = "samples"
 SAMPLES_NAME = "samples.json"
+
+# What is saved at the end of a run: the trained weights in each form, with what describes them.
+RESULTS = [
+    LORA_WEIGHTS_NAME, PEFT_WEIGHTS_NAME, PEFT_CONFIG_NAME, "unet", "transformer", CONFIG_NAME, "README.md",
+    "report.html",
+]  # fmt: skip
 
 Kind = Literal["fixed", "best", "median", "worst"]
 
@@ -96,11 +104,11 @@ def valid(reward: float) -> float | None:
 
 
 def run_files(directory: str | os.PathLike[str]) -> list[str]:
-    """Names of what a run has recorded in a folder; none if not even a round was logged."""
+    """Names of what a run has recorded and saved in a folder; none if not even a round was logged."""
     metrics = Path(directory, METRICS_NAME)
     if not metrics.is_file() or len(metrics.read_text().splitlines()) < 2:
         return []
-    return [METRICS_NAME, ENVIRONMENT_NAME, REWARD_CURVE_NAME, BEFORE_AFTER_NAME, SAMPLES_FOLDER]
+    return [METRICS_NAME, ENVIRONMENT_NAME, REWARD_CURVE_NAME, BEFORE_AFTER_NAME, SAMPLES_FOLDER, *RESULTS]
 
 
 # ---- Figures ----

@@ -119,6 +119,8 @@ class RunRecorder(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
+        if self._current is None:
+            return  # `evaluate` before training: the folder may hold the record of another run
         if state.is_world_process_zero:
             record.write_metrics(args.output_dir, self._history(state), args.updates_per_round)
         # Trainer's last word: the trackers are still open, and the best checkpoint is not loaded yet.

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import register_fsdp_forward_method
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerControl, set_seed
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, rotate_checkpoints
 from transformers.utils import logging
 from transformers.utils.hub import PushInProgress
@@ -698,9 +699,18 @@ class DDPOTrainer(Trainer):
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
         scheduler = super().create_scheduler(num_training_steps, optimizer)
+        for group in (optimizer or self.optimizer).param_groups:
+            group.setdefault("initial_lr", copy.deepcopy(group["lr"]))  # ReduceLROnPlateau does not write it down
         # Before a checkpoint's take their place. DeepSpeed hands in its own optimizer.
         self._hyperparameters = optimizers_.hyperparameters(optimizer or self.optimizer)
         return scheduler
+
+    def _load_callback_state(self) -> None:
+        for callback in self.callback_handler.callbacks:
+            saved = self.state.stateful_callbacks.get(type(callback).__name__)
+            if isinstance(callback, ExportableState) and isinstance(saved, dict):
+                saved["args"] = callback.state()["args"]  # as given now: the checkpoint's would take their place
+        super()._load_callback_state()
 
     def _optimizer_record(self) -> dict[str, Any]:
         return optimizers_.record(self.optimizer, self.lr_scheduler, self._hyperparameters)
