@@ -15,6 +15,7 @@ from conformance.image_pipelines import images as different_images
 from conformance.image_pipelines import inpainting_inputs, stable_diffusion_img2img, stable_diffusion_inpainting
 from conftest import brightness, in_both_passes, tiny_pipeline
 from ddpo_trl import DDPOTrainer
+from ddpo_trl.callbacks import TrainingClock
 from ddpo_trl.types import Rollout
 
 
@@ -806,3 +807,25 @@ def test_a_run_that_failed_has_no_part_in_the_figures_of_the_next(make_config):
     trainer.train()
     (log,) = [log for log in trainer.state.log_history if "reward" in log]
     assert log["reward"] == 1.0 and log["episode"] == 8
+
+
+def test_in_a_log_that_spans_rounds_times_are_sums_and_rewards_means(make_config):
+    trainer = DDPOTrainer(make_config(), brightness, ["cat"], tiny_pipeline())
+    trainer._metrics |= {"time/sampling": [2.0, 3.0], "reward": [1.0, 2.0], "val/ratio_deviation": [0.25, 0.5]}
+    trainer._episodes = 16
+    metrics = trainer._take_metrics()
+    assert metrics["time/sampling"] == 5.0 and metrics["reward"] == 1.5 and metrics["val/ratio_deviation"] == 0.5
+    assert metrics["episode"] == 16 and not trainer._metrics
+
+
+def test_the_time_in_training_is_without_evaluation_and_sampling(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("ddpo_trl.callbacks.time.perf_counter", lambda: now[0])
+    clock, anything = TrainingClock(), cast(Any, None)
+    for sampling, training, evaluation in ((10.0, 1.0, 100.0), (20.0, 2.0, 200.0)):
+        now[0] += sampling
+        clock.start()
+        now[0] += training
+        clock.on_epoch_end(anything, anything, anything)
+        now[0] += evaluation
+    assert clock.take() == 3.0 and clock.take() == 0.0
