@@ -42,19 +42,33 @@ def colours(path: Path) -> set[tuple[int, ...]]:
 
 def test_a_training_log_has_one_row_with_its_evaluation_and_later_columns_are_empty_before(tmp_path):
     history = [
-        {"eval_reward": 0.1, "step": 0},  # before training: no round's
+        {"eval_reward": 0.1, "episode": 0, "step": 0},  # before training
         {"loss": 3.0, "reward": 1.0, "episode": 8.0, "step": 2},
         {"loss": 3.0, "reward": 2.0, "episode": 16.0, "step": 4, "val/ratio": 1.0},
-        {"eval_reward": 0.5, "eval_rewards/a, b/mean": 0.25, "epoch": 2.0, "step": 4},
+        {"eval_reward": 0.5, "eval_rewards/a, b/mean": 0.25, "epoch": 2.0, "episode": 16.0, "step": 4},
         {"train_runtime": 1.0, "step": 6},
     ]
     record.write_metrics(tmp_path, history, steps=2)
-    first, second = rows(tmp_path)
+    before, first, second = rows(tmp_path)
+    assert before["round"] == before["episode"] == "0" and before["eval_reward"] == "0.1"
     assert first["round"] == "1" and second["round"] == "2"
     assert first["eval_reward"] == first["val/ratio"] == "" and second["eval_reward"] == "0.5"
     assert second["eval_rewards/a, b/mean"] == "0.25" and second["reward"] == "2.0"
     assert "train_runtime" not in second
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.csv"]
+
+
+def test_an_evaluation_between_logs_that_span_rounds_has_its_own_row_and_so_has_a_second_one(tmp_path):
+    history = [
+        {"eval_reward": 1.0, "episode": 8, "step": 2},
+        {"loss": 1.0, "reward": 2.0, "episode": 16, "step": 4},
+        {"eval_reward": 3.0, "episode": 16, "step": 4},
+        {"eval_reward": 4.0, "episode": 16, "step": 4},
+    ]
+    record.write_metrics(tmp_path, history, steps=1)
+    assert [(row["round"], row["episode"], row["eval_reward"]) for row in rows(tmp_path)] == [
+        ("2", "8", "1.0"), ("4", "16", "3.0"), ("4", "16", "4.0"),
+    ]  # fmt: skip
 
 
 def test_several_logs_inside_a_round_have_a_row_each_with_the_round_they_belong_to(tmp_path):

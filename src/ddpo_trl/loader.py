@@ -180,6 +180,7 @@ class RolloutLoader:
             )
             # The reward functions have them where they were made; then what is shown of them is all that is wanted.
             batches.append(dataclasses.replace(batch, images=batch.images.cpu()))
+            del batch  # its images are not to stay on the device while the next batch is sampled
             self.progress.sampled(size, [self.scorer.total(scores.marked()) for scores in pending if scores.done()])
         return batches, pending
 

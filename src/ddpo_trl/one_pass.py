@@ -123,7 +123,9 @@ def check_memory(needed: int, device: torch.device) -> None:
 def free_memory(device: torch.device) -> int:
     """Bytes that this process may still use: of the host's memory its share among the processes there."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        # What torch's allocator holds and does not use is this process's too.
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
     if device.type not in ("cpu", "mps"):  # the latter computes in the host's memory
         return torch.accelerator.get_memory_info(device)[0]
     return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))

@@ -138,13 +138,20 @@ def write_metrics(directory: str | os.PathLike[str], log_history: Sequence[dict[
 
 
 def metrics_rows(log_history: Sequence[dict[str, Any]], steps: int) -> list[dict[str, Any]]:
-    """Return the training logs, each with its round and with the evaluations that follow it."""
+    """
+    Return a row per training log, with the evaluation of its round. An evaluation of another round than that of the
+    last row, or a second one of the same round, has its own row.
+    """
     rows: list[dict[str, Any]] = []
     for log in log_history:
+        round = math.ceil(log["step"] / steps)
+        figures = {name: value for name, value in log.items() if name.startswith("eval_")}
         if "loss" in log:
-            rows.append({"round": math.ceil(log["step"] / steps), **log})
-        elif rows:
-            rows[-1] |= {name: value for name, value in log.items() if name.startswith("eval_")}
+            rows.append({"round": round, **log})
+        elif figures and rows and rows[-1]["round"] == round and not rows[-1].keys() & figures.keys():
+            rows[-1] |= figures
+        elif figures:
+            rows.append({"round": round, "episode": log["episode"], "step": log["step"], **figures})
     return rows
 
 

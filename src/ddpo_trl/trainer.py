@@ -508,6 +508,8 @@ class DDPOTrainer(Trainer):
             if start_time is not None:
                 rounds = (self.state.global_step - self._initial_global_step) / self.plan.updates_per_round
                 logs["eps"] = rounds * self.plan.samples_per_round / (time.time() - start_time)
+        else:
+            logs = {**logs, "episode": self._episodes}
         super().log(logs, start_time)
 
     def _take_metrics(self) -> dict[str, float]:
