@@ -140,6 +140,7 @@ def unequal_processes(output_dir: str) -> dict[str, Any]:
         "insisting": insisting,
         "other settings": refusal(lambda: trainer(learning_rate=1e-2 * (1 + process))),
         "other prompts": refusal(lambda: trainer(PROMPTS[:: 1 - 2 * process])),
+        "other checkpoints": refusal(lambda: chosen.train(resume_from_checkpoint=process == 0)),
         "example": trainer(drawing)._example_prompt,
     }
 
@@ -193,9 +194,10 @@ def asked_runs(output_dir: str, num_processes: int) -> dict[str, Any]:
     ends = {}
     for event, request in (
         ("on_substep_end", "should_training_stop"), ("on_step_begin", "signal"), ("on_log", "should_training_stop"),
-        ("on_evaluate", "should_save"), ("on_epoch_end", "should_evaluate"),
+        ("on_evaluate", "should_save"), ("on_epoch_end", "should_evaluate"), ("on_log", "should_save"),
+        ("on_log", "should_evaluate"),
     ):  # fmt: skip
-        folder = f"{output_dir}/{event}"
+        folder = f"{output_dir}/{event} {request}"
         config = make_config(
             folder, num_processes, num_mini_batches=2, num_train_epochs=3, save_rounds=3, eval_strategy="epoch",
             eval_rounds=2, log_images_rounds=0,
@@ -203,7 +205,7 @@ def asked_runs(output_dir: str, num_processes: int) -> dict[str, Any]:
         callback = OnTheLastProcess(event, request)
         trainer = DDPOTrainer(config, brightness, PROMPTS, tiny_pipeline(), callbacks=[callback], eval_prompts=["cat"])
         trainer.train()
-        ends[event] = {
+        ends[f"{event} {request}"] = {
             "steps": trainer.state.global_step,
             "evaluated": [log["epoch"] for log in trainer.state.log_history if "eval_reward" in log],
             "checkpoints": sorted(path.name for path in Path(folder).glob("checkpoint-*")),

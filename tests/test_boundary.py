@@ -146,7 +146,7 @@ def test_patience_goes_on_where_it_stood_when_a_run_is_resumed(light_config):
 def test_another_patience_takes_effect_when_a_run_is_resumed(light_config):
     """Nothing changes at a learning rate of 0: the first evaluation is the best, and one more of patience is spent."""
 
-    def ended(patience: int, **kwargs: str) -> int:
+    def ended(patience: int, **kwargs: Any) -> int:
         config = light_config(
             num_train_epochs=9, save_strategy="epoch", eval_strategy="epoch", learning_rate=0.0,
             metric_for_best_model="eval_reward", one_pass=None,
@@ -157,6 +157,27 @@ def test_another_patience_takes_effect_when_a_run_is_resumed(light_config):
 
     assert ended(1) == 2
     assert ended(3, resume_from_checkpoint=True) == 4
+
+
+class Fail(TrainerCallback):
+    """At the first update only."""
+
+    def __init__(self) -> None:
+        self.failed = False
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if not self.failed:
+            self.failed = True
+            raise RuntimeError("a callback failed")
+
+
+def test_what_a_run_that_failed_was_asked_for_does_not_end_the_next_one(light_config):
+    config = light_config(num_train_epochs=2, one_pass=None)
+    trainer = trainer_of(config, Ask("on_step_begin", 0, "should_training_stop"), Fail())
+    with pytest.raises(RuntimeError, match="a callback failed"):
+        trainer.train()
+    trainer.train()
+    assert trainer.state.global_step == 2
 
 
 def test_a_checkpoint_comes_every_so_many_rounds_and_after_the_last(light_config, tmp_path):

@@ -138,13 +138,15 @@ def test_one_process_writes_the_checkpoints(runs, folder):
 
 
 def test_what_one_process_asks_for_all_do_at_the_end_of_the_round(both):
-    """The stop inside round 2, the signal there, the stop at the log of round 1, a checkpoint, an evaluation."""
+    """The stop inside round 2, the signal there; at the log of round 1 a stop, a checkpoint, an evaluation."""
     ends = {
-        "on_substep_end": (4, [2.0], ["checkpoint-4"]),
-        "on_step_begin": (4, [2.0], ["checkpoint-4"]),
-        "on_log": (2, [1.0], ["checkpoint-2"]),
-        "on_evaluate": (6, [2.0, 3.0], ["checkpoint-4", "checkpoint-6"]),
-        "on_epoch_end": (6, [1.0, 2.0, 3.0], ["checkpoint-6"]),
+        "on_substep_end should_training_stop": (4, [2.0], ["checkpoint-4"]),
+        "on_step_begin signal": (4, [2.0], ["checkpoint-4"]),
+        "on_log should_training_stop": (2, [1.0], ["checkpoint-2"]),
+        "on_evaluate should_save": (6, [2.0, 3.0], ["checkpoint-4", "checkpoint-6"]),
+        "on_epoch_end should_evaluate": (6, [1.0, 2.0, 3.0], ["checkpoint-6"]),
+        "on_log should_save": (6, [2.0, 3.0], ["checkpoint-2", "checkpoint-6"]),
+        "on_log should_evaluate": (6, [1.0, 2.0, 3.0], ["checkpoint-6"]),
     }
     for rank in both[1]:
         assert {event: tuple(end.values()) for event, end in rank["asked"].items()} == ends
@@ -203,6 +205,8 @@ def test_processes_that_were_given_different_things_are_refused_on_both(both):
     for rank in ranks:
         assert rank["unequal"]["other settings"].startswith("learning_rate is 0.01 on process 0 and 0.02 on process 1")
         assert re.match('prompt_fn is "3 prompts .* on process 0 and "3 prompts', rank["unequal"]["other prompts"])
+        given = 'resume_from_checkpoint is "checkpoint-2" on process 0 and null on process 1'
+        assert rank["unequal"]["other checkpoints"].startswith(given)
 
 
 def test_all_processes_are_tried_with_the_prompt_that_the_first_one_draws(both):

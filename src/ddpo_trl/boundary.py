@@ -97,6 +97,7 @@ class RoundCallbacks(CallbackHandler):
         self.updates_per_round = updates_per_round
         self.inside = False
         self.saved_at: int | None = None
+        self._holding = False
         self._waiting: set[str] = set()
 
     def call_event(
@@ -114,12 +115,26 @@ class RoundCallbacks(CallbackHandler):
             self.saved_at = state.global_step
         if event == "on_epoch_end":
             self.inside = False
-            vars(control).update(dict.fromkeys(self._waiting, True))
-            self._waiting.clear()
-        elif self.inside:
+            self.release(control)
+        elif self.inside or self._holding:
             is_last_step = event == "on_step_end" and state.global_step % self.updates_per_round == 0
-            self._postpone(control, event, None if is_last_step else state.global_step // self.updates_per_round + 1)
+            is_over = self._holding or is_last_step
+            self._postpone(control, event, None if is_over else state.global_step // self.updates_per_round + 1)
         return control
+
+    @contextmanager
+    def holding(self) -> Iterator[None]:
+        """Keeps what callbacks ask for, on one process maybe, until all have come to [`RoundCallbacks.release`]."""
+        self._holding = True
+        try:
+            yield
+        finally:
+            self._holding = False
+
+    def release(self, control: TrainerControl) -> None:
+        """Gives back the requests that waited."""
+        vars(control).update(dict.fromkeys(self._waiting, True))
+        self._waiting.clear()
 
     def _postpone(self, control: TrainerControl, event: str, round: int | None) -> None:
         """Takes the requests back until the round is over; says so of new ones if a round is named."""
@@ -186,7 +201,9 @@ def end_round(trainer: Trainer, rounds: RoundCallbacks, signals: StopSignals, ac
     """
     evaluate, save = trainer.control.should_evaluate, trainer.control.should_save
     trainer.control.should_evaluate = trainer.control.should_save = False
-    act()  # the log comes first by itself: its callbacks may end the training
+    with rounds.holding():  # Trainer would save at once, on the only process whose callback asks for it
+        act()  # the log comes first by itself: its callbacks may end the training
+    rounds.release(trainer.control)
     trainer.control.should_evaluate |= evaluate
     trainer.control.should_save |= save
     evaluated = False

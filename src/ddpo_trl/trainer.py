@@ -276,6 +276,7 @@ class DDPOTrainer(Trainer):
             `ValueError`: As [`~DDPOTrainer.checkpoint_to_resume`].
         """
         checkpoint = self.checkpoint_to_resume(resume_from_checkpoint)
+        check_alike({"resume_from_checkpoint": checkpoint and os.path.basename(checkpoint)})  # disks may not be shared
         self._make_room(checkpoint)
         if self.is_world_process_zero() and not self.args.disable_tqdm:
             print(f"Batch plan\n{self.plan}\nTrained\n  {self._policy.describe()}")
