@@ -228,7 +228,7 @@ def main(output_dir: str, num_processes: int) -> None:
     results = {
         "plain": plain_run(f"{output_dir}/plain", num_processes, one_pass=False),
         "one_pass": plain_run(f"{output_dir}/one_pass", num_processes, one_pass=True),
-        "asked": asked_runs(f"{output_dir}/asked", num_processes) if num_processes > 1 else {},
+        "asked": asked_runs(f"{output_dir}/asked", num_processes) if num_processes == 2 else {},
         "stopped": stopped_run(f"{output_dir}/stopped", num_processes),
     }
     if num_processes == 2:

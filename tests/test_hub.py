@@ -20,7 +20,7 @@ ALWAYS = {"README.md", "ddpo_config.json", "environment.json", "metrics.csv", SC
 LORA = {*ALWAYS, "pytorch_lora_weights.safetensors"}
 CHECKPOINT = {
     "batch_plan.json", "ddpo_config.json", "optimizer.pt", "prompts.pt", "pytorch_lora_weights.safetensors",
-    "rng_state.pth", "scheduler.pt", "trainer_state.json",
+    "rng_state.pth", "run.json", "scheduler.pt", "trainer_state.json",
 }  # fmt: skip
 
 

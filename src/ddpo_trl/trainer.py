@@ -509,9 +509,12 @@ class DDPOTrainer(Trainer):
             if start_time is not None:
                 rounds = (self.state.global_step - self._initial_global_step) / self.plan.updates_per_round
                 logs["eps"] = rounds * self.plan.samples_per_round / (time.time() - start_time)
-        else:
-            logs = {**logs, "episode": self._episodes}
+        is_evaluation = any(name.startswith("eval_") for name in logs)
+        if is_evaluation:
+            logs["episode"] = self._episodes  # for `metrics.csv`
         super().log(logs, start_time)
+        if is_evaluation:
+            del logs["episode"]  # `evaluate` returns these very logs, and it is not a measurement
 
     def _take_metrics(self) -> dict[str, float]:
         """

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor
 
 from ddpo_trl.guard.suspects import CHANGED_SUSPECTS, LOOP_SUSPECTS, RANDOM_SUSPECTS, Suspect
@@ -57,8 +56,6 @@ def diagnosis(trial: Trial) -> str:
             "The cause was not looked for: with sharded weights one process can't replay alone. Ask `ddpo-trl "
             "doctor`, or start the run on one process."
         )
-    if not torch.isfinite(trial.micro_batch.log_probs).all():
-        return "The cause is an overflow in sampling: log-probabilities are not finite. Try bfloat16 or float32."
     if (spread := trial.spread_of(trial.replay)) > FLOAT32_TOLERANCE:
         trial.spread = spread
     suspects = RANDOM_SUSPECTS if trial.spread else CHANGED_SUSPECTS
