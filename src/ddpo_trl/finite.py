@@ -1,5 +1,6 @@
 """NaN and infinity stop here: checks of images before scoring, gradients before an update, weights before saving."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -89,7 +90,7 @@ def check_update(accelerator: Accelerator, parameters: Iterable[nn.Parameter], l
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         figures["gradient norm"] = gathered_norm(gradients).to(loss.device)
     values = torch.stack([value.float() for value in figures.values()]).tolist()  # the one wait for the device
-    if not all(map(torch.isfinite, torch.tensor(values))):
+    if not all(map(math.isfinite, values)):
         named = ", ".join(f"{name} {value}" for name, value in zip(figures, values, strict=True))
         raise NotFiniteError(
             f"The gradient of {when} is not finite ({named}), so the run stops before the round is saved. {CAUSES}"
