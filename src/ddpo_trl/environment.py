@@ -1,7 +1,8 @@
 """What a run ran on: versions, platform and device, for reports and for questions to the maintainers."""
 
+import importlib.metadata
 import platform
-from importlib.metadata import version
+from functools import cache
 
 import torch
 
@@ -17,6 +18,9 @@ PACKAGES = (
     "datasets",
     "huggingface_hub",
 )
+
+
+version = cache(importlib.metadata.version)  # which reads and parses a package's metadata at each call
 
 
 def environment(device: torch.device | None = None) -> dict[str, str]:
