@@ -5,7 +5,6 @@ It trains a tiny pipeline in a process of its own, resuming from the last checkp
 something happens for the n-th time. At the end it writes what a run that was never interrupted must equal.
 """
 
-import multiprocessing
 import os
 import random
 import signal
@@ -24,14 +23,10 @@ from transformers import TrainerCallback
 from conftest import brightness, tiny_pipeline
 from ddpo_trl import DDPOConfig, DDPOTrainer
 from ddpo_trl import checkpoints as checkpoint_files
+from launch import PROCESSES
 
 
 RESULT = "result.pt"
-
-# Forked from a process that has imported everything and run nothing. It finds this file by the environment only.
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload([__name__])
-os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
 
 # Logged values about one call of `train` or about time, which a resumed run can't share.
 OF_THE_CALL = ("time/", "eps", "runtime", "per_second", "flos", "train_loss")

@@ -3,7 +3,6 @@
 import dataclasses
 import os
 import signal
-import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -224,7 +223,8 @@ def decisions(trainer: DDPOTrainer) -> list[bool]:
     return reached
 
 
-def main(output_dir: str, num_processes: int) -> None:
+def main(output_dir: str) -> None:
+    num_processes = int(os.environ.get("WORLD_SIZE", 1))
     results = {
         "plain": plain_run(f"{output_dir}/plain", num_processes, one_pass=False),
         "one_pass": plain_run(f"{output_dir}/one_pass", num_processes, one_pass=True),
@@ -242,7 +242,3 @@ def main(output_dir: str, num_processes: int) -> None:
     rank = torch.distributed.get_rank() if num_processes > 1 else 0
     torch.save(results, f"{output_dir}/rank-{rank}.pt")
     PartialState().destroy_process_group()  # or its threads may be cut off when the process exits
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))

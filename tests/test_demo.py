@@ -13,21 +13,22 @@ from ddpo_trl.cli.demo import parse_arguments
 
 
 SHORT = [
-    "--total_episodes", "16", "--num_sample_batches", "1", "--num_inference_steps", "3", "--num_mini_batches", "1",
-    "--disable_tqdm", "true",
+    "--total_episodes", "8", "--per_device_sample_batch_size", "8", "--num_sample_batches", "1",
+    "--num_images_per_prompt", "4", "--per_device_train_batch_size", "8", "--num_inference_steps", "3",
+    "--num_mini_batches", "1", "--num_logged_images", "2", "--disable_tqdm", "true",
 ]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
-def one_evaluation_image_per_prompt(monkeypatch):
+def few_evaluation_images(monkeypatch):
     for name, task in demo.TASKS.items():
-        monkeypatch.setitem(demo.TASKS, name, dataclasses.replace(task, eval_seeds=1))
+        monkeypatch.setitem(demo.TASKS, name, dataclasses.replace(task, captions=task.captions[:4], eval_seeds=1))
 
 
 def test_the_demo_saves_weights_pictures_and_figures(tmp_path, capsys):
     assert cli.main(["demo", "--output_dir", str(tmp_path), *SHORT]) == 0
     summary = json.loads((tmp_path / "summary.json").read_text())
-    assert summary["reward_queries"] == 16
+    assert summary["reward_queries"] == 8
     assert summary["eval_reward_before"] < 0  # compressibility is minus kB
     gain = summary["eval_reward_after"] - summary["eval_reward_before"]
     assert summary["eval_reward_gain"] == pytest.approx(gain)

@@ -153,7 +153,16 @@ def test_the_demo_trains_with_it_on_prompts_that_the_pipeline_does_not_know(tmp_
     task = dataclasses.replace(demo.TASKS["emoji_alignment"], eval_seeds=1)
     monkeypatch.setitem(demo.TASKS, "emoji_alignment", task)
     flags = ["--total_episodes", "16", "--num_sample_batches", "1", "--num_inference_steps", "3"]
-    flags += ["--num_mini_batches", "1", "--disable_tqdm", "true", "--output_dir", str(tmp_path)]
+    flags += [
+        "--num_mini_batches",
+        "1",
+        "--num_logged_images",
+        "2",
+        "--disable_tqdm",
+        "true",
+        "--output_dir",
+        str(tmp_path),
+    ]
     cli.main(["demo", "--reward", "emoji_alignment", *flags])
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["reward"] == "EmojiAlignment"

@@ -3,7 +3,6 @@
 import logging
 import math
 import re
-import subprocess
 import threading
 import time
 from collections.abc import Callable
@@ -13,14 +12,14 @@ from typing import Any
 import pytest
 import torch
 
+import run_misbehaving_rewards
 from conftest import brightness, in_both_passes, tiny_pipeline
 from ddpo_trl import DDPOTrainer
 from ddpo_trl.advantages import PromptStatistics
-from launch import launch
+from launch import fork, launch
 
 
 PROMPTS = ["cat", "dog", "owl"]
-SCRIPT = Path(__file__).parent / "run_misbehaving_rewards.py"
 NEVER = threading.Event()
 
 
@@ -255,15 +254,11 @@ def test_groups_with_one_valid_sample_have_no_advantage(make_config):
 # ---- Several processes ----
 
 
-def start(output_dir: Path, scenario: str) -> tuple[subprocess.CompletedProcess[str], float]:
-    output_dir.mkdir()
-    begin = time.time()
-    run = launch(SCRIPT, [str(output_dir), scenario])
-    return run, begin
-
-
 def test_when_one_ranks_reward_raises_both_ranks_end_with_its_message(tmp_path):
-    run, _ = start(tmp_path / "run", "raise")
+    """Started as users do it: a rank that ends so ends the command."""
+    output_dir = tmp_path / "run"
+    output_dir.mkdir()
+    run = launch(Path(run_misbehaving_rewards.__file__), [str(output_dir), "raise"])
     end = time.time()
     assert run.returncode != 0
     for rank in range(2):
@@ -276,8 +271,8 @@ def test_when_one_ranks_reward_raises_both_ranks_end_with_its_message(tmp_path):
 @pytest.fixture(scope="module")
 def survivors(tmp_path_factory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("processes") / "run"
-    run, _ = start(folder, "drop")
-    assert run.returncode == 0, run.stdout + run.stderr
+    folder.mkdir()
+    fork(run_misbehaving_rewards.main, str(folder), "drop")
     return [torch.load(folder / f"rank-{rank}.pt", weights_only=True) for rank in range(2)]
 
 

@@ -1,8 +1,9 @@
-"""Two real processes (gloo), started by `accelerate launch`, train as one does."""
+"""Two real processes (gloo), with the environment that `accelerate launch` gives them, train as one does."""
 
 import json
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,24 +16,25 @@ from accelerate import DistributedType
 from diffusers import UNet2DConditionModel
 from PIL import Image
 
+import run_accelerate_config
+import run_in_processes
 from conftest import tiny_pipeline
 from ddpo_trl import DDPOConfig
 from ddpo_trl.one_pass import free_memory
 from ddpo_trl.processes import check_wrapping
-from launch import launch
-
-
-SCRIPT = Path(__file__).parent / "run_in_processes.py"
-EACH_CONFIG = SCRIPT.with_name("run_accelerate_config.py")
+from launch import fork, launch
 
 
 def results_of(
-    output_dir: Path, num_processes: int, script: Path = SCRIPT, config: str = "multi_gpu"
+    output_dir: Path, num_processes: int, main: Callable[..., None] = run_in_processes.main, config: str = "multi_gpu"
 ) -> list[dict[str, Any]]:
     """What each rank saved."""
     output_dir.mkdir()
-    run = launch(script, [str(output_dir), str(num_processes)], num_processes, config)
-    assert run.returncode == 0, run.stdout + run.stderr
+    if config == "deepspeed_zero2":  # which looks into the environment when it is imported
+        run = launch(Path(run_accelerate_config.__file__), [str(output_dir)], num_processes, config)
+        assert run.returncode == 0, run.stdout + run.stderr
+    else:
+        fork(main, str(output_dir), num_processes=num_processes, config=config)
     return [torch.load(output_dir / f"rank-{rank}.pt", weights_only=True) for rank in range(num_processes)]
 
 
@@ -235,14 +237,14 @@ def test_processes_on_one_host_share_its_memory(monkeypatch):
 
 @pytest.fixture(scope="module")
 def data_parallel(folder) -> dict[str, Any]:
-    return results_of(folder / "ddp", 2, EACH_CONFIG, "multi_gpu")[0]
+    return results_of(folder / "ddp", 2, run_accelerate_config.main, "multi_gpu")[0]
 
 
 @pytest.fixture(scope="module", params=["fsdp2", "deepspeed_zero2"])
 def sharded(request, folder) -> tuple[Path, list[dict[str, Any]]]:
     if request.param == "deepspeed_zero2":
         pytest.importorskip("deepspeed")
-    return folder / request.param, results_of(folder / request.param, 2, EACH_CONFIG, request.param)
+    return folder / request.param, results_of(folder / request.param, 2, run_accelerate_config.main, request.param)
 
 
 @pytest.mark.parametrize("run", ["whole", "full"])
