@@ -85,17 +85,16 @@ def run(output_dir: str, num_rounds: int, resume: bool = False, precision: str =
     }
 
 
-def main(output_dir: str) -> None:
+def main(output_dir: str, unsharded: bool = False) -> None:
+    """Without shards only the runs that those with shards are compared with."""
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         # It goes by the argument whether it is DeepSpeed, and by the state for everything else.
         PartialState.__init__ = partialmethod(PartialState.__init__, True)
-    run(f"{output_dir}/parts", 1)
-    results = {
-        "whole": run(f"{output_dir}/whole", 2),
-        "resumed": run(f"{output_dir}/parts", 2, resume=True),
-        "half": run(f"{output_dir}/half", 1, precision="bf16"),
-        "full": run(f"{output_dir}/full", 1, use_lora=False),
-    }
+    results = {"whole": run(f"{output_dir}/whole", 2), "full": run(f"{output_dir}/full", 1, use_lora=False)}
+    if not unsharded:
+        run(f"{output_dir}/parts", 1)
+        results["resumed"] = run(f"{output_dir}/parts", 2, resume=True)
+        results["half"] = run(f"{output_dir}/half", 1, precision="bf16")
     torch.save(results, f"{output_dir}/rank-{PartialState().process_index}.pt")
     PartialState().destroy_process_group()  # or its threads may be cut off when the process exits
 

@@ -39,21 +39,21 @@ class FirstUpdate(TrainerCallback):
 
 
 def make_config(output_dir: str, num_processes: int, **settings: Any) -> DDPOConfig:
-    config = DDPOConfig(
-        output_dir=output_dir,
-        use_cpu=True,
-        disable_tqdm=True,
-        report_to="none",
-        log_images_rounds=settings.pop("log_images_rounds", 2),
-        num_logged_images=3,
-        num_train_epochs=settings.pop("num_train_epochs", 2),
-        num_inference_steps=3,
-        per_device_sample_batch_size=2,
-        num_sample_batches=SAMPLES_PER_ROUND // 2 // num_processes,
-        per_device_train_batch_size=2,
-        learning_rate=1e-2,
-        **settings,
-    )
+    defaults = {
+        "output_dir": output_dir,
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "report_to": "none",
+        "log_images_rounds": 2,
+        "num_logged_images": 3,
+        "num_train_epochs": 2,
+        "num_inference_steps": 3,
+        "per_device_sample_batch_size": 2,
+        "num_sample_batches": SAMPLES_PER_ROUND // 2 // num_processes,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 1e-2,
+    }
+    config = DDPOConfig(**{**defaults, **settings})
     assert config.world_size == num_processes, "not started as asked"
     return config
 
@@ -199,7 +199,8 @@ def asked_runs(output_dir: str, num_processes: int) -> dict[str, Any]:
         folder = f"{output_dir}/{event} {request}"
         config = make_config(
             folder, num_processes, num_mini_batches=2, num_train_epochs=3, save_rounds=3, eval_strategy="epoch",
-            eval_rounds=2, log_images_rounds=0,
+            eval_rounds=2, log_images_rounds=0, num_inference_steps=2, num_sample_batches=1,
+            per_device_train_batch_size=1,
         )  # fmt: skip
         callback = OnTheLastProcess(event, request)
         trainer = DDPOTrainer(config, brightness, PROMPTS, tiny_pipeline(), callbacks=[callback], eval_prompts=["cat"])
@@ -223,15 +224,14 @@ def decisions(trainer: DDPOTrainer) -> list[bool]:
     return reached
 
 
-def main(output_dir: str) -> None:
+def main(output_dir: str, only_plain: bool = False) -> None:
     num_processes = int(os.environ.get("WORLD_SIZE", 1))
-    results = {
-        "plain": plain_run(f"{output_dir}/plain", num_processes, one_pass=False),
-        "one_pass": plain_run(f"{output_dir}/one_pass", num_processes, one_pass=True),
-        "asked": asked_runs(f"{output_dir}/asked", num_processes) if num_processes == 2 else {},
-        "stopped": stopped_run(f"{output_dir}/stopped", num_processes),
-    }
+    results = {"plain": plain_run(f"{output_dir}/plain", num_processes, one_pass=False)}
+    if not only_plain:
+        results["stopped"] = stopped_run(f"{output_dir}/stopped", num_processes)
     if num_processes == 2:
+        results["one_pass"] = plain_run(f"{output_dir}/one_pass", num_processes, one_pass=True)
+        results["asked"] = asked_runs(f"{output_dir}/asked", num_processes)
         results["unequal"] = unequal_processes(f"{output_dir}/unequal")
         results["dropped"] = {
             f"{one_pass=}": [

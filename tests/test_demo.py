@@ -15,7 +15,7 @@ from ddpo_trl.cli.demo import parse_arguments
 SHORT = [
     "--total_episodes", "8", "--per_device_sample_batch_size", "8", "--num_sample_batches", "1",
     "--num_images_per_prompt", "4", "--per_device_train_batch_size", "8", "--num_inference_steps", "3",
-    "--num_mini_batches", "1", "--num_logged_images", "2", "--disable_tqdm", "true",
+    "--num_mini_batches", "1", "--disable_tqdm", "true",
 ]  # fmt: skip
 
 
@@ -81,7 +81,8 @@ def test_training_stops_once_the_reward_has_improved_enough(tmp_path):
 
 
 def test_the_other_direction_is_a_flag(tmp_path):
-    arguments, config = parse_arguments(["--reward", "jpeg_incompressibility", "--output_dir", str(tmp_path), *SHORT])
+    flags = ["--reward", "jpeg_incompressibility", "--log_images_rounds", "0", "--output_dir", str(tmp_path)]
+    arguments, config = parse_arguments([*flags, *SHORT])
     assert demo.run_demo(arguments, config)["eval_reward_before"] > 0
 
 

@@ -27,8 +27,8 @@ from test_rewards_vlm import vlm  # noqa: F401  (a fixture)
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SHORT = (
-    "--num_train_epochs=1", "--num_inference_steps=2", "--per_device_sample_batch_size=4", "--num_sample_batches=1",
-    "--num_images_per_prompt=2", "--per_device_train_batch_size=4", "--num_mini_batches=1", "--log_images_rounds=0",
+    "--num_train_epochs=1", "--num_inference_steps=2", "--per_device_sample_batch_size=2", "--num_sample_batches=1",
+    "--num_images_per_prompt=2", "--per_device_train_batch_size=2", "--num_mini_batches=1", "--log_images_rounds=0",
     "--save_strategy=no", "--disable_tqdm=True",
 )  # fmt: skip
 
@@ -110,7 +110,7 @@ def test_an_example_trains_the_embedded_pipeline_without_a_download(name, tmp_pa
 
 
 def test_both_estimators_are_in_one_picture(tmp_path):
-    run("sf_vs_is.py", tmp_path, "--total_episodes=4")
+    run("sf_vs_is.py", tmp_path, "--total_episodes=2")
     assert (tmp_path / "sf_vs_is.png").read_bytes().startswith(b"\x89PNG")
 
 

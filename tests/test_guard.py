@@ -143,7 +143,7 @@ def exchange_embeddings(trainer: DDPOTrainer) -> None:
 
 def change_weights(trainer: DDPOTrainer) -> None:
     for name, parameter in trainer._policy.named_parameters():
-        if "mid_block" in name and "lora_B" in name:
+        if "down_blocks" in name and "lora_B" in name:
             parameter.data.mul_(3)
 
 
@@ -200,7 +200,7 @@ def disturb_once(trainer: DDPOTrainer) -> None:
         (change_noise, r"a changed setting: scheduler\.eta was 1\.0 in sampling and is 0\.5"),
         (scale_embeddings, "the prompt embeddings: they are not those of sampling"),
         (exchange_embeddings, "the prompt embeddings: they are not those of sampling"),
-        (change_weights, r"changed weights: 8 of the 16 trained ones .*\(mid_block\.\S+lora_B"),
+        (change_weights, r"changed weights: 8 of the 16 trained ones .*\(down_blocks\.\S+lora_B"),
         (switch_adapter_off, r"the adapter: 8 of its 8 layers were switched on or off, merged or scaled"),
         (scale_adapter, r"the adapter: 8 of its 8 layers were switched on or off, merged or scaled"),
         (draw_in_a_hook, r"randomness in a forward hook: without those on unet two replays agree"),

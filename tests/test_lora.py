@@ -355,7 +355,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "SHIRA": {"r": 2},
     "WAVEFT": {"n_frequency": 10},
 }
-FEW_LAYERS = r"(mid_block.*|transformer_blocks\.0)\.attn1\.to_(q|v|out\.0)"  # of both pipelines, to be quick
+FEW_LAYERS = r"(down_blocks.*|transformer_blocks\.0)\.attn1\.to_(q|v|out\.0)"  # of both pipelines, to be quick
 FOR_DIFFUSERS = {"LORA"}
 FOR_PEFT = {
     "ADALORA", "BEFT", "BOFT", "C3A", "DEFT", "DELORA", "FOURIERFT", "GLORA", "GRALORA", "HIRA", "HRA", "IA3",
@@ -537,7 +537,7 @@ def test_dropout_is_taken_out_with_a_word(came_with_the_pipeline, tmp_path, capl
     save_adapter(pipeline, adapter, tmp_path)
     with safe_open(tmp_path / "pytorch_lora_weights.safetensors", "pt") as file:
         assert json.loads(file.metadata()["lora_adapter_metadata"])["unet.lora_dropout"] == 0
-    torch.nn.init.normal_(adapter_weights(pipeline)["mid_block.attentions.0.transformer_blocks.0.attn1.to_q."
+    torch.nn.init.normal_(adapter_weights(pipeline)["down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q."
                                                     f"lora_B.{adapter}.weight"])  # fmt: skip
     expected = images(pipeline)
     pipeline.unet.train()

@@ -104,8 +104,8 @@ def test_full_fine_tuning_is_taken_sample_by_sample_where_the_layers_allow(make_
     def pipeline():
         whole = tiny_pipeline()
         whole.unet.requires_grad_(False)
-        whole.unet.mid_block.attentions.requires_grad_(True)
-        for module in whole.unet.mid_block.modules():
+        whole.unet.down_blocks[1].attentions.requires_grad_(True)
+        for module in whole.unet.down_blocks[1].modules():
             if isinstance(module, nn.GroupNorm | nn.LayerNorm):
                 module.requires_grad_(False)
         return whole

@@ -26,7 +26,11 @@ from launch import fork, launch
 
 
 def results_of(
-    output_dir: Path, num_processes: int, main: Callable[..., None] = run_in_processes.main, config: str = "multi_gpu"
+    output_dir: Path,
+    num_processes: int,
+    *arguments: Any,
+    main: Callable[..., None] = run_in_processes.main,
+    config: str = "multi_gpu",
 ) -> list[dict[str, Any]]:
     """What each rank saved."""
     output_dir.mkdir()
@@ -34,7 +38,7 @@ def results_of(
         run = launch(Path(run_accelerate_config.__file__), [str(output_dir)], num_processes, config)
         assert run.returncode == 0, run.stdout + run.stderr
     else:
-        fork(main, str(output_dir), num_processes=num_processes, config=config)
+        fork(main, str(output_dir), *arguments, num_processes=num_processes, config=config)
     return [torch.load(output_dir / f"rank-{rank}.pt", weights_only=True) for rank in range(num_processes)]
 
 
@@ -95,7 +99,7 @@ def test_two_processes_end_with_the_weights_of_one(runs):
 @pytest.mark.parametrize("num_processes", [2, 4])
 def test_the_images_do_not_depend_on_the_number_of_processes(runs, folder, num_processes):
     alone, two = runs
-    ranks = two if num_processes == 2 else [rank["plain"] for rank in results_of(folder / "four", num_processes)]
+    ranks = two if num_processes == 2 else [rank["plain"] for rank in results_of(folder / "four", num_processes, True)]
     assert torch.allclose(alone["images"], torch.cat([rank["images"] for rank in ranks]), atol=1e-5)
 
 
@@ -237,14 +241,16 @@ def test_processes_on_one_host_share_its_memory(monkeypatch):
 
 @pytest.fixture(scope="module")
 def data_parallel(folder) -> dict[str, Any]:
-    return results_of(folder / "ddp", 2, run_accelerate_config.main, "multi_gpu")[0]
+    return results_of(folder / "ddp", 2, True, main=run_accelerate_config.main)[0]
 
 
 @pytest.fixture(scope="module", params=["fsdp2", "deepspeed_zero2"])
 def sharded(request, folder) -> tuple[Path, list[dict[str, Any]]]:
     if request.param == "deepspeed_zero2":
         pytest.importorskip("deepspeed")
-    return folder / request.param, results_of(folder / request.param, 2, run_accelerate_config.main, request.param)
+    return folder / request.param, results_of(
+        folder / request.param, 2, main=run_accelerate_config.main, config=request.param
+    )
 
 
 @pytest.mark.parametrize("run", ["whole", "full"])

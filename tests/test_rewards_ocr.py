@@ -63,10 +63,10 @@ def test_the_metadatas_text_comes_before_the_prompts(reward):
 
 
 def test_images_of_a_batch_score_as_they_do_alone(reward):
-    words = ("OPEN", "CLOSED", "", "0PEN", "Helo World", "OPEN 24 HOURS")
-    images, prompts = rendered(*words), asked("open", "open", "open", "open", "Hello World", "open")
-    together = reward(images, prompts, ({},) * 6)
-    alone = [reward(images[i : i + 1], prompts[i : i + 1], ({},))[0] for i in range(6)]
+    words = ("OPEN", "", "0PEN", "Helo World")
+    images, prompts = rendered(*words), asked("open", "open", "open", "Hello World")
+    together = reward(images, prompts, ({},) * 4)
+    alone = [reward(images[i : i + 1], prompts[i : i + 1], ({},))[0] for i in range(4)]
     assert together == alone and len(set(together)) >= 3
 
 
@@ -203,6 +203,7 @@ def test_without_its_packages_the_extra_is_named(monkeypatch):
 
 
 def test_it_trains(make_config):
-    trainer = DDPOTrainer(make_config(), OCRAccuracy(), ['cat with "A"', 'dog with "B"'], tiny_pipeline())
+    config = make_config(per_device_sample_batch_size=1, per_device_train_batch_size=1)
+    trainer = DDPOTrainer(config, OCRAccuracy(), ['cat with "A"', 'dog with "B"'], tiny_pipeline())
     trainer.train()
     assert any("rewards/OCRAccuracy/mean" in log for log in trainer.state.log_history)
