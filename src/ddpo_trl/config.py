@@ -11,6 +11,7 @@ from accelerate.utils import get_int_from_env, parse_flag_from_env
 from transformers import TrainingArguments
 
 from ddpo_trl import trl_config
+from ddpo_trl.descriptions import described
 
 
 WindowStrategy = Literal["fixed", "progressive", "random"]
@@ -81,7 +82,8 @@ class DDPOConfig(TrainingArguments):
             Rounds between two moves of a progressive window.
         pipeline_kwargs (`dict` or `str`, *optional*):
             Further arguments of the pipeline's `__call__` (`height`, `width`, `negative_prompt`, `num_frames`, ...),
-            handed over unchanged in sampling, in training and in evaluation. A JSON string on the command line.
+            handed over unchanged in sampling, in training and in evaluation. They may be images, tensors or functions;
+            files and trackers then have a description of them. A JSON string on the command line.
         pipeline_inputs (`list[str]`, *optional*):
             Arguments of the pipeline's `__call__` that differ between samples, such as `image` for image-to-image:
             metadata entries of these names are handed over as lists.
@@ -125,8 +127,9 @@ class DDPOConfig(TrainingArguments):
             Seconds that a call of a reward function may take for one batch, the first one included. The thread of a
             call that takes longer is left behind; an `async` function is cancelled. `None` sets no limit.
         advantage_normalization (`"batch"`, `"prompt"`, `"group"` or `"none"`, *optional*, defaults to `"batch"`):
-            What a reward is standardised against: the round, the running statistics of its prompt, the images of the
-            round that share its prompt, or nothing.
+            What a reward is standardised against: the round; the running statistics of its prompt and metadata (of
+            what `prompt_key_fn` of the trainer makes of them); its group, the `num_images_per_prompt` images of one
+            draw of a prompt; or nothing.
         advantage_clip (`float`, *optional*, defaults to `5.0`):
             Advantages are clipped to ± this many standard deviations. Not applied to `"none"`, which has no unit.
         per_prompt_stat_tracking_buffer_size (`int`, *optional*, defaults to `16`):
@@ -445,6 +448,14 @@ class DDPOConfig(TrainingArguments):
         for name, remedy in trl_config.without_counterpart(theirs):
             warnings.warn(f"TRL's {name} has no counterpart: {remedy}.", stacklevel=2)
         return cls(**{**trl_config.converted(trl_config.TRLConfig(**theirs)), **ours})
+
+    def to_dict(self) -> dict[str, Any]:
+        """
+        The settings in JSON's types, for files and trackers. Images, tensors, functions and the like in
+        `pipeline_kwargs` become a description of them.
+        """
+        settings: dict[str, Any] = described(super().to_dict())
+        return settings
 
     @property
     def updates_per_round(self) -> int:
