@@ -147,7 +147,7 @@ def test_a_function_that_seeds_or_draws_random_numbers_does_not_change_the_promp
         numbers.append((random.random(), np.random.random(), torch.rand(()).item()))
         return brightness(images, prompts, metadata)
 
-    config = make_config(num_train_epochs=3, eval_strategy="epoch")
+    config = make_config(num_train_epochs=3, eval_strategy="epoch", eval_rounds=2, num_inference_steps=2)
     quiet, seeded, drawing = (run_of_random_prompts(config, reward) for reward in (brightness, seeds, draws))
     assert quiet == seeded == drawing
     assert len({*quiet}) > 16  # of 24: seeded again in each round they would be 8

@@ -320,7 +320,7 @@ def score(function: RewardFunction, name: str, batch: ScoredBatch, timeout: floa
 def _answer(function: RewardFunction, name: str, batch: ScoredBatch, timeout: float | None) -> "Answer":
     where = f"{batch.when}, prompts {list(batch.prompts)}"
     try:
-        answer = call_within(timeout, functools.partial(_call, function, batch, timeout))
+        answer = call_as_guest(function, batch.images, batch.prompts, batch.metadata, timeout)
     except BaseException as error:  # a user's function may raise anything, and must be named whatever it is
         problem = _failure(error, name, where, timeout)
     else:
@@ -333,10 +333,6 @@ def _answer(function: RewardFunction, name: str, batch: ScoredBatch, timeout: fl
     return Answer(torch.full((len(batch.prompts),), math.nan, dtype=torch.float64), problem)
 
 
-def _call(function: RewardFunction, batch: ScoredBatch, timeout: float | None) -> Any:
-    return call_as_guest(function, batch.images, batch.prompts, batch.metadata, timeout)
-
-
 def call_as_guest(
     function: RewardFunction,
     images: Tensor,
@@ -346,9 +342,8 @@ def call_as_guest(
 ) -> Any:
     """
     Call a reward function so that nothing it does to its arguments or to torch's settings is seen outside: with
-    images and metadata of its own, without gradients, with the images' GPU as the current device. It may be `async`.
-
-    It should run in a thread of its own, which takes its thread-local settings (autocast, default device) with it.
+    images and metadata of its own, in a thread of its own, without gradients, and with the images' GPU as the current
+    device. It may be `async`.
 
     Args:
         function (`Callable`):
@@ -356,13 +351,20 @@ def call_as_guest(
         images, prompts, metadata:
             Its arguments.
         timeout (`float`, *optional*):
-            Seconds that an `async` function may take.
+            Seconds that it may take.
+
+    Raises:
+        [`~ddpo_trl.workers.CallTimeout`]: If it takes longer. Whatever the function raises, it raises too.
     """
-    # Every thread starts on the first GPU, and a model that the function loads to "cuda" would go there on all ranks.
-    on_gpu = torch.accelerator.device_index(images.device.index if images.device.type != "cpu" else None)
-    with GUESTS.visit(), on_gpu, torch.no_grad():
-        answer = function(images.detach().clone(), prompts, tuple(map(own_copy, metadata)))
-        return asyncio.run(_await_within(timeout, answer)) if inspect.isawaitable(answer) else answer
+
+    def call() -> Any:
+        # Every thread starts on the first GPU: a model that the function loads to "cuda" would go there on all ranks.
+        on_gpu = torch.accelerator.device_index(None if images.device.type == "cpu" else images.device.index)
+        with GUESTS.visit(), on_gpu, torch.no_grad():
+            answer = function(images.detach().clone(), prompts, tuple(map(own_copy, metadata)))
+            return asyncio.run(_await_within(timeout, answer)) if inspect.isawaitable(answer) else answer
+
+    return call_within(timeout, call)
 
 
 def own_copy(value: Any) -> Any:

@@ -59,7 +59,7 @@ from ddpo_trl.prompts import (
 )
 from ddpo_trl.sample_gradients import trained_weights
 from ddpo_trl.scoring import RewardScorer, first_problem
-from ddpo_trl.seeding import Stream, derived_seed
+from ddpo_trl.seeding import Stream, derived_seed, randomness_untouched
 from ddpo_trl.target_kl import TargetKL
 from ddpo_trl.tracking import RunRecorder, fixed_prompts
 from ddpo_trl.types import Context, Objective, RewardFunction, Rollout, Transition
@@ -515,8 +515,9 @@ class DDPOTrainer(Trainer):
         images = torch.cat([image, image / 2])[:size]
         scorers = [self.scorer] if self.eval_scorer is None else [self.scorer, self.eval_scorer]
         when = "trial at construction"
-        scores = [scorer.submit(images, [prompt] * size, [metadata] * size, when) for scorer in scorers]
-        first_problem(scores, raises=True)  # whatever on_invalid_reward says: here it is a mistake
+        with randomness_untouched(self.args.device):
+            scores = [scorer.submit(images, [prompt] * size, [metadata] * size, when) for scorer in scorers]
+            first_problem(scores, raises=True)  # whatever on_invalid_reward says: here it is a mistake
 
     # ---- Wrapped models ----
 

@@ -21,10 +21,9 @@ class DaemonPool:
     `concurrent.futures.ThreadPoolExecutor` joins its threads when the interpreter exits, and before that works off its
     whole queue: a process whose reward server hangs would never end, nor would the other processes of its run. These
     threads are daemons, which the interpreter leaves behind. Nothing is lost with them: a result that is still wanted
-    is one that somebody waits for, so the interpreter isn't exiting. Every call has a thread of its own, so that what
-    it changes for its thread (grad mode, autocast, torch's default device) is gone with it, and the pool needs no
-    closing. The price: a daemon that computes with torch at the very moment of the exit turns that into an abort (code
-    134, after output is flushed and `atexit` has run), since C++ can't be unwound.
+    is one that somebody waits for, so the interpreter isn't exiting. A thread ends when there is nothing to do, so the
+    pool needs no closing either. The price: a daemon that computes with torch at the very moment of the exit turns
+    that into an abort (code 134, after output is flushed and `atexit` has run), since C++ can't be unwound.
 
     Args:
         max_workers (`int`):
@@ -48,37 +47,32 @@ class DaemonPool:
             if self._running == self.max_workers:
                 return future
             self._running += 1
-        self._start_next()
+        threading.Thread(target=self._work, daemon=True, name=self.name).start()
         return future
 
-    def _start_next(self) -> None:
-        """Uses the place of a call that is done, or gives it back."""
-        with self._lock:
-            if not self._waiting:
-                self._running -= 1
-                return
-            future, call = self._waiting.popleft()
-        threading.Thread(target=self._work, args=(future, call), daemon=True, name=self.name).start()
-
-    def _work(self, future: Future[Any], call: Callable[[], Any]) -> None:
-        fulfil(future, call)
-        self._start_next()
+    def _work(self) -> None:
+        while True:
+            with self._lock:
+                if not self._waiting:
+                    self._running -= 1
+                    return
+                future, call = self._waiting.popleft()
+            fulfil(future, call)
 
 
 def call_within(seconds: float | None, call: Callable[[], T]) -> T:
     """
-    `call()`, but for no longer than some seconds.
+    `call()`, in a thread of its own and for no longer than some seconds; `None` sets no limit.
 
-    A thread can't be ended from outside, so the call runs in a daemon of its own, which is abandoned when the time is
-    over: it may go on, but nobody waits for it, neither the caller's thread nor the interpreter's exit.
+    What it changes for its thread (grad mode, autocast, torch's default device) is gone with it. A thread can't be
+    ended from outside, so it is a daemon, which is abandoned when the time is over: it may go on, but nobody waits for
+    it, neither the caller's thread nor the interpreter's exit.
 
     Raises:
         [`CallTimeout`]: If it gave no answer in time. Whatever `call` raises, it raises too.
     """
-    if seconds is None:
-        return call()
     future: Future[T] = Future()
-    name = f"{threading.current_thread().name} (limited)"
+    name = f"{threading.current_thread().name} (call)"
     threading.Thread(target=fulfil, args=(future, call), daemon=True, name=name).start()
     if not wait([future], seconds).done:  # `future.result(seconds)` can't tell its own TimeoutError from the call's
         raise CallTimeout
