@@ -1,6 +1,7 @@
 """DDPOConfig: every setting of a run, as a `transformers.TrainingArguments`."""
 
 import dataclasses
+import json
 import math
 import signal
 import warnings
@@ -31,6 +32,46 @@ OWN_PIPELINE_ARGUMENTS = {
     "prompt", "num_inference_steps", "guidance_scale", "eta", "generator", "latents", "num_images_per_prompt",
     "output_type", "return_dict",
 }  # fmt: skip
+
+# Fields of TrainingArguments that would do nothing here, each with what to do instead. A value other than the default
+# is refused. The test of these names says what becomes of all others.
+WITHOUT_EFFECT = {
+    "auto_find_batch_size": "the batch plan is made once, for all processes alike: set per_device_sample_batch_size and "
+    "per_device_train_batch_size instead",
+    "average_tokens_across_devices": "there are no tokens to count",
+    "batch_eval_metrics": "an evaluation measures rewards: give eval_reward_fns",
+    "bf16_full_eval": "images are made in the dtype of the pipeline: load it in bfloat16, or set bf16",
+    "data_seed": "the order of prompts follows seed",
+    "dataloader_drop_last": "there is no data loader: a round has per_device_sample_batch_size x num_sample_batches "
+    "samples on each process",
+    "dataloader_in_order": "there is no data loader",
+    "dataloader_multiprocessing_context": "there is no data loader",
+    "dataloader_num_workers": "there is no data loader: max_workers is the number of threads for rewards",
+    "dataloader_persistent_workers": "there is no data loader",
+    "dataloader_prefetch_factor": "there is no data loader",
+    "eval_accumulation_steps": "images of an evaluation are kept in CPU memory anyway",
+    "eval_do_concat_batches": "an evaluation has no predictions to join",
+    "eval_steps": "a run is evaluated between rounds: set eval_rounds",
+    "eval_use_gather_object": "an evaluation has no predictions to gather",
+    "fp16_full_eval": "images are made in the dtype of the pipeline: load it in float16, or set fp16",
+    "include_for_metrics": "an evaluation measures rewards: give eval_reward_fns",
+    "include_num_input_tokens_seen": "there are no tokens to count: logs have episode, the reward queries so far",
+    "label_names": "there are no labels",
+    "label_smoothing_factor": "there are no labels",
+    "length_column_name": "prompts are not grouped by length",
+    "liger_kernel_config": "its kernels are of language models",
+    "neftune_noise_alpha": "its noise belongs to the embeddings of a language model: eta or noise_level is the noise here",
+    "parallelism_config": "every process runs the whole pipeline: use FSDP2 or DeepSpeed by accelerate's config",
+    "prediction_loss_only": "an evaluation has no loss",
+    "save_steps": "a run is saved between rounds: set save_rounds",
+    "torch_compile": "the pipeline calls the denoiser itself: compile its blocks before "
+    "(`pipeline.transformer.compile_repeated_blocks()`)",
+    "torch_compile_backend": "it belongs to torch_compile, which would do nothing",
+    "torch_compile_mode": "it belongs to torch_compile, which would do nothing",
+    "train_sampling_strategy": "the prompts of a list are shuffled in every pass: give a prompt function for another order",
+    "use_cache": "a denoiser has no cache of keys and values",
+    "use_liger_kernel": "its kernels are of language models",
+}
 
 
 @dataclass
@@ -195,6 +236,8 @@ class DDPOConfig(TrainingArguments):
 
         > Parameters that control evaluation, logging and saving
 
+        per_device_eval_batch_size (`int`, *optional*):
+            Images of an evaluation made at once on one process; `per_device_sample_batch_size` by default.
         eval_rounds (`int`, *optional*, defaults to `1`):
             Rounds from one evaluation to the next with `eval_strategy="epoch"`; the last round is evaluated in any
             case. See [`~DDPOTrainer.evaluate`] for what is measured and what it costs.
@@ -375,6 +418,9 @@ class DDPOConfig(TrainingArguments):
     )
 
     # Parameters that control evaluation and logging
+    per_device_eval_batch_size: int | None = field(
+        default=None, metadata={"help": "Images of an evaluation made at once, as in sampling by default."}
+    )
     eval_rounds: int = field(
         default=1, metadata={"help": "Rounds from one evaluation to the next with eval_strategy='epoch'."}
     )
@@ -399,6 +445,10 @@ class DDPOConfig(TrainingArguments):
     )
 
     def __post_init__(self):
+        self._check_without_effect()  # before values are derived from others
+        self._check_types()
+        if self.per_device_eval_batch_size is None:
+            self.per_device_eval_batch_size = self.per_device_sample_batch_size
         if self.metric_for_best_model is None and (self.load_best_model_at_end or self.save_strategy == "best"):
             self.metric_for_best_model = "eval_reward"  # Trainer falls back to a loss, which evaluation does not have
         super().__post_init__()
@@ -462,9 +512,38 @@ class DDPOConfig(TrainingArguments):
         """Optimizer steps of a round."""
         return self.num_ppo_epochs * self.num_mini_batches
 
+    def _check_without_effect(self) -> None:
+        """Refuses what would do nothing: a run does what was asked, or says that it does not."""
+        defaults = {field.name: field for field in dataclasses.fields(TrainingArguments)}
+        for name, remedy in WITHOUT_EFFECT.items():
+            default, value = defaults[name], vars(self)[name]
+            usual = default.default if default.default_factory is dataclasses.MISSING else default.default_factory()
+            if value != usual and value is not None and value is not False:
+                raise ValueError(f"{name} is {value!r}, which would do nothing here: {remedy}. Leave it out.")
+        if self.logging_steps != defaults["logging_steps"].default and self.logging_strategy == "epoch":
+            raise ValueError(
+                f"logging_steps is {self.logging_steps}, but logging_strategy is 'epoch', which logs once a round. Set "
+                "logging_strategy='steps', or leave logging_steps out."
+            )
+
+    def _check_types(self) -> None:
+        """Refuses single values where several are meant: a string would be taken for its letters."""
+        for name in ("pipeline_inputs", "reward_weights", "train_timestep_range"):
+            value = vars(self)[name]
+            if value is not None and not isinstance(value, list | tuple):
+                raise TypeError(f"{name} is {value!r}; give a list, such as {[value]!r}.")
+        if isinstance(self.pipeline_kwargs, str):
+            try:
+                self.pipeline_kwargs = json.loads(self.pipeline_kwargs)
+            except json.JSONDecodeError as error:
+                raise ValueError(
+                    f"pipeline_kwargs is {self.pipeline_kwargs!r}, which is not JSON ({error}); give an object such as "
+                    "'{\"height\": 512}'."
+                ) from error
+
     def _check_positive(self) -> None:
         for name in (
-            "num_inference_steps", "per_device_sample_batch_size", "num_sample_batches", "num_images_per_prompt",
+            "per_device_eval_batch_size", "num_inference_steps", "per_device_sample_batch_size", "num_sample_batches", "num_images_per_prompt",
             "per_device_train_batch_size", "num_ppo_epochs", "num_mini_batches", "max_workers",
             "per_prompt_stat_tracking_buffer_size", "per_prompt_stat_tracking_min_count", "sde_window_interval",
             "eval_rounds", "num_logged_images", "save_rounds",
@@ -528,11 +607,6 @@ class DDPOConfig(TrainingArguments):
             raise ValueError(
                 "logging_nan_inf_filter is True, which would hide a loss that is not finite. Leave it at False, "
                 "so that such a loss ends the run."
-            )
-        if self.auto_find_batch_size:
-            raise ValueError(
-                "auto_find_batch_size is True, but the batch plan is made once, for all processes alike. Set "
-                "per_device_sample_batch_size and per_device_train_batch_size instead."
             )
 
     def _check_objective(self) -> None:

@@ -639,7 +639,7 @@ class DDPOTrainer(Trainer):
             drop_invalid=self.args.on_invalid_reward == "drop",
             accelerator=self.accelerator,
             seed=self.args.seed,
-            batch_size=self.args.per_device_sample_batch_size,
+            batch_size=self.args.per_device_eval_batch_size,
             progress=self.progress,
         )
 
