@@ -34,10 +34,11 @@ OWN_PIPELINE_ARGUMENTS = {
 }  # fmt: skip
 
 # Fields of TrainingArguments that would do nothing here, each with what to do instead. A value other than the default
-# is refused. The test of these names says what becomes of all others.
+# is refused, unless it is False: to switch off what is not there asks for nothing. `tests/test_config.py` says what
+# becomes of all other fields.
 WITHOUT_EFFECT = {
-    "auto_find_batch_size": "the batch plan is made once, for all processes alike: set per_device_sample_batch_size and "
-    "per_device_train_batch_size instead",
+    "auto_find_batch_size": "the batch plan is made once, for all processes alike: set per_device_sample_batch_size "
+    "and per_device_train_batch_size",
     "average_tokens_across_devices": "there are no tokens to count",
     "batch_eval_metrics": "an evaluation measures rewards: give eval_reward_fns",
     "bf16_full_eval": "images are made in the dtype of the pipeline: load it in bfloat16, or set bf16",
@@ -51,7 +52,6 @@ WITHOUT_EFFECT = {
     "dataloader_prefetch_factor": "there is no data loader",
     "eval_accumulation_steps": "images of an evaluation are kept in CPU memory anyway",
     "eval_do_concat_batches": "an evaluation has no predictions to join",
-    "eval_steps": "a run is evaluated between rounds: set eval_rounds",
     "eval_use_gather_object": "an evaluation has no predictions to gather",
     "fp16_full_eval": "images are made in the dtype of the pipeline: load it in float16, or set fp16",
     "include_for_metrics": "an evaluation measures rewards: give eval_reward_fns",
@@ -60,15 +60,14 @@ WITHOUT_EFFECT = {
     "label_smoothing_factor": "there are no labels",
     "length_column_name": "prompts are not grouped by length",
     "liger_kernel_config": "its kernels are of language models",
-    "neftune_noise_alpha": "its noise belongs to the embeddings of a language model: eta or noise_level is the noise here",
+    "neftune_noise_alpha": "it is noise on a language model's embeddings: eta and noise_level are the noise here",
     "parallelism_config": "every process runs the whole pipeline: use FSDP2 or DeepSpeed by accelerate's config",
     "prediction_loss_only": "an evaluation has no loss",
-    "save_steps": "a run is saved between rounds: set save_rounds",
     "torch_compile": "the pipeline calls the denoiser itself: compile its blocks before "
     "(`pipeline.transformer.compile_repeated_blocks()`)",
     "torch_compile_backend": "it belongs to torch_compile, which would do nothing",
     "torch_compile_mode": "it belongs to torch_compile, which would do nothing",
-    "train_sampling_strategy": "the prompts of a list are shuffled in every pass: give a prompt function for another order",
+    "train_sampling_strategy": "a list of prompts is shuffled in every pass: give a prompt function for another order",
     "use_cache": "a denoiser has no cache of keys and values",
     "use_liger_kernel": "its kernels are of language models",
 }
@@ -520,11 +519,17 @@ class DDPOConfig(TrainingArguments):
             usual = default.default if default.default_factory is dataclasses.MISSING else default.default_factory()
             if value != usual and value is not None and value is not False:
                 raise ValueError(f"{name} is {value!r}, which would do nothing here: {remedy}. Leave it out.")
-        if self.logging_steps != defaults["logging_steps"].default and self.logging_strategy == "epoch":
-            raise ValueError(
-                f"logging_steps is {self.logging_steps}, but logging_strategy is 'epoch', which logs once a round. Set "
-                "logging_strategy='steps', or leave logging_steps out."
-            )
+        for what, remedy in (
+            ("logging", "set logging_strategy='steps'"),
+            ("eval", "a run is evaluated between rounds: set eval_rounds"),
+            ("save", "a run is saved between rounds: set save_rounds"),
+        ):
+            steps, strategy = vars(self)[f"{what}_steps"], vars(self)[f"{what}_strategy"]
+            if steps != defaults[f"{what}_steps"].default and strategy != "steps":
+                raise ValueError(
+                    f"{what}_steps is {steps}, which does nothing with {what}_strategy={str(strategy)!r}: {remedy}, "
+                    "or leave it out."
+                )
 
     def _check_types(self) -> None:
         """Refuses single values where several are meant: a string would be taken for its letters."""
@@ -537,16 +542,16 @@ class DDPOConfig(TrainingArguments):
                 self.pipeline_kwargs = json.loads(self.pipeline_kwargs)
             except json.JSONDecodeError as error:
                 raise ValueError(
-                    f"pipeline_kwargs is {self.pipeline_kwargs!r}, which is not JSON ({error}); give an object such as "
-                    "'{\"height\": 512}'."
+                    f"pipeline_kwargs is {self.pipeline_kwargs!r}; give a dict, or on the command line a JSON object "
+                    f"such as '{{\"height\": 512}}' ({error})."
                 ) from error
 
     def _check_positive(self) -> None:
         for name in (
-            "per_device_eval_batch_size", "num_inference_steps", "per_device_sample_batch_size", "num_sample_batches", "num_images_per_prompt",
+            "num_inference_steps", "per_device_sample_batch_size", "num_sample_batches", "num_images_per_prompt",
             "per_device_train_batch_size", "num_ppo_epochs", "num_mini_batches", "max_workers",
             "per_prompt_stat_tracking_buffer_size", "per_prompt_stat_tracking_min_count", "sde_window_interval",
-            "eval_rounds", "num_logged_images", "save_rounds",
+            "eval_rounds", "num_logged_images", "save_rounds", "per_device_eval_batch_size",
         ):  # fmt: skip
             if (value := vars(self)[name]) < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1.")
