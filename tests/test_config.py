@@ -3,15 +3,21 @@
 import ast
 import dataclasses
 import inspect
+import json
 import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 from transformers import TrainingArguments
 from trl import TrlParser
 
-from ddpo_trl import DDPOConfig
+from conftest import brightness, tiny_pipeline
+from ddpo_trl import DDPOConfig, DDPOTrainer
+from ddpo_trl.config import WITHOUT_EFFECT
 
 
 OWN_FIELDS = [field for field in dataclasses.fields(DDPOConfig) if field.name in inspect.get_annotations(DDPOConfig)]
@@ -135,7 +141,10 @@ NAN = float("nan")
         ({"kl_coef": -0.1}, r"kl_coef is -0\.1; it must be a finite number, 0 or above"),
         ({"learning_rate": float("nan")}, "learning_rate is nan; it must be a finite number, 0 or above"),
         ({"weight_decay": float("inf")}, "weight_decay is inf; it must be a finite number, 0 or above"),
-        ({"auto_find_batch_size": True}, "auto_find_batch_size is True, but the batch plan is made once"),
+        (
+            {"auto_find_batch_size": True},
+            "auto_find_batch_size is True, which would do nothing here: the batch plan is made once.*Leave it out",
+        ),
         ({"max_grad_norm": float("nan")}, "max_grad_norm is nan; it must be above 0, or 0 for no clipping"),
         ({"log_images_rounds": -1}, r"log_images_rounds is -1; it must be 0 \(no pictures\) or above"),
         ({"timestep_fraction": 0.0}, r"timestep_fraction is 0\.0; it must be in \(0, 1\]"),
@@ -211,12 +220,30 @@ NAN = float("nan")
         ({"enable_jit_checkpoint": True}, r"enable_jit_checkpoint is True: .*inside a round.*stop_on_signal"),
         ({"stop_on_signal": ["SIGNAL"]}, r"stop_on_signal holds 'SIGNAL', .*'SIGTERM' or 'SIGUSR1'"),
         ({"stop_on_signal": "SIGKILL"}, r"stop_on_signal holds 'SIGKILL', which is no signal that can be waited for"),
+        (
+            {"logging_steps": 10},
+            r"logging_steps is 10, which does nothing with logging_strategy='epoch': set logging_str",
+        ),
+        ({"eval_steps": 10}, r"eval_steps is 10, which does nothing with eval_strategy='no': .*set eval_rounds"),
+        ({"save_steps": 10}, r"save_steps is 10, which does nothing with save_strategy='no': .*set save_rounds"),
+        (
+            {"pipeline_kwargs": '{"height": 64'},
+            r"pipeline_kwargs is '{\"height\": 64'; give a dict, or .* a JSON object",
+        ),
         ({"num_train_epochs": 2.5}, r"num_train_epochs is 2\.5; a run has a whole number of rounds"),
     ],
 )
 def test_what_cannot_be_trained_is_refused(make_config, arguments, message):
     with pytest.raises(ValueError, match=message):
         make_config(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("pipeline_inputs", "image"), ("reward_weights", 0.5), ("train_timestep_range", 0.8)]
+)
+def test_a_single_value_where_a_list_is_meant_is_refused_with_the_list(make_config, name, value):
+    with pytest.raises(TypeError, match=re.escape(f"{name} is {value!r}; give a list, such as [{value!r}]")):
+        make_config(**{name: value})
 
 
 @pytest.mark.parametrize(
@@ -310,6 +337,124 @@ def test_choices_are_checked_on_the_command_line(tmp_path, capsys):
     assert re.search("argument --loss_type.*: invalid choice: 'ppo'", capsys.readouterr().err)
 
 
+# ---- The fields of TrainingArguments ----
+
+# Used by the Trainer or by us; "script" are those that transformers leaves to the user's script.
+USED = {
+    "run": "output_dir num_train_epochs max_steps seed full_determinism use_cpu resume_from_checkpoint "
+    "restore_callback_states_from_checkpoint debug skip_memory_metrics local_rank",
+    "batches and memory": "per_device_train_batch_size per_device_eval_batch_size torch_empty_cache_steps "
+    "gradient_checkpointing gradient_checkpointing_kwargs activation_checkpointing activation_checkpointing_kwargs "
+    "bf16 fp16 tf32",
+    "optimizer": "learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps optim optim_args weight_decay "
+    "adam_beta1 adam_beta2 adam_epsilon optim_target_modules max_grad_norm",
+    "logs": "logging_strategy logging_steps logging_first_step log_on_each_node log_level log_level_replica "
+    "disable_tqdm report_to run_name project trackio_space_id trackio_bucket_id trackio_static_space_id",
+    "evaluation": "eval_strategy eval_delay eval_on_start metric_for_best_model greater_is_better "
+    "load_best_model_at_end",
+    "saving": "save_strategy save_only_model save_on_each_node save_total_limit push_to_hub hub_token "
+    "hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision",
+    "processes": "accelerator_config ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers "
+    "ddp_static_graph ddp_backend ddp_timeout fsdp fsdp_config deepspeed",
+    "script": "do_train do_eval do_predict",
+}
+
+# Whichever value they have, it is what happens: no column is removed, no memory pinned, no data to skip.
+TRUE_EITHER_WAY = {"remove_unused_columns", "dataloader_pin_memory", "ignore_data_skip"}
+
+# Refused with a reason of their own, and the value that is.
+REFUSED: dict[str, dict[str, Any]] = {
+    "gradient_accumulation_steps": {"gradient_accumulation_steps": 2},
+    "logging_nan_inf_filter": {"logging_nan_inf_filter": True},
+    "enable_jit_checkpoint": {"enable_jit_checkpoint": True},
+    "eval_steps": {"eval_steps": 3},
+    "save_steps": {"save_steps": 3},
+}
+
+OTHER_VALUES: dict[str, Any] = {
+    "include_num_input_tokens_seen": "all",
+    "include_for_metrics": ["inputs"],
+    "label_names": ["labels"],
+    "length_column_name": "size",
+    "liger_kernel_config": {"rope": True},
+    "parallelism_config": object(),
+    "torch_compile_backend": "inductor",
+    "torch_compile_mode": "default",
+    "train_sampling_strategy": "sequential",
+    "dataloader_multiprocessing_context": "fork",
+    "data_seed": 3,
+    "dataloader_num_workers": 2,
+    "dataloader_prefetch_factor": 2,
+    "eval_accumulation_steps": 2,
+    "label_smoothing_factor": 0.1,
+    "neftune_noise_alpha": 5.0,
+}
+
+
+def test_every_field_of_training_arguments_is_used_or_refused():
+    """One that a release of transformers adds has to be looked at, and put into one of these lists."""
+    used = {name for names in USED.values() for name in names.split()}
+    classes = [used, TRUE_EITHER_WAY, {*REFUSED}, {*WITHOUT_EFFECT}]
+    assert set().union(*classes) == {field.name for field in dataclasses.fields(TrainingArguments)}
+    assert sum(map(len, classes)) == len(set().union(*classes))
+
+
+@pytest.mark.parametrize("name", WITHOUT_EFFECT)
+def test_a_setting_that_would_do_nothing_is_refused_with_what_to_do(make_config, name):
+    default = vars(TrainingArguments())[name]
+    make_config(**{name: default})
+    if default is True:
+        make_config(**{name: False})  # asks for nothing
+        return
+    value = OTHER_VALUES.get(name, True)
+    assert value != default
+    with pytest.raises(ValueError, match=rf"{name} is .*, which would do nothing here: .{{10,}}\. Leave it out\."):
+        make_config(**{name: value})
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_setting_that_would_break_rounds_is_refused(make_config, name):
+    with pytest.raises(ValueError, match=f"{name} is"):
+        make_config(**REFUSED[name])
+
+
+def test_images_of_an_evaluation_are_made_in_batches_of_their_own_size(make_config):
+    assert make_config().per_device_eval_batch_size == make_config().per_device_sample_batch_size == 4
+    sizes = []
+
+    def reward(images, prompts, metadata):
+        sizes.append(len(images))
+        return brightness(images, prompts, metadata)
+
+    config = make_config(per_device_eval_batch_size=3)
+    DDPOTrainer(config, reward, ["cat"], tiny_pipeline(), eval_prompts=["owl"] * 6).generate_samples()
+    assert sizes[1:] == [3, 3]  # after the trial at construction
+
+
+def test_settings_are_written_as_json_whatever_pipeline_kwargs_hold(make_config):
+    """The same arguments are described alike, other ones are not."""
+
+    def written(colour: int, number: float = 0.5, scale: float = 1.0) -> str:
+        return make_config(
+            pipeline_kwargs={
+                "image": Image.new("L", (4, 2), colour),
+                "strength": np.float32(number),
+                "mask": torch.ones(2, dtype=torch.bfloat16) * scale,
+                "sizes": (np.int64(3), [np.zeros(2)]),
+                "callback_on_step_end": written,
+            },
+            learning_rate=np.float64(0.1),
+        ).to_json_string()
+
+    settings = json.loads(written(0))
+    assert settings["pipeline_kwargs"]["strength"] == 0.5 and settings["learning_rate"] == 0.1
+    assert settings["pipeline_kwargs"]["sizes"][0] == 3
+    assert settings["pipeline_kwargs"]["image"].startswith("<L image of 4x2 pixels")
+    assert "written" in settings["pipeline_kwargs"]["callback_on_step_end"]
+    assert written(0) == written(0)
+    assert len({written(0), written(1), written(0, number=0.25), written(0, scale=2.0)}) == 4
+
+
 # ---- Documentation ----
 
 
@@ -336,6 +481,7 @@ def test_no_field_shadows_one_of_the_trainer_but_for_its_default():
     inherited = {field.name for field in dataclasses.fields(TrainingArguments)}
     assert {field.name for field in OWN_FIELDS} & inherited == {
         "num_train_epochs",
+        "per_device_eval_batch_size",
         "learning_rate",
         "weight_decay",
         "lr_scheduler_type",

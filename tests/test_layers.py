@@ -13,10 +13,13 @@ ROOT = Path(ddpo_trl.__file__).parent
 
 # From the ground up. Modules of one layer do not import each other.
 LAYERS = [
-    {"adapter_checks", "emoji", "finite", "importing", "processes", "trl_config"},
+    {
+        "adapter_checks", "descriptions", "emoji", "finite", "importing", "processes", "suggestions", "trl_config",
+        "workers",
+    },
     {
         "advantages", "boundary", "callbacks", "checkpoints", "config", "encoding", "environment", "gaussian", "lora",
-        "optimizers", "plots", "rewards", "sample_gradients", "seeding", "target_kl", "types", "workers",
+        "optimizers", "plots", "rewards", "sample_gradients", "seeding", "target_kl", "types",
     },
     {"conditions", "objectives", "plan", "prompts", "record", "resuming", "schedulers", "scoring"},
     {"pipelines", "report", "reward_server"},

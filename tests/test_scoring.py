@@ -88,7 +88,7 @@ def test_every_form_of_answer_gives_the_same_rewards(function):
 
 @pytest.mark.parametrize("rewards", [[0.1, 0.7], np.array([0.1, 0.7]), torch.tensor([0.1, 0.7], dtype=torch.float64)])
 def test_float64_rewards_keep_all_their_digits(rewards):
-    assert as_rewards(rewards, PROMPTS[:2], "name")[0].tolist() == [0.1, 0.7]
+    assert as_rewards(rewards, PROMPTS[:2], "name").rewards.tolist() == [0.1, 0.7]
 
 
 @pytest.mark.parametrize(
@@ -106,9 +106,9 @@ def test_float64_rewards_keep_all_their_digits(rewards):
     ],
 )
 def test_answers_for_one_or_two_images_are_not_mistaken(answer, expected):
-    rewards, problem = as_rewards(answer, PROMPTS[: len(expected)], "name")
-    assert rewards.tolist() == expected
-    assert problem is None
+    given = as_rewards(answer, PROMPTS[: len(expected)], "name")
+    assert given.rewards.tolist() == expected
+    assert given.problem is None and not given.not_applicable
 
 
 def test_a_reward_function_gets_images_and_tuples_of_prompts_and_metadata():
@@ -362,15 +362,34 @@ def test_a_call_without_a_usable_answer_marks_the_whole_batch(function, problem)
     ],
 )
 def test_a_missing_reward_of_two_is_not_mistaken_for_all_of_them(answer, expected):
-    rewards, _ = as_rewards(answer, PROMPTS[:2], "name")
-    assert rewards.tolist() == pytest.approx(expected, nan_ok=True)
+    assert as_rewards(answer, PROMPTS[:2], "name").rewards.tolist() == pytest.approx(expected, nan_ok=True)
 
 
 def test_one_invalid_function_makes_the_total_invalid_whatever_its_weight():
-    scorer = RewardScorer([answering([1, None, 3]), answering([10, 20, 30])], weights=[0.0, 1.0])
+    scorer = RewardScorer([answering([1, NAN, 3]), answering([10, 20, 30])], weights=[0.0, 1.0])
     rewards = scorer.submit(IMAGES, PROMPTS, METADATA, when="round 0").marked()
-    assert rewards[:, 1].tolist() == [10.0, 20.0, 30.0]  # the others are told all the same
     assert scorer.total(rewards).tolist() == pytest.approx([10.0, NAN, 30.0], nan_ok=True)
+
+
+def test_none_of_one_function_means_that_it_does_not_apply_and_the_others_count():
+    """As in TRL's GRPO: the sum of image 1 has the second function's reward only. Nothing is wrong with it."""
+    scorer = RewardScorer([answering([1, None, 3]), answering([10, 20, None])], weights=[2.0, 1.0])
+    pending = scorer.submit(IMAGES, PROMPTS, METADATA, when="round 0")
+    assert pending.marked().tolist() == [
+        [1, 10],
+        pytest.approx([NAN, 20], nan_ok=True),
+        pytest.approx([3, NAN], nan_ok=True),
+    ]
+    assert scorer.total(pending.result()).tolist() == [12.0, 20.0, 6.0]
+    assert pending.problem() is None
+
+
+def test_a_sample_to_which_no_function_applies_is_invalid():
+    scorer = RewardScorer([answering([1, None, 3]), answering([10, None, None])])
+    pending = scorer.submit(IMAGES, PROMPTS, METADATA, when="round 0")
+    assert scorer.total(pending.marked()).tolist() == pytest.approx([11.0, NAN, 3.0], nan_ok=True)
+    with pytest.raises(TypeError, match=r"\(round 0\) returned None for image 1"):
+        pending.result()
 
 
 def test_valid_rewards_have_no_problem():
@@ -380,11 +399,11 @@ def test_valid_rewards_have_no_problem():
 
 
 def test_the_first_problem_of_several_batches_is_raised_or_told():
-    scorer = RewardScorer([answering([1, 2, 3]), answering([None, 2, 3]), fails])
+    scorer = RewardScorer([answering([1, 2, 3]), answering([NAN, 2, 3]), fails])
     pending = [scorer.submit(IMAGES, PROMPTS, METADATA, when=f"round {index}") for index in range(2)]
     told = first_problem(pending, raises=False)
-    assert told is not None and "(round 0) returned None for image 0" in told
-    with pytest.raises(TypeError, match=r"\(round 0\) returned None for image 0"):
+    assert told is not None and "(round 0) returned nan for image 0" in told
+    with pytest.raises(ValueError, match=r"\(round 0\) returned nan for image 0"):
         first_problem(pending, raises=True)
 
 

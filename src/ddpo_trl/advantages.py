@@ -19,11 +19,11 @@ DELTA = 1e-6
 # and below that of float32 (6e-8), so that rewards which a float32 model tells apart stay different.
 EQUAL = 1e-8
 
-# (N,) rewards and N prompts to (N,) advantages
-Normalizer = Callable[[Tensor, Sequence[str]], Tensor]
+# (N,) rewards and N keys, which say what is compared with what, to (N,) advantages
+Normalizer = Callable[[Tensor, Sequence[Hashable]], Tensor]
 
-# (N,) rewards and N prompts to the sets of rewards that define a mean and a standard deviation each
-Populations = Callable[[Tensor, Sequence[str]], list[Tensor]]
+# (N,) rewards and N keys to the sets of rewards that define a mean and a standard deviation each
+Populations = Callable[[Tensor, Sequence[Hashable]], list[Tensor]]
 
 
 def all_equal(rewards: Tensor) -> bool:
@@ -55,27 +55,30 @@ def standardize(rewards: Tensor, population: Tensor | None = None) -> Tensor:
     return (rewards - population.mean()) / (population.std(correction=0) + DELTA)
 
 
-def normalize_by_batch(rewards: Tensor, prompts: Sequence[str]) -> Tensor:
-    """Standardises over all samples of the round; `prompts` plays no part."""
+def normalize_by_batch(rewards: Tensor, keys: Sequence[Hashable]) -> Tensor:
+    """Standardises over all samples of the round; `keys` play no part."""
     return standardize(rewards)
 
 
-def normalize_by_group(rewards: Tensor, prompts: Sequence[str]) -> Tensor:
-    """Standardises over the samples of the round that share a prompt (GRPO, https://huggingface.co/papers/2402.03300)."""
+def normalize_by_group(rewards: Tensor, keys: Sequence[Hashable]) -> Tensor:
+    """
+    Standardises over the samples of the round that share a key, by which each draw of a prompt is one group (GRPO,
+    https://huggingface.co/papers/2402.03300).
+    """
     advantages = torch.zeros_like(rewards, dtype=torch.float64)
-    for indices in indices_by_key(prompts).values():
+    for indices in indices_by_key(keys).values():
         advantages[indices] = standardize(rewards[indices])
     return advantages
 
 
-def whole_round(rewards: Tensor, prompts: Sequence[str]) -> list[Tensor]:
+def whole_round(rewards: Tensor, keys: Sequence[Hashable]) -> list[Tensor]:
     """The one population of [`normalize_by_batch`]."""
     return [rewards]
 
 
-def groups(rewards: Tensor, prompts: Sequence[str]) -> list[Tensor]:
+def groups(rewards: Tensor, keys: Sequence[Hashable]) -> list[Tensor]:
     """The populations of [`normalize_by_group`]."""
-    return [rewards[indices] for indices in indices_by_key(prompts).values()]
+    return [rewards[indices] for indices in indices_by_key(keys).values()]
 
 
 def fraction_without_spread(populations: Sequence[Tensor]) -> float:
@@ -83,7 +86,7 @@ def fraction_without_spread(populations: Sequence[Tensor]) -> float:
     return sum(map(all_equal, populations)) / max(len(populations), 1)
 
 
-def normalize_valid(normalizer: Normalizer, rewards: Tensor, prompts: Sequence[str]) -> Tensor:
+def normalize_valid(normalizer: Normalizer, rewards: Tensor, keys: Sequence[Hashable]) -> Tensor:
     """
     The advantages of those rewards that are valid, as if there were no others; zero for the others.
 
@@ -92,12 +95,12 @@ def normalize_valid(normalizer: Normalizer, rewards: Tensor, prompts: Sequence[s
             Gets to see the valid rewards only.
         rewards (`torch.Tensor` of shape `(N,)`):
             NaN where not valid.
-        prompts (`Sequence[str]` of length `N`):
-            The prompts.
+        keys (`Sequence` of length `N`):
+            What the normalizer compares by.
     """
     valid = ~rewards.isnan()
     advantages = torch.zeros_like(rewards, dtype=torch.float64)
-    advantages[valid] = normalizer(rewards[valid], select(prompts, valid))
+    advantages[valid] = normalizer(rewards[valid], select(keys, valid))
     return advantages
 
 
@@ -106,7 +109,7 @@ def select(values: Sequence[Any], mask: Tensor) -> list[Any]:
     return list(itertools.compress(values, mask.tolist()))
 
 
-def keep_raw(rewards: Tensor, prompts: Sequence[str]) -> Tensor:
+def keep_raw(rewards: Tensor, keys: Sequence[Hashable]) -> Tensor:
     """A = r: no baseline, no scale."""
     return rewards.double()
 
@@ -122,8 +125,8 @@ def shuffled(normalizer: Normalizer, generator: torch.Generator) -> Normalizer:
             Draws the permutations; the same on all processes.
     """
 
-    def normalize(rewards: Tensor, prompts: Sequence[str]) -> Tensor:
-        return normalizer(rewards[torch.randperm(len(rewards), generator=generator)], prompts)
+    def normalize(rewards: Tensor, keys: Sequence[Hashable]) -> Tensor:
+        return normalizer(rewards[torch.randperm(len(rewards), generator=generator)], keys)
 
     return normalize
 
@@ -132,44 +135,45 @@ class PromptStatistics:
     """
     Standardises with running statistics per prompt, section 5.2 of https://huggingface.co/papers/2305.13301.
 
-    Every prompt keeps its last `buffer_size` rewards, those of the current round included. A prompt with fewer than
-    `min_count` of them is standardised with the mean and standard deviation of the round instead.
+    Every key, a prompt with what belongs to it, keeps its last `buffer_size` rewards, those of the current round
+    included. One with fewer than `min_count` of them is standardised with the mean and standard deviation of the
+    round instead.
 
     Args:
         buffer_size (`int`):
-            How many rewards of a prompt are remembered.
+            How many rewards of a key are remembered.
         min_count (`int`):
             From how many on they are used.
     """
 
     def __init__(self, buffer_size: int, min_count: int):
         self.min_count = min_count
-        self.rewards: defaultdict[str, deque[float]] = defaultdict(lambda: deque(maxlen=buffer_size))
+        self.rewards: defaultdict[Hashable, deque[float]] = defaultdict(lambda: deque(maxlen=buffer_size))
 
-    def __call__(self, rewards: Tensor, prompts: Sequence[str]) -> Tensor:
+    def __call__(self, rewards: Tensor, keys: Sequence[Hashable]) -> Tensor:
         advantages = torch.zeros_like(rewards, dtype=torch.float64)
-        for prompt, indices in indices_by_key(prompts).items():
-            self.rewards[prompt].extend(rewards[indices].tolist())
-            advantages[indices] = standardize(rewards[indices], self._population(prompt, rewards))
+        for key, indices in indices_by_key(keys).items():
+            self.rewards[key].extend(rewards[indices].tolist())
+            advantages[indices] = standardize(rewards[indices], self._population(key, rewards))
         return advantages
 
-    def populations(self, rewards: Tensor, prompts: Sequence[str]) -> list[Tensor]:
-        """What the rewards of each prompt of the round, once remembered, are standardised with."""
-        return [self._population(prompt, rewards) for prompt in indices_by_key(prompts)]
+    def populations(self, rewards: Tensor, keys: Sequence[Hashable]) -> list[Tensor]:
+        """What the rewards of each key of the round, once remembered, are standardised with."""
+        return [self._population(key, rewards) for key in indices_by_key(keys)]
 
-    def _population(self, prompt: str, rewards: Tensor) -> Tensor:
-        remembered = self.rewards.get(prompt, ())
+    def _population(self, key: Hashable, rewards: Tensor) -> Tensor:
+        remembered = self.rewards.get(key, ())
         return torch.tensor(remembered, dtype=torch.float64) if len(remembered) >= self.min_count else rewards
 
-    def state_dict(self) -> dict[str, list[float]]:
-        """The remembered rewards by prompt, JSON-serialisable, for a checkpoint."""
-        return {prompt: list(rewards) for prompt, rewards in self.rewards.items()}
+    def state_dict(self) -> dict[Any, list[float]]:
+        """The remembered rewards by key, JSON-serialisable where the keys are strings, for a checkpoint."""
+        return {key: list(rewards) for key, rewards in self.rewards.items()}
 
-    def load_state_dict(self, state: dict[str, list[float]]) -> None:
+    def load_state_dict(self, state: dict[Any, list[float]]) -> None:
         """Replaces the remembered rewards by those of [`state_dict`]."""
         self.rewards.clear()
-        for prompt, rewards in state.items():
-            self.rewards[prompt].extend(rewards)
+        for key, rewards in state.items():
+            self.rewards[key].extend(rewards)
 
 
 def indices_by_key(keys: Sequence[Hashable]) -> dict[Any, list[int]]:

@@ -1,6 +1,7 @@
 """DDPOConfig: every setting of a run, as a `transformers.TrainingArguments`."""
 
 import dataclasses
+import json
 import math
 import signal
 import warnings
@@ -11,6 +12,7 @@ from accelerate.utils import get_int_from_env, parse_flag_from_env
 from transformers import TrainingArguments
 
 from ddpo_trl import trl_config
+from ddpo_trl.descriptions import described
 
 
 WindowStrategy = Literal["fixed", "progressive", "random"]
@@ -30,6 +32,45 @@ OWN_PIPELINE_ARGUMENTS = {
     "prompt", "num_inference_steps", "guidance_scale", "eta", "generator", "latents", "num_images_per_prompt",
     "output_type", "return_dict",
 }  # fmt: skip
+
+# Fields of TrainingArguments that would do nothing here, each with what to do instead. A value other than the default
+# is refused, unless it is False: to switch off what is not there asks for nothing. `tests/test_config.py` says what
+# becomes of all other fields.
+WITHOUT_EFFECT = {
+    "auto_find_batch_size": "the batch plan is made once, for all processes alike: set per_device_sample_batch_size "
+    "and per_device_train_batch_size",
+    "average_tokens_across_devices": "there are no tokens to count",
+    "batch_eval_metrics": "an evaluation measures rewards: give eval_reward_fns",
+    "bf16_full_eval": "images are made in the dtype of the pipeline: load it in bfloat16, or set bf16",
+    "data_seed": "the order of prompts follows seed",
+    "dataloader_drop_last": "there is no data loader: a round has per_device_sample_batch_size x num_sample_batches "
+    "samples on each process",
+    "dataloader_in_order": "there is no data loader",
+    "dataloader_multiprocessing_context": "there is no data loader",
+    "dataloader_num_workers": "there is no data loader: max_workers is the number of threads for rewards",
+    "dataloader_persistent_workers": "there is no data loader",
+    "dataloader_prefetch_factor": "there is no data loader",
+    "eval_accumulation_steps": "images of an evaluation are kept in CPU memory anyway",
+    "eval_do_concat_batches": "an evaluation has no predictions to join",
+    "eval_use_gather_object": "an evaluation has no predictions to gather",
+    "fp16_full_eval": "images are made in the dtype of the pipeline: load it in float16, or set fp16",
+    "include_for_metrics": "an evaluation measures rewards: give eval_reward_fns",
+    "include_num_input_tokens_seen": "there are no tokens to count: logs have episode, the reward queries so far",
+    "label_names": "there are no labels",
+    "label_smoothing_factor": "there are no labels",
+    "length_column_name": "prompts are not grouped by length",
+    "liger_kernel_config": "its kernels are of language models",
+    "neftune_noise_alpha": "it is noise on a language model's embeddings: eta and noise_level are the noise here",
+    "parallelism_config": "every process runs the whole pipeline: use FSDP2 or DeepSpeed by accelerate's config",
+    "prediction_loss_only": "an evaluation has no loss",
+    "torch_compile": "the pipeline calls the denoiser itself: compile its blocks before "
+    "(`pipeline.transformer.compile_repeated_blocks()`)",
+    "torch_compile_backend": "it belongs to torch_compile, which would do nothing",
+    "torch_compile_mode": "it belongs to torch_compile, which would do nothing",
+    "train_sampling_strategy": "a list of prompts is shuffled in every pass: give a prompt function for another order",
+    "use_cache": "a denoiser has no cache of keys and values",
+    "use_liger_kernel": "its kernels are of language models",
+}
 
 
 @dataclass
@@ -81,7 +122,8 @@ class DDPOConfig(TrainingArguments):
             Rounds between two moves of a progressive window.
         pipeline_kwargs (`dict` or `str`, *optional*):
             Further arguments of the pipeline's `__call__` (`height`, `width`, `negative_prompt`, `num_frames`, ...),
-            handed over unchanged in sampling, in training and in evaluation. A JSON string on the command line.
+            handed over unchanged in sampling, in training and in evaluation. They may be images, tensors or functions;
+            files and trackers then have a description of them. A JSON string on the command line.
         pipeline_inputs (`list[str]`, *optional*):
             Arguments of the pipeline's `__call__` that differ between samples, such as `image` for image-to-image:
             metadata entries of these names are handed over as lists.
@@ -125,8 +167,9 @@ class DDPOConfig(TrainingArguments):
             Seconds that a call of a reward function may take for one batch, the first one included. The thread of a
             call that takes longer is left behind; an `async` function is cancelled. `None` sets no limit.
         advantage_normalization (`"batch"`, `"prompt"`, `"group"` or `"none"`, *optional*, defaults to `"batch"`):
-            What a reward is standardised against: the round, the running statistics of its prompt, the images of the
-            round that share its prompt, or nothing.
+            What a reward is standardised against: the round; the running statistics of its prompt and metadata (of
+            what `prompt_key_fn` of the trainer makes of them); its group, the `num_images_per_prompt` images of one
+            draw of a prompt; or nothing.
         advantage_clip (`float`, *optional*, defaults to `5.0`):
             Advantages are clipped to ± this many standard deviations. Not applied to `"none"`, which has no unit.
         per_prompt_stat_tracking_buffer_size (`int`, *optional*, defaults to `16`):
@@ -192,6 +235,8 @@ class DDPOConfig(TrainingArguments):
 
         > Parameters that control evaluation, logging and saving
 
+        per_device_eval_batch_size (`int`, *optional*):
+            Images of an evaluation made at once on one process; `per_device_sample_batch_size` by default.
         eval_rounds (`int`, *optional*, defaults to `1`):
             Rounds from one evaluation to the next with `eval_strategy="epoch"`; the last round is evaluated in any
             case. See [`~DDPOTrainer.evaluate`] for what is measured and what it costs.
@@ -372,6 +417,9 @@ class DDPOConfig(TrainingArguments):
     )
 
     # Parameters that control evaluation and logging
+    per_device_eval_batch_size: int | None = field(
+        default=None, metadata={"help": "Images of an evaluation made at once, as in sampling by default."}
+    )
     eval_rounds: int = field(
         default=1, metadata={"help": "Rounds from one evaluation to the next with eval_strategy='epoch'."}
     )
@@ -396,6 +444,10 @@ class DDPOConfig(TrainingArguments):
     )
 
     def __post_init__(self):
+        self._check_without_effect()  # before values are derived from others
+        self._check_types()
+        if self.per_device_eval_batch_size is None:
+            self.per_device_eval_batch_size = self.per_device_sample_batch_size
         if self.metric_for_best_model is None and (self.load_best_model_at_end or self.save_strategy == "best"):
             self.metric_for_best_model = "eval_reward"  # Trainer falls back to a loss, which evaluation does not have
         super().__post_init__()
@@ -446,17 +498,60 @@ class DDPOConfig(TrainingArguments):
             warnings.warn(f"TRL's {name} has no counterpart: {remedy}.", stacklevel=2)
         return cls(**{**trl_config.converted(trl_config.TRLConfig(**theirs)), **ours})
 
+    def to_dict(self) -> dict[str, Any]:
+        """
+        The settings in JSON's types, for files and trackers. Images, tensors, functions and the like in
+        `pipeline_kwargs` become a description of them.
+        """
+        settings: dict[str, Any] = described(super().to_dict())
+        return settings
+
     @property
     def updates_per_round(self) -> int:
         """Optimizer steps of a round."""
         return self.num_ppo_epochs * self.num_mini_batches
+
+    def _check_without_effect(self) -> None:
+        """Refuses what would do nothing: a run does what was asked, or says that it does not."""
+        defaults = {field.name: field for field in dataclasses.fields(TrainingArguments)}
+        for name, remedy in WITHOUT_EFFECT.items():
+            default, value = defaults[name], vars(self)[name]
+            usual = default.default if default.default_factory is dataclasses.MISSING else default.default_factory()
+            if value != usual and value is not None and value is not False:
+                raise ValueError(f"{name} is {value!r}, which would do nothing here: {remedy}. Leave it out.")
+        for what, remedy in (
+            ("logging", "set logging_strategy='steps'"),
+            ("eval", "a run is evaluated between rounds: set eval_rounds"),
+            ("save", "a run is saved between rounds: set save_rounds"),
+        ):
+            steps, strategy = vars(self)[f"{what}_steps"], vars(self)[f"{what}_strategy"]
+            if steps != defaults[f"{what}_steps"].default and strategy != "steps":
+                raise ValueError(
+                    f"{what}_steps is {steps}, which does nothing with {what}_strategy={str(strategy)!r}: {remedy}, "
+                    "or leave it out."
+                )
+
+    def _check_types(self) -> None:
+        """Refuses single values where several are meant: a string would be taken for its letters."""
+        for name in ("pipeline_inputs", "reward_weights", "train_timestep_range"):
+            value = vars(self)[name]
+            if value is not None and not isinstance(value, list | tuple):
+                raise TypeError(f"{name} is {value!r}; give a list, such as {[value]!r}.")
+        if isinstance(self.pipeline_kwargs, str):
+            try:
+                self.pipeline_kwargs = json.loads(self.pipeline_kwargs)
+            except json.JSONDecodeError as error:
+                raise ValueError(
+                    f"pipeline_kwargs is {self.pipeline_kwargs!r}; give a dict, or on the command line a JSON object "
+                    f"such as '{{\"height\": 512}}' ({error})."
+                ) from error
 
     def _check_positive(self) -> None:
         for name in (
             "num_inference_steps", "per_device_sample_batch_size", "num_sample_batches", "num_images_per_prompt",
             "per_device_train_batch_size", "num_ppo_epochs", "num_mini_batches", "max_workers",
             "per_prompt_stat_tracking_buffer_size", "per_prompt_stat_tracking_min_count", "sde_window_interval",
-            "eval_rounds", "num_logged_images", "save_rounds",
+            "eval_rounds", "num_logged_images", "save_rounds", "per_device_eval_batch_size",
         ):  # fmt: skip
             if (value := vars(self)[name]) < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1.")
@@ -517,11 +612,6 @@ class DDPOConfig(TrainingArguments):
             raise ValueError(
                 "logging_nan_inf_filter is True, which would hide a loss that is not finite. Leave it at False, "
                 "so that such a loss ends the run."
-            )
-        if self.auto_find_batch_size:
-            raise ValueError(
-                "auto_find_batch_size is True, but the batch plan is made once, for all processes alike. Set "
-                "per_device_sample_batch_size and per_device_train_batch_size instead."
             )
 
     def _check_objective(self) -> None:

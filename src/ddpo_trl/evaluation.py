@@ -1,5 +1,6 @@
 """Evaluation on prompts of their own, with the scheduler that the pipeline's users will run."""
 
+import itertools
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -16,9 +17,9 @@ from ddpo_trl.config import DDPOConfig
 from ddpo_trl.finite import finite_rows
 from ddpo_trl.policy import Policy
 from ddpo_trl.processes import gather
-from ddpo_trl.prompts import PromptPair
+from ddpo_trl.prompts import PromptPair, default_prompt_key, prompt_keys
 from ddpo_trl.scoring import PendingRewards, RewardScorer, first_problem, unique_names
-from ddpo_trl.seeding import Stream, derived_seed
+from ddpo_trl.seeding import Stream, derived_seed, randomness_untouched
 from ddpo_trl.types import Context
 
 
@@ -124,7 +125,7 @@ class Evaluator:
 
         scorers = [self.scorer] if self.held_out is None else [self.scorer, self.held_out]
         made = self._make_and_score(pairs, self.policy.generate, scorers)
-        distance = mean_distance(self._images(made, rows) for rows in groups([prompt for prompt, _ in pairs]))
+        distance = mean_distance(self._images(made, rows) for rows in groups(keys_of(pairs)))
         rewards = made.rewards
         del made
         (sampled_rewards,) = self._make_and_score(pairs, sample, [self.scorer]).rewards
@@ -149,18 +150,21 @@ class Evaluator:
         with self.accelerator.split_between_processes(list(range(len(pairs))), apply_padding=True) as share:
             chunks = [share[first : first + self.batch_size] for first in range(0, len(share), self.batch_size)]
         made = []
-        with self.progress.evaluation(len(share)) as bar:
+        with self.progress.evaluation(len(share)) as bar, randomness_untouched(self.accelerator.device):
             for chunk in chunks:
                 made.append(self._make_batch(chunk, pairs, make, scorers))
                 bar.update(len(chunk))
-        images, pending = zip(*made, strict=True)
+            images, pending = zip(*made, strict=True)
+            for scores in itertools.chain.from_iterable(pending):
+                scores.marked()  # waits
         problem = first_problem([scores for batch in pending for scores in batch], raises=not self.drop_invalid)
         rewards = [torch.cat([scores.marked() for scores in batches]) for batches in zip(*pending, strict=True)]
         place_of = {index: place for place, index in enumerate(gather(self.accelerator, torch.tensor(share)).tolist())}
         places = [place_of[index] for index in range(len(pairs))]
         all_rewards = [gather(self.accelerator, columns)[places] for columns in rewards]
         if problem is not None and self.accelerator.is_main_process:
-            invalid = int(torch.cat(all_rewards, dim=1).isnan().any(dim=1).sum())
+            totals = [scorer.total(rewards) for scorer, rewards in zip(scorers, all_rewards, strict=True)]
+            invalid = int(torch.stack(totals).isnan().any(dim=0).sum())
             logger.warning(
                 f"{invalid} of {len(pairs)} images of an evaluation have no valid reward and are left out. The first "
                 f"reason: {problem}"
@@ -238,6 +242,11 @@ def repeated(prompts: Sequence[str]) -> set[str]:
     return {prompt for prompt, count in Counter(prompts).items() if count > 1}
 
 
+def keys_of(pairs: Sequence[PromptPair]) -> list[str]:
+    """What tells which images are of the same prompt: not the text alone, where an image is edited."""
+    return prompt_keys(pairs, default_prompt_key)
+
+
 def reward_names(scorer: RewardScorer, held_out: RewardScorer | None) -> list[str]:
     """Names under which an evaluation logs both scorers' functions."""
     return unique_names([*scorer.names, *([] if held_out is None else held_out.names)])
@@ -274,10 +283,10 @@ def check_evaluation(config: DDPOConfig, pairs: Sequence[PromptPair] | None, rew
             "on: give `eval_prompts` to the trainer."
         )
     metric = config.metric_for_best_model
-    known = metric_names(reward_functions, [prompt for prompt, _ in pairs])
+    keys = keys_of(pairs) if metric is not None else []
+    known = metric_names(reward_functions, keys)
     if metric is not None and "eval_" + metric.removeprefix("eval_") not in known:
         raise ValueError(
             f"metric_for_best_model is {metric!r}, which an evaluation does not give; choose one of "
-            f"{', '.join(known)}"
-            + ("." if repeated([prompt for prompt, _ in pairs]) else " (eval_diversity needs a prompt given twice).")
+            f"{', '.join(known)}" + ("." if repeated(keys) else " (eval_diversity needs a prompt given twice).")
         )

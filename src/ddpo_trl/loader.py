@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from ddpo_trl.processes import gather
 from ddpo_trl.prompts import PromptPair, PromptSource
 from ddpo_trl.sample_gradients import TrainedLayer
 from ddpo_trl.scoring import PendingRewards, RewardScorer, first_problem
-from ddpo_trl.seeding import Stream, derived_seed, generator
+from ddpo_trl.seeding import Stream, derived_seed, generator, randomness_lent
 from ddpo_trl.types import Context, Rollout, SampledBatch
 
 
@@ -61,8 +61,10 @@ class RolloutLoader:
             The prompts of each round.
         scorer ([`~ddpo_trl.scoring.RewardScorer`]):
             The rewards.
+        keys (`Callable`):
+            The pairs of all samples of all processes to what their rewards are compared by.
         normalize (`Callable`):
-            Rewards and prompts of all processes to advantages.
+            Rewards and keys of all processes to advantages.
         normalize_each (`Sequence[Callable]`):
             What each reward function's rewards go through before they are summed; empty if they are summed as they
             are.
@@ -92,6 +94,7 @@ class RolloutLoader:
     policy: Policy
     prompts: PromptSource
     scorer: RewardScorer
+    keys: Callable[[Sequence[PromptPair]], Sequence[Hashable]]
     normalize: Normalizer
     normalize_each: Sequence[Normalizer]
     populations: Sequence[Populations]
@@ -122,16 +125,17 @@ class RolloutLoader:
     def _collect(self) -> Rollout:
         pairs = self._draw_prompts()
         start = time.perf_counter()
-        batches, pending = self._sample(self._own_share(pairs))
-        sampled = time.perf_counter()
-        rewards = torch.cat([scores.marked() for scores in pending])
-        waited = time.perf_counter()
+        with randomness_lent(self.accelerator.device):
+            batches, pending = self._sample(self._own_share(pairs))
+            sampled = time.perf_counter()
+            rewards = torch.cat([scores.marked() for scores in pending])
+            waited = time.perf_counter()
         problem = first_problem(pending, raises=not self.drop_invalid)
         gathered = gather(self.accelerator, rewards)  # (samples of all processes, functions), NaN where not valid
         totals = self.scorer.total(gathered)
         self._check_invalid(totals, problem)
-        prompts = [prompt for prompt, _ in pairs]
-        advantages = normalize_valid(self.normalize, self._to_normalize(gathered, totals, prompts), prompts)
+        keys = self.keys(pairs)
+        advantages = normalize_valid(self.normalize, self._to_normalize(gathered, totals, keys), keys)
         advantages = advantages.clamp(-self.advantage_clip, self.advantage_clip)
         return Rollout(
             round=self.round,
@@ -140,7 +144,7 @@ class RolloutLoader:
             scores=rewards,
             advantages=self._own_share(advantages).float().to(self.accelerator.device),
             metrics={
-                **self._reward_metrics(gathered, totals, prompts),
+                **self._reward_metrics(gathered, totals, keys),
                 "time/sampling": sampled - start,
                 "time/scoring": sum(scores.seconds() for scores in pending),
                 "time/waiting_for_rewards": waited - sampled,
@@ -197,15 +201,13 @@ class RolloutLoader:
         first = self.accelerator.process_index * self.plan.samples_per_process
         return values[first : first + self.plan.samples_per_process]
 
-    def _to_normalize(self, rewards: Tensor, totals: Tensor, prompts: Sequence[str]) -> Tensor:
+    def _to_normalize(self, rewards: Tensor, totals: Tensor, keys: Sequence[Hashable]) -> Tensor:
         """The weighted sum of the rewards, or of what `normalize_each` makes of them; NaN for dropped samples."""
         if not self.normalize_each:
             return totals
         dropped = totals.isnan()  # of one function, then it has no part in the statistics of the others either
         columns = rewards.masked_fill(dropped[:, None], torch.nan).T
-        each = [
-            normalize_valid(own, column, prompts) for own, column in zip(self.normalize_each, columns, strict=True)
-        ]
+        each = [normalize_valid(own, column, keys) for own, column in zip(self.normalize_each, columns, strict=True)]
         return self.scorer.total(torch.stack(each, dim=1)).masked_fill(dropped, torch.nan)
 
     def _check_invalid(self, totals: Tensor, problem: str | None) -> None:
@@ -217,23 +219,26 @@ class RolloutLoader:
         if invalid and self.accelerator.is_main_process:
             logger.warning(f"{dropped} and are dropped. The first reason: {problem}")
 
-    def _reward_metrics(self, rewards: Tensor, totals: Tensor, prompts: Sequence[str]) -> dict[str, float]:
+    def _reward_metrics(self, rewards: Tensor, totals: Tensor, keys: Sequence[Hashable]) -> dict[str, float]:
         valid = ~totals.isnan()
-        rewards, totals, prompts = rewards[valid], totals[valid], select(prompts, valid)
+        rewards, totals, keys = rewards[valid], totals[valid], select(keys, valid)
         compared = rewards.T if self.normalize_each else [totals]
         without_spread = [
-            fraction_without_spread(populations(column, prompts))
+            fraction_without_spread(populations(column[applies], select(keys, applies)))
             for populations, column in zip(self.populations, compared, strict=True)
+            if (applies := ~column.isnan()).any()
         ]
         metrics = {
             "reward": totals.mean().item(),
             "reward_std": totals.std(correction=0).item(),
             "rewards/invalid": 1 - valid.double().mean().item(),
-            "frac_reward_zero_std": sum(without_spread) / len(without_spread),
+            "frac_reward_zero_std": sum(without_spread) / max(len(without_spread), 1),
         }
-        for column, name in enumerate(self.scorer.names):
-            metrics[f"rewards/{name}/mean"] = rewards[:, column].mean().item()
-            metrics[f"rewards/{name}/std"] = rewards[:, column].std(correction=0).item()
+        for column, name in zip(rewards.T, self.scorer.names, strict=True):
+            applies = ~column.isnan()
+            if applies.any():
+                metrics[f"rewards/{name}/mean"] = column[applies].mean().item()
+                metrics[f"rewards/{name}/std"] = column[applies].std(correction=0).item()
         return metrics
 
     def _micro_batches(self) -> Iterator[MicroBatch]:

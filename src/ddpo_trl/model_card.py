@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import httpx2
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard, ModelCardData
@@ -331,6 +332,7 @@ def written_arguments(config: DDPOConfig, inputs: Mapping[str, Any]) -> tuple[li
     values |= {**(config.pipeline_kwargs or {}), **{name: inputs.get(name) for name in config.pipeline_inputs or ()}}
     written, defined = [], []
     for name, value in values.items():
+        value = value.item() if isinstance(value, np.generic) else value
         is_picture = isinstance(value, Image) or (value is None and name.endswith("image"))
         if is_literal(value) and not is_picture:
             written.append(f"{name}={literal(value)}")

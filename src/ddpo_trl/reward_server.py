@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import inspect
 import itertools
 import logging
 import math
@@ -11,7 +10,7 @@ import secrets
 import socket
 import threading
 from collections import deque
-from collections.abc import Awaitable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from ddpo_trl.importing import import_object
 from ddpo_trl.rewards.remote import MEGABYTE, checked_token, unpack
-from ddpo_trl.scoring import RewardScorer, as_rewards
+from ddpo_trl.scoring import RewardScorer, as_rewards, call_as_guest
 from ddpo_trl.types import RewardFunction
 from ddpo_trl.workers import DaemonPool
 
@@ -42,15 +41,15 @@ class Sample:
             What is scored.
         request (`int`):
             Number of the request that it came with.
-        reward (`Future[float]`):
-            NaN if the function gave no finite one.
+        reward (`Future[float | None]`):
+            NaN if the function gave no finite one, `None` if it gave none.
     """
 
     image: Tensor
     prompt: str
     metadata: Any
     request: int
-    reward: "Future[float]" = field(default_factory=Future)
+    reward: "Future[float | None]" = field(default_factory=Future)
 
 
 class Batcher:
@@ -88,7 +87,7 @@ class Batcher:
         self._lock = threading.Lock()
         self._pool = DaemonPool(1, name="reward")
 
-    def submit(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Any]) -> "list[Future[float]]":
+    def submit(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Any]) -> "list[Future[float | None]]":
         """Has a request scored: a future for each of its images."""
         with self._lock:
             request = next(self._requests)
@@ -130,26 +129,23 @@ class Batcher:
             for sample, reward in zip(batch, rewards, strict=True):
                 sample.reward.set_result(reward)
 
-    def _rewards(self, batch: list[Sample]) -> list[float]:
+    def _rewards(self, batch: list[Sample]) -> list[float | None]:
         prompts = tuple(sample.prompt for sample in batch)
         images = torch.stack([sample.image for sample in batch]).to(self.device)
-        answer = self.function(images, prompts, tuple(sample.metadata for sample in batch))
-        if inspect.isawaitable(answer):
-            answer = asyncio.run(_result(answer))
-        rewards, problem = as_rewards(answer, prompts, self.name)
-        if problem is not None:
-            logger.warning("%s", problem)
-        return rewards.tolist()
-
-
-async def _result(answer: Awaitable[Any]) -> Any:
-    return await answer
+        values = call_as_guest(self.function, images, prompts, tuple(sample.metadata for sample in batch))
+        answer = as_rewards(values, prompts, self.name)
+        if answer.problem is not None:
+            logger.warning("%s", answer.problem)
+        return [
+            None if index in answer.not_applicable else reward for index, reward in enumerate(answer.rewards.tolist())
+        ]
 
 
 def create_app(batcher: Batcher, token: str | None = None, max_request_bytes: int = 256 * MEGABYTE) -> "FastAPI":
     """
     The service: `GET /health` tells the function's name, `POST /score` takes what
-    [`~ddpo_trl.rewards.remote.pack`] packs and answers `{"rewards": [...]}`, with `null` for what is not finite.
+    [`~ddpo_trl.rewards.remote.pack`] packs and answers `{"rewards": [...], "not_finite": [...]}`: `null` for
+    images that have no reward, and the indices of those for which this is because it was not finite.
 
     Errors are JSON, `{"detail": reason}`: 400 for a malformed request, 401 without the token, 413 if it is too large,
     500 if the function raised an error.
@@ -184,7 +180,7 @@ def create_app(batcher: Batcher, token: str | None = None, max_request_bytes: in
         return {"name": batcher.name, "max_request_bytes": max_request_bytes}
 
     @app.post("/score")
-    async def score(request: Request) -> dict[str, list[float | None]]:
+    async def score(request: Request) -> dict[str, list[float | None] | list[int]]:
         body = await read(request)
         try:
             batch = await asyncio.to_thread(unpack, body)
@@ -195,7 +191,11 @@ def create_app(batcher: Batcher, token: str | None = None, max_request_bytes: in
             rewards = await asyncio.gather(*futures)
         except RuntimeError as error:
             raise HTTPException(500, str(error)) from error
-        return {"rewards": [reward if math.isfinite(reward) else None for reward in rewards]}
+        not_finite = [index for index, reward in enumerate(rewards) if reward is not None and math.isnan(reward)]
+        return {
+            "rewards": [None if index in not_finite else reward for index, reward in enumerate(rewards)],
+            "not_finite": not_finite,
+        }
 
     return app
 

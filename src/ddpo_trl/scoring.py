@@ -1,22 +1,25 @@
 """Runs the reward functions, in worker threads while the next batch is sampled, and checks what they return."""
 
 import asyncio
+import contextlib
 import dataclasses
 import functools
 import inspect
 import itertools
 import math
+import threading
 import time
 import types
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Number
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate.utils import gather_object
+from PIL import Image
 from torch import Tensor
 
 from ddpo_trl.finite import NotFiniteError, finite_rows, image_problem
@@ -86,14 +89,24 @@ class Scores:
             Float64 on the CPU. NaN where there is no valid reward: for single images whose value is NaN, infinite or
             `None`, for all images of a call that failed.
         problem (`Exception`, *optional*):
-            Why there is a NaN; of several, the first. Its message names the function, round, prompt and value.
+            Why there is a NaN that is not a `None`; of several, the first. Its message names the function, round,
+            prompt and value.
+        not_applicable (`dict[int, Exception]`):
+            The images whose value is `None`, each with the error to show if no other function applies either.
         seconds (`float`):
             The time it took.
     """
 
     rewards: Tensor
     problem: Exception | None
+    not_applicable: dict[int, Exception]
     seconds: float
+
+    def invalid(self) -> Tensor:
+        """Whether each image lacks a reward that it should have: `(B,)`."""
+        invalid = self.rewards.isnan()
+        invalid[list(self.not_applicable)] = False
+        return invalid
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,13 +126,22 @@ class PendingRewards:
         return all(future.done() for future in self.futures)
 
     def marked(self) -> Tensor:
-        """Waits for the rewards: `(B, F)` float64, a column per reward function, NaN where one is not valid."""
-        return torch.stack([future.result().rewards for future in self.futures], dim=1)
+        """
+        Waits for the rewards: `(B, F)` float64, a column per reward function. NaN where a function returned `None`,
+        and in the whole row of an image for which one of them has no valid reward.
+        """
+        scores = [future.result() for future in self.futures]
+        rewards = torch.stack([each.rewards for each in scores], dim=1)
+        rewards[torch.stack([each.invalid() for each in scores]).any(0)] = math.nan
+        return rewards
 
     def problem(self) -> Exception | None:
-        """Waits, and gives the first reason why a reward is not valid; `None` if all are."""
-        problems = (future.result().problem for future in self.futures)
-        return next((problem for problem in problems if problem is not None), None)
+        """Waits, and gives the first reason why a sample has no valid reward; `None` if all have one."""
+        scores = [future.result() for future in self.futures]
+        if problem := next((each.problem for each in scores if each.problem is not None), None):
+            return problem
+        first, *others = (each.not_applicable for each in scores)
+        return next((error for row, error in first.items() if all(row in other for other in others)), None)
 
     def result(self) -> Tensor:
         """Waits for the rewards as [`~PendingRewards.marked`] does, but raises the first problem."""
@@ -184,6 +206,11 @@ class RewardScorer:
         timeout: float | None = None,
         argument: str = "reward_fn",
     ):
+        if isinstance(reward_fn, str):
+            raise TypeError(
+                f"{argument} is the string {reward_fn!r}; give the function itself, such as "
+                "`ddpo_trl.rewards.jpeg_compressibility`. Names are for the command line."
+            )
         self.functions = list(reward_fn) if isinstance(reward_fn, Sequence) else [reward_fn]
         if not self.functions:
             raise ValueError(f"{argument} is an empty list; give at least one reward function.")
@@ -248,8 +275,12 @@ class RewardScorer:
         )
 
     def total(self, rewards: Tensor) -> Tensor:
-        """The weighted sum over the functions of `(N, F)` rewards: `(N,)` float64, NaN where one of them is."""
-        return rewards.cpu().double() @ self.weights
+        """
+        The weighted sum over the functions of `(..., F)` rewards: `(...)` float64. NaN stands for a function that does
+        not apply; the sum is NaN where none does.
+        """
+        rewards = rewards.cpu().double()
+        return (rewards.nan_to_num(nan=0.0) @ self.weights).masked_fill(rewards.isnan().all(-1), math.nan)
 
 
 def _check_signature(function: RewardFunction, which: str) -> None:
@@ -276,20 +307,20 @@ def score(function: RewardFunction, name: str, batch: ScoredBatch, timeout: floa
     finite = batch.finite.tolist()
     rows = [row for row, is_finite in enumerate(finite) if is_finite]
     rewards = torch.full((len(finite),), math.nan, dtype=torch.float64)
-    own_problem = None
-    if rows:
-        rewards[rows], own_problem = _answer(function, name, batch.only(rows), timeout)
-    problem = batch.problem(finite) or own_problem
-    return Scores(rewards=rewards, problem=problem, seconds=time.perf_counter() - start)
+    answer = _answer(function, name, batch.only(rows), timeout) if rows else Answer(rewards[:0])
+    rewards[rows] = answer.rewards
+    return Scores(
+        rewards=rewards,
+        problem=batch.problem(finite) or answer.problem,
+        not_applicable={rows[index]: error for index, error in answer.not_applicable.items()},
+        seconds=time.perf_counter() - start,
+    )
 
 
-def _answer(
-    function: RewardFunction, name: str, batch: ScoredBatch, timeout: float | None
-) -> tuple[Tensor, Exception | None]:
-    """Return the rewards of a batch, NaN where not valid, and the first problem."""
+def _answer(function: RewardFunction, name: str, batch: ScoredBatch, timeout: float | None) -> "Answer":
     where = f"{batch.when}, prompts {list(batch.prompts)}"
     try:
-        answer = call_within(timeout, functools.partial(_call, function, batch, timeout))
+        answer = call_as_guest(function, batch.images, batch.prompts, batch.metadata, timeout)
     except BaseException as error:  # a user's function may raise anything, and must be named whatever it is
         problem = _failure(error, name, where, timeout)
     else:
@@ -299,12 +330,84 @@ def _answer(
             problem = error
         except Exception as error:  # an error on the GPU, for instance, comes up when its tensor is read
             problem = _failure(error, name, where, timeout)
-    return torch.full((len(batch.prompts),), math.nan, dtype=torch.float64), problem
+    return Answer(torch.full((len(batch.prompts),), math.nan, dtype=torch.float64), problem)
 
 
-def _call(function: RewardFunction, batch: ScoredBatch, timeout: float | None) -> Any:
-    answer = function(batch.images, batch.prompts, batch.metadata)
-    return asyncio.run(_await_within(timeout, answer)) if inspect.isawaitable(answer) else answer
+def call_as_guest(
+    function: RewardFunction,
+    images: Tensor,
+    prompts: tuple[str, ...],
+    metadata: tuple[Any, ...],
+    timeout: float | None = None,
+) -> Any:
+    """
+    Call a reward function so that nothing it does to its arguments or to torch's settings is seen outside: with
+    images and metadata of its own, in a thread of its own, without gradients, and with the images' GPU as the current
+    device. It may be `async`.
+
+    Args:
+        function (`Callable`):
+            See [`~ddpo_trl.types.RewardFunction`].
+        images, prompts, metadata:
+            Its arguments.
+        timeout (`float`, *optional*):
+            Seconds that it may take.
+
+    Raises:
+        [`~ddpo_trl.workers.CallTimeout`]: If it takes longer. Whatever the function raises, it raises too.
+    """
+
+    def call() -> Any:
+        # Every thread starts on the first GPU: a model that the function loads to "cuda" would go there on all ranks.
+        on_gpu = torch.accelerator.device_index(None if images.device.type == "cpu" else images.device.index)
+        with GUESTS.visit(), on_gpu, torch.no_grad():
+            answer = function(images.detach().clone(), prompts, tuple(map(own_copy, metadata)))
+            return asyncio.run(_await_within(timeout, answer)) if inspect.isawaitable(answer) else answer
+
+    return call_within(timeout, call)
+
+
+def own_copy(value: Any) -> Any:
+    """A copy of dicts and lists, of tensors and arrays, and of such in tuples. Other objects stay the same."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, np.ndarray | Image.Image):
+        return value.copy()
+    if type(value) is dict:
+        return {key: own_copy(entry) for key, entry in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(map(own_copy, value))
+    return value
+
+
+class Guests:
+    """
+    Gives torch's default dtype, which all threads share, back as it was when the first of several concurrent reward
+    functions began. It is done after the last of them: one that is still loading a model may need another meanwhile.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._dtype = torch.get_default_dtype()
+
+    @contextlib.contextmanager
+    def visit(self) -> Iterator[None]:
+        """Surrounds the call of a function."""
+        with self._lock:
+            if not self._inside:
+                self._dtype = torch.get_default_dtype()
+            self._inside += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._inside -= 1
+                if not self._inside:
+                    torch.set_default_dtype(self._dtype)
+
+
+GUESTS = Guests()
 
 
 async def _await_within(seconds: float | None, answer: Awaitable[Any]) -> Any:
@@ -333,9 +436,26 @@ def _failure(error: BaseException, name: str, where: str, timeout: float | None)
     return failure
 
 
-def as_rewards(
-    answer: Any, prompts: Sequence[str], name: str, when: str = ""
-) -> tuple[Tensor, TypeError | ValueError | None]:
+@dataclass(frozen=True)
+class Answer:
+    """
+    What a call of a reward function gave; as in [`Scores`], for the images that it saw.
+
+    Args:
+        rewards (`torch.Tensor` of shape `(B,)`):
+            Float64 on the CPU, NaN for values that are `None`, NaN or infinite.
+        problem (`Exception`, *optional*):
+            The error for the first value that is NaN or infinite, or for the call.
+        not_applicable (`dict[int, Exception]`):
+            The errors for those that are `None`.
+    """
+
+    rewards: Tensor
+    problem: Exception | None = None
+    not_applicable: dict[int, Exception] = field(default_factory=dict)
+
+
+def as_rewards(answer: Any, prompts: Sequence[str], name: str, when: str = "") -> Answer:
     """
     What a reward function returned, as a tensor.
 
@@ -348,8 +468,7 @@ def as_rewards(
             For error messages.
 
     Returns:
-        `torch.Tensor` of shape `(B,)`, float64 on the CPU, NaN for values that are `None`, NaN or infinite; and the
-        error for the first of these.
+        [`Answer`]
 
     Raises:
         `TypeError`: If it is not a collection of numbers.
@@ -372,8 +491,15 @@ def as_rewards(
         for index, (value, prompt) in enumerate(zip(values, prompts, strict=True))
     ]
     rewards = torch.tensor([_number(*place) for place in places], dtype=torch.float64)
-    problems = (_invalid_value(*place) for place, reward in zip(places, rewards, strict=True) if reward.isnan())
-    return rewards, next(problems, None)
+    not_applicable: dict[int, Exception] = {}
+    problem = None
+    for index in rewards.isnan().nonzero().flatten().tolist():
+        value, what, about = places[index]
+        if value is None:
+            not_applicable[index] = TypeError(f"{what}; it must be a number. {about}")
+        else:
+            problem = problem or ValueError(f"{what}; rewards must be finite in float32. {about}")
+    return Answer(rewards, problem, not_applicable)
 
 
 def _has_info(answer: Any, count: int) -> bool:
@@ -398,12 +524,6 @@ def _number(value: Any, what: str, about: str) -> float:
     if isinstance(value, str):  # "8", which float() takes
         raise TypeError(f"{what}; it must be a number. {about}")
     return number if abs(number) <= LARGEST_REWARD else math.nan  # a NaN compares as false
-
-
-def _invalid_value(value: Any, what: str, about: str) -> TypeError | ValueError:
-    if value is None:
-        return TypeError(f"{what}; it must be a number. {about}")
-    return ValueError(f"{what}; rewards must be finite in float32. {about}")
 
 
 def is_number(value: Any, count: int) -> bool:

@@ -1,5 +1,8 @@
 """Random streams that depend on what they are for, never on what ran before: the ground of exact reproduction."""
 
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import IntEnum
 
 import numpy as np
@@ -41,3 +44,30 @@ def derived_seed(seed: int, stream: Stream, *path: int) -> int:
 def generator(seed: int, stream: Stream, *path: int) -> torch.Generator:
     """A CPU generator with the [`derived_seed`] of its arguments: the same numbers on every device."""
     return torch.Generator().manual_seed(derived_seed(seed, stream, *path))
+
+
+@contextmanager
+def randomness_untouched(device: torch.device) -> Iterator[None]:
+    """Gives the global random generators back as they were: a reward function may seed them or draw from them."""
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
+
+
+@contextmanager
+def randomness_lent(device: torch.device) -> Iterator[None]:
+    """
+    As [`randomness_untouched`], but what is inside finds other numbers every time: a prompt function goes on where it
+    was, whatever reward functions did, and a reward function that draws does not draw the same in every round.
+    """
+    with randomness_untouched(device):
+        yield
+    random.random()
+    np.random.random()
+    torch.rand(())
+    if device.type == "cuda":
+        torch.rand((), device=device)

@@ -2,14 +2,11 @@
 
 import dataclasses
 import math
-import random
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState
@@ -22,6 +19,7 @@ from ddpo_trl.processes import gather
 from ddpo_trl.prompts import PromptPair
 from ddpo_trl.record import Kind, LoggedImage
 from ddpo_trl.report import write_report
+from ddpo_trl.seeding import randomness_untouched
 from ddpo_trl.types import Rollout
 
 
@@ -249,18 +247,6 @@ def logged_image(
             name: record.valid(reward) for name, reward in zip(evaluator.scorer.names, rewards.tolist(), strict=True)
         },
     )
-
-
-@contextmanager
-def randomness_untouched(device: torch.device) -> Iterator[None]:
-    """Gives the global random generators back as they were: a reward function may draw from them."""
-    python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)
 
 
 # ---- The trackers ----

@@ -9,7 +9,7 @@ import os
 import textwrap
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ from ddpo_trl.boundary import RoundCallbacks, RoundSchedule, StopSignals, agree,
 from ddpo_trl.callbacks import RoundProgress, TrainingClock
 from ddpo_trl.checkpoints import CONFIG_NAME, PLAN_NAME
 from ddpo_trl.config import DDPOConfig
+from ddpo_trl.descriptions import described
 from ddpo_trl.evaluation import Evaluator, Samples, check_evaluation, reward_names
 from ddpo_trl.finite import check_update
 from ddpo_trl.guard import replay_problem
@@ -46,15 +47,19 @@ from ddpo_trl.policy import Policy
 from ddpo_trl.processes import check_alike, check_wrapping
 from ddpo_trl.prompts import (
     PromptFunction,
+    PromptKeyFunction,
     PromptPair,
     ShuffledPrompts,
+    check_inputs,
+    default_prompt_key,
     fingerprint,
+    prompt_keys,
     prompt_pairs,
     prompt_source,
 )
 from ddpo_trl.sample_gradients import trained_weights
 from ddpo_trl.scoring import RewardScorer, first_problem
-from ddpo_trl.seeding import Stream, derived_seed
+from ddpo_trl.seeding import Stream, derived_seed, randomness_untouched
 from ddpo_trl.target_kl import TargetKL
 from ddpo_trl.tracking import RunRecorder, fixed_prompts
 from ddpo_trl.types import Context, Objective, RewardFunction, Rollout, Transition
@@ -112,6 +117,11 @@ class DDPOTrainer(Trainer):
         eval_reward_fns (`Callable` or `list[Callable]`, *optional*):
             Reward functions as `reward_fn` that evaluation logs and training does not see: a reward that rises while
             these fall is being gamed.
+        prompt_key_fn (`Callable`, *optional*):
+            Returns, for a prompt and its metadata, a string that names the task, by which
+            `advantage_normalization="prompt"` remembers rewards. By default the prompt and all of its metadata: images
+            count by their content, an identifier makes each row a task of its own. `lambda prompt, metadata: prompt`
+            goes by the text alone.
         callbacks (`list[~transformers.TrainerCallback]`, *optional*):
             Callbacks.
         optimizers (`tuple`, *optional*, defaults to `(None, None)`):
@@ -153,6 +163,7 @@ class DDPOTrainer(Trainer):
         peft_config: PeftConfig | None = None,
         eval_prompts: Dataset | Sequence[str] | None = None,
         eval_reward_fns: RewardFunction | Sequence[RewardFunction] | None = None,
+        prompt_key_fn: PromptKeyFunction | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LRScheduler | None] = (None, None),
         optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
@@ -181,7 +192,10 @@ class DDPOTrainer(Trainer):
             adapter = None
             freeze_all_but_denoiser(pipeline, peft_config)
         policy = Policy(pipeline, args, adapter)
+        self._check_inputs(policy)
+        self.prompt_key_fn = default_prompt_key if prompt_key_fn is None else prompt_key_fn
         ((prompt, metadata),) = self._preview(1)
+        prompt_keys([(prompt, metadata)], self.prompt_key_fn)
         if args.offload_text_encoders:  # before the denoiser is beside them
             with autocast(args):
                 policy.encode(self._known_prompts(policy), args.device)
@@ -248,6 +262,7 @@ class DDPOTrainer(Trainer):
             policy=self._policy,
             prompts=self.prompts,
             scorer=self.scorer,
+            keys=self._keys,
             normalize=self.normalize,
             normalize_each=self.normalize_each,
             populations=[self._populations(normalizer) for normalizer in self.normalize_each or [self.normalize]],
@@ -404,6 +419,12 @@ class DDPOTrainer(Trainer):
             self._metrics[name].append(value)
         self.clock.start()
 
+    def _keys(self, pairs: Sequence[PromptPair]) -> Sequence[Hashable]:
+        """What the samples of a round are compared by: the draw of their prompt, or what it asks for."""
+        if self.args.advantage_normalization == "prompt":
+            return prompt_keys(pairs, self.prompt_key_fn)
+        return [index // self.plan.num_images_per_prompt for index in range(len(pairs))]
+
     def _normalizer(self) -> advantages.Normalizer:
         match self.args.advantage_normalization:
             case "prompt":
@@ -458,6 +479,13 @@ class DDPOTrainer(Trainer):
             given["eval_prompts"] = fingerprint(self.eval_prompts)
         check_alike(given)
 
+    def _check_inputs(self, policy: Policy) -> None:
+        """Refuses prompts without what `pipeline_inputs` names, all that are known by now."""
+        if isinstance(self.prompts, ShuffledPrompts):
+            check_inputs(self.prompts.pairs, policy.input_names, "prompt_fn")
+        if self.eval_prompts is not None:
+            check_inputs(self.eval_prompts, policy.input_names, "eval_prompts")
+
     def _known_prompts(self, policy: Policy) -> Iterator[Context]:
         """Batches of the prompts that are known before training begins, those of the first rounds first."""
         pairs = self._preview(1)
@@ -487,8 +515,9 @@ class DDPOTrainer(Trainer):
         images = torch.cat([image, image / 2])[:size]
         scorers = [self.scorer] if self.eval_scorer is None else [self.scorer, self.eval_scorer]
         when = "trial at construction"
-        scores = [scorer.submit(images, [prompt] * size, [metadata] * size, when) for scorer in scorers]
-        first_problem(scores, raises=True)  # whatever on_invalid_reward says: here it is a mistake
+        with randomness_untouched(self.args.device):
+            scores = [scorer.submit(images, [prompt] * size, [metadata] * size, when) for scorer in scorers]
+            first_problem(scores, raises=True)  # whatever on_invalid_reward says: here it is a mistake
 
     # ---- Wrapped models ----
 
@@ -610,7 +639,7 @@ class DDPOTrainer(Trainer):
             drop_invalid=self.args.on_invalid_reward == "drop",
             accelerator=self.accelerator,
             seed=self.args.seed,
-            batch_size=self.args.per_device_sample_batch_size,
+            batch_size=self.args.per_device_eval_batch_size,
             progress=self.progress,
         )
 
@@ -618,6 +647,7 @@ class DDPOTrainer(Trainer):
         pairs = self.eval_prompts if prompts is None else prompt_pairs(prompts, "prompts")
         if pairs is None:
             raise ValueError("There are no prompts to sample: give `prompts` here or `eval_prompts` to the trainer.")
+        check_inputs(pairs, self._policy.input_names, "prompts")
         return pairs
 
     # ---- Saving ----
@@ -732,6 +762,7 @@ class DDPOTrainer(Trainer):
             "rewards": self._rewards,
             "prompts": self.prompts.fingerprint,
             "eval_prompts": None if self.eval_prompts is None else fingerprint(self.eval_prompts),
+            "prompt_key_fn": described(self.prompt_key_fn),
         }
 
     def checkpoint_to_resume(self, resume_from_checkpoint: str | bool | None = None) -> str | None:
@@ -817,6 +848,7 @@ class DDPOTrainer(Trainer):
         with open(path) as file:
             states = json.load(file)
         own, before = self._rewards, self._rewards if run is None else run["rewards"]
+        key_fn = described(self.prompt_key_fn)
         if len(states) != len(self._prompt_statistics):
             logger.warning(
                 f"{path} has the remembered rewards of {len(states)} sums or reward functions, and this run has "
@@ -825,6 +857,11 @@ class DDPOTrainer(Trainer):
         elif [*own] != [*before] if self.normalize_each else own != before:
             logger.warning(
                 f"{path} has the remembered rewards of {before}, and this run has {own}: they are forgotten."
+            )
+        elif run is not None and run.get("prompt_key_fn", key_fn) != key_fn:
+            logger.warning(
+                f"{path} has rewards remembered by {run['prompt_key_fn']}, and prompt_key_fn is {key_fn}: they are "
+                "forgotten."
             )
         else:
             for statistics, state in zip(self._prompt_statistics, states, strict=True):

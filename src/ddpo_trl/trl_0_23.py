@@ -103,7 +103,7 @@ class DDPOTrainer(trainer.DDPOTrainer):
         """The same function, which leaves what it saw and returned to the hook."""
 
         def recorded(images: torch.Tensor, prompts: tuple[str, ...], metadata: tuple[Any, ...]) -> Any:
-            rewards, info = reward_function(images, prompts, metadata)
+            rewards, info = reward_function(images.clone(), prompts, metadata)
             self._scored.append([images, prompts, metadata, torch.as_tensor(rewards), info])
             return rewards, info
 

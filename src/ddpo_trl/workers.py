@@ -62,18 +62,17 @@ class DaemonPool:
 
 def call_within(seconds: float | None, call: Callable[[], T]) -> T:
     """
-    `call()`, but for no longer than some seconds.
+    `call()`, in a thread of its own and for no longer than some seconds; `None` sets no limit.
 
-    A thread can't be ended from outside, so the call runs in a daemon of its own, which is abandoned when the time is
-    over: it may go on, but nobody waits for it, neither the caller's thread nor the interpreter's exit.
+    What it changes for its thread (grad mode, autocast, torch's default device) is gone with it. A thread can't be
+    ended from outside, so it is a daemon, which is abandoned when the time is over: it may go on, but nobody waits for
+    it, neither the caller's thread nor the interpreter's exit.
 
     Raises:
         [`CallTimeout`]: If it gave no answer in time. Whatever `call` raises, it raises too.
     """
-    if seconds is None:
-        return call()
     future: Future[T] = Future()
-    name = f"{threading.current_thread().name} (limited)"
+    name = f"{threading.current_thread().name} (call)"
     threading.Thread(target=fulfil, args=(future, call), daemon=True, name=name).start()
     if not wait([future], seconds).done:  # `future.result(seconds)` can't tell its own TimeoutError from the call's
         raise CallTimeout

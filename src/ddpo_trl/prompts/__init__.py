@@ -4,10 +4,14 @@ from ddpo_trl.prompts.lists import animal_activities, common_animals, fill_templ
 from ddpo_trl.prompts.loading import load_prompts
 from ddpo_trl.prompts.sources import (
     PromptFunction,
+    PromptKeyFunction,
     PromptPair,
     PromptSource,
     ShuffledPrompts,
+    check_inputs,
+    default_prompt_key,
     fingerprint,
+    prompt_keys,
     prompt_pairs,
     prompt_source,
 )
@@ -15,15 +19,19 @@ from ddpo_trl.prompts.sources import (
 
 __all__ = [
     "PromptFunction",
+    "PromptKeyFunction",
     "PromptPair",
     "PromptSource",
     "ShuffledPrompts",
     "animal_activities",
+    "check_inputs",
     "common_animals",
+    "default_prompt_key",
     "fill_template",
     "fingerprint",
     "imagenet_animals",
     "load_prompts",
+    "prompt_keys",
     "prompt_pairs",
     "prompt_source",
 ]

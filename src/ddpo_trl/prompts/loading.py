@@ -1,22 +1,19 @@
-"""Prompts from files and from the Hub, through `datasets`."""
+"""Prompts from files and from the Hub."""
 
+import codecs
+import glob
+import io
+import json
 import os
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, load_dataset, load_from_disk
+import pyarrow as pa
+from datasets import Dataset, concatenate_datasets, load_dataset, load_from_disk
 from datasets.config import DATASET_STATE_JSON_FILENAME
-
-
-# What `datasets` reads a file with, and its options, by the file's ending.
-READERS: dict[str, tuple[str, dict[str, Any]]] = {
-    ".txt": ("text", {}),
-    ".csv": ("csv", {}),
-    ".tsv": ("csv", {"sep": "\t"}),
-    ".json": ("json", {}),
-    ".jsonl": ("json", {}),
-    ".parquet": ("parquet", {}),
-}
+from pyarrow import csv
 
 
 def load_prompts(source: str | os.PathLike[str], column: str | None = None, split: str = "train") -> Dataset:
@@ -30,7 +27,8 @@ def load_prompts(source: str | os.PathLike[str], column: str | None = None, spli
         source (`str` or `os.PathLike`):
             A `.txt` file with a prompt per line (empty lines are left out); a `.csv`, `.tsv`, `.json`, `.jsonl` or
             `.parquet` file; a folder of such files, or one that `Dataset.save_to_disk` wrote; or the id of a dataset
-            on the Hub.
+            on the Hub. Text is UTF-8, or UTF-16 with a byte order mark. In a file every prompt must be there, and
+            words such as `null` are themselves.
         column (`str`, *optional*):
             The column with the prompts, `"prompt"` by default. Not for text files.
         split (`str`, *optional*, defaults to `"train"`):
@@ -41,24 +39,152 @@ def load_prompts(source: str | os.PathLike[str], column: str | None = None, spli
 
     Raises:
         `FileNotFoundError`: If there is no such file.
-        `ValueError`: If the ending is unknown, or there is no such column.
+        `ValueError`: If the ending is unknown, the file is not what its ending says, there is no such column, or a
+            prompt in it is missing. The message names the file and the row, counted from 0.
     """
-    ending = Path(source).suffix.lower()
-    if ending in READERS:
-        if not Path(source).is_file():
+    path = Path(source)
+    if path.suffix.lower() in READERS:
+        if not path.is_file():
             raise FileNotFoundError(f"source is {str(source)!r}, and there is no such file.")
-        reader, options = READERS[ending]
-        dataset = load_dataset(reader, data_files=str(source), split="train", **options)
-    elif Path(source, DATASET_STATE_JSON_FILENAME).is_file():
+        return _read_file(path, column)
+    if Path(path, DATASET_STATE_JSON_FILENAME).is_file():
         dataset = load_from_disk(str(source))
-    elif Path(source).is_file():
+    elif path.is_file():
         raise ValueError(f"source is {str(source)!r}; prompts are read from files that end in {', '.join(READERS)}.")
+    elif path.is_dir() and split == "train" and (files := _readable_files(path)):
+        dataset = concatenate_datasets([_read_file(file, column) for file in files])
+        column = "prompt"
     else:
-        dataset = load_dataset(str(source), split=split)
-    if ending == ".txt":
-        dataset = dataset.filter(lambda row: bool(row["text"].strip()))
-        column = "text"
+        dataset = load_dataset(glob.escape(str(source)) if path.is_dir() else str(source), split=split)
     return _with_prompt_column(dataset, column or "prompt", str(source))
+
+
+def _readable_files(folder: Path) -> list[Path]:
+    """The files of a folder, if all are read here and no split is named; else `datasets` looks through it."""
+    files = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
+    readable = all(file.is_file() and file.suffix.lower() in READERS for file in files)
+    return (
+        files
+        if readable and not any(split in file.stem for file in files for split in ("test", "valid", "dev"))
+        else []
+    )
+
+
+def _read_file(path: Path, column: str | None) -> Dataset:
+    is_text = path.suffix.lower() == ".txt"
+    column = "text" if is_text else column or "prompt"
+    try:
+        dataset = READERS[path.suffix.lower()](path, column)
+    except (ValueError, TypeError, KeyError, pa.ArrowException) as error:
+        raise ValueError(f"{path} can't be read: {error}") from error
+    if not len(dataset):
+        raise ValueError(f"{path} has no prompts.")
+    dataset = _with_prompt_column(dataset, column, str(path))
+    for row, prompt in enumerate(dataset["prompt"]):
+        if not (isinstance(prompt, str) and prompt.strip()):
+            raise ValueError(
+                f"The prompt in row {row} of {path} is {prompt!r}; it must be a text. Fill it in, or drop the row."
+            )
+    return dataset
+
+
+def _text(path: Path) -> str:
+    """The text of a file, whichever way its editor writes Unicode."""
+    content = path.read_bytes()
+    is_utf_16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try:
+        text = content.decode("utf-16" if is_utf_16 else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"it is not UTF-8 (byte {error.start} is {content[error.start]:#x}); save it as UTF-8."
+        ) from error
+    if "\0" in text:
+        raise ValueError(
+            "it holds NUL characters, as text in UTF-16 without a byte order mark does; save it as UTF-8."
+        )
+    return text
+
+
+def _read_lines(path: Path, column: str) -> Dataset:
+    lines = [line.removesuffix("\n") for line in io.StringIO(_text(path), newline=None)]
+    return Dataset.from_dict({column: [line for line in lines if line.strip()]})
+
+
+def _read_csv(path: Path, column: str, delimiter: str = ",") -> Dataset:
+    """A table as its author wrote it: numbers are numbers; `null`, `NA` and dates stay the words that they are."""
+    content = _text(path).encode()
+    if not content.strip():
+        raise ValueError("it is empty.")
+    parsing = csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
+
+    def read(texts: Sequence[str]) -> pa.Table:
+        conversion = csv.ConvertOptions(column_types=dict.fromkeys(texts, pa.string()))
+        one_thread = csv.ReadOptions(use_threads=False)  # which can say the number of a wrong row
+        return csv.read_csv(pa.BufferReader(content), one_thread, parsing, conversion)
+
+    table = read([column])
+    if twice := [name for name, count in Counter(table.column_names).items() if count > 1]:
+        raise ValueError(f"it has several columns {twice[0]!r}.")
+    dates = [field.name for field in table.schema if pa.types.is_temporal(field.type)]
+    return Dataset(read([column, *dates]))
+
+
+def _read_tsv(path: Path, column: str) -> Dataset:
+    return _read_csv(path, column, delimiter="\t")
+
+
+def _read_json(path: Path, column: str) -> Dataset:
+    """A list of objects or of texts, one object of lists, or an object per line."""
+    text = _text(path)
+    try:
+        rows = json.loads(text, object_pairs_hook=_object)
+    except json.JSONDecodeError:
+        return _read_json_lines(path, column)
+    if isinstance(rows, dict) and all(isinstance(values, list) for values in rows.values()):
+        return Dataset.from_dict(rows)
+    return _of_rows(rows if isinstance(rows, list) else [rows], column)
+
+
+def _read_json_lines(path: Path, column: str) -> Dataset:
+    rows = []
+    for number, line in enumerate(io.StringIO(_text(path), newline=None), start=1):
+        try:
+            rows += [json.loads(line, object_pairs_hook=_object)] if line.strip() else []
+        except ValueError as error:
+            raise ValueError(f"line {number} is not JSON: {error}") from error
+    return _of_rows(rows, column)
+
+
+def _of_rows(rows: Sequence[Any], column: str) -> Dataset:
+    rows = [{column: row} if isinstance(row, str) else row for row in rows]
+    for index, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise ValueError(f"row {index} is {row!r}; it must be an object or a text.")
+    names = dict.fromkeys(name for row in rows for name in row)  # `from_list` takes those of the first row only
+    return Dataset.from_dict({name: [row.get(name) for row in rows] for name in names})
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        raise ValueError(f"it has {twice!r} twice in one object.")
+    return made
+
+
+def _read_parquet(path: Path, column: str) -> Dataset:
+    return Dataset.from_parquet(glob.escape(str(path)))
+
+
+# By the ending of a file. Each gets the name of the column with the prompts.
+READERS: dict[str, Callable[[Path, str], Dataset]] = {
+    ".txt": _read_lines,
+    ".csv": _read_csv,
+    ".tsv": _read_tsv,
+    ".json": _read_json,
+    ".jsonl": _read_json_lines,
+    ".parquet": _read_parquet,
+}
 
 
 def _with_prompt_column(dataset: Dataset, column: str, source: str) -> Dataset:

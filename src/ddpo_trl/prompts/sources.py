@@ -1,19 +1,22 @@
 """Where a trainer draws prompts from: a function, a dataset or a list. Each yields `(prompt, metadata)` pairs."""
 
 import hashlib
+import json
 import types
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 
+from ddpo_trl.descriptions import described
 from ddpo_trl.seeding import Stream, generator
 
 
 PromptPair = tuple[str, Any]
 PromptFunction = Callable[[], PromptPair]
+PromptKeyFunction = Callable[[str, Any], str]
 
 
 class PromptSource(ABC):
@@ -170,6 +173,28 @@ def fingerprint(pairs: Sequence[PromptPair]) -> str:
     return f"{len(pairs)} prompts with the hash {digest.hexdigest()[:12]}"
 
 
+def default_prompt_key(prompt: str, metadata: Any) -> str:
+    """
+    What tells one task from others: the prompt, with its metadata if it has any. Images and the like count by their
+    content, see [`~ddpo_trl.descriptions.described`].
+    """
+    return json.dumps([prompt, described(metadata)], sort_keys=True) if metadata else prompt
+
+
+def prompt_keys(pairs: Sequence[PromptPair], key_fn: PromptKeyFunction) -> list[str]:
+    """
+    The key of each pair.
+
+    Raises:
+        `TypeError`: If it is not a string.
+    """
+    keys = [key_fn(prompt, metadata) for prompt, metadata in pairs]
+    for key, pair in zip(keys, pairs, strict=True):
+        if not isinstance(key, str):
+            raise TypeError(f"prompt_key_fn returned {key!r} for {pair!r}; it must return a str.")
+    return keys
+
+
 def prompt_pairs(prompts: Any, argument: str) -> Sequence[PromptPair]:
     """
     Turns a dataset or a list into `(prompt, metadata)` pairs.
@@ -182,7 +207,7 @@ def prompt_pairs(prompts: Any, argument: str) -> Sequence[PromptPair]:
             Name of the argument, for the error messages.
 
     Raises:
-        `TypeError`: If it is none of these.
+        `TypeError`: If it is none of these, or one of the prompts is not a text.
         `ValueError`: If it is empty, or the dataset has no `prompt` column.
     """
     if isinstance(prompts, Dataset):
@@ -193,13 +218,24 @@ def prompt_pairs(prompts: Any, argument: str) -> Sequence[PromptPair]:
             if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str)):
                 raise TypeError(f"{argument}[{index}] is {pair!r}; each must be a str or a pair (str, metadata).")
     else:
-        raise TypeError(
-            f"{argument} is {type(prompts).__name__}; give a callable that returns (prompt, metadata), a "
-            "datasets.Dataset with a 'prompt' column, or a list of strings."
-        )
+        raise TypeError(f"{argument} is {type(prompts).__name__}; {_remedy(prompts)}")
     if not pairs:
         raise ValueError(f"{argument} is empty; give at least one prompt.")
     return pairs
+
+
+def _remedy(prompts: Any) -> str:
+    remedy = (
+        "give a callable that returns (prompt, metadata), a datasets.Dataset with a 'prompt' column, or a list of "
+        "strings."
+    )
+    if isinstance(prompts, str):
+        return f"{remedy} For a file or a dataset of the Hub, `ddpo_trl.prompts.load_prompts({prompts!r})`."
+    if isinstance(prompts, DatasetDict | IterableDatasetDict):
+        return f"{remedy} Name one of its splits, {', '.join(prompts)}: `dataset[{next(iter(prompts), 'train')!r}]`."
+    if isinstance(prompts, IterableDataset):
+        return f"{remedy} A stream becomes a dataset by `Dataset.from_list(list(stream.take(1000)))`."
+    return remedy
 
 
 def _dataset_pairs(dataset: Dataset, argument: str) -> DatasetPairs:
@@ -208,9 +244,40 @@ def _dataset_pairs(dataset: Dataset, argument: str) -> DatasetPairs:
             f"{argument} is a dataset with the columns {dataset.column_names}; name the one with the texts "
             "'prompt' (`dataset.rename_column(...)`)."
         )
-    if len(dataset) > 0 and not isinstance(dataset[0]["prompt"], str):
-        raise TypeError(f"{argument}[0]['prompt'] is {dataset[0]['prompt']!r}; the prompt column must hold texts.")
+    for index, prompt in enumerate(dataset["prompt"]):
+        if not isinstance(prompt, str):
+            raise TypeError(f"{argument}[{index}]['prompt'] is {prompt!r}; the prompt column must hold texts.")
     return DatasetPairs(dataset)
+
+
+def check_inputs(pairs: Sequence[PromptPair], names: Sequence[str], argument: str) -> None:
+    """
+    Refuses prompts that don't bring what the pipeline needs of each.
+
+    Args:
+        pairs (`Sequence[tuple[str, Any]]`):
+            All prompts with their metadata.
+        names (`Sequence[str]`):
+            What `pipeline_inputs` names.
+        argument (`str`):
+            Name of the argument, for the error messages.
+
+    Raises:
+        `ValueError`: With the first prompt that lacks one, and its name.
+    """
+    if not names:
+        return
+    if isinstance(pairs, DatasetPairs):  # images are not read for this
+        places: Iterable[tuple[str, Any]] = [(argument, dict.fromkeys(pairs.dataset.column_names))]
+    else:
+        places = ((f"{argument}[{index}]", metadata) for index, (_, metadata) in enumerate(pairs))
+    for place, metadata in places:
+        known = metadata if isinstance(metadata, Mapping) else {}
+        if missing := [name for name in names if name not in known]:
+            raise ValueError(
+                f"pipeline_inputs names {missing[0]!r}, but {place} has {', '.join(map(str, known)) or 'no more'}. "
+                "Give it with each prompt, in the dict of its metadata or as a column of the dataset."
+            )
 
 
 def prompt_source(prompt_fn: Any, seed: int) -> PromptSource:

@@ -17,13 +17,13 @@ def jpeg_compressibility(images: Tensor, prompts: tuple[str, ...], metadata: tup
     The compressibility task of https://huggingface.co/papers/2305.13301. Left to run, it ends in blank images.
 
     Args:
-        images (`torch.Tensor` of shape `(B, 3, H, W)`):
+        images (`torch.Tensor` of shape `(B, 3, H, W)`, or `(B, F, 3, H, W)` for video):
             Values in [0, 1].
         prompts, metadata (`tuple`):
             Not used.
 
     Returns:
-        `list[float]` of length B, kB, < 0.
+        `list[float]` of length B, kB, < 0; of a video, the mean of its frames.
     """
     return [-size for size in jpeg_incompressibility(images, prompts, metadata)]
 
@@ -35,15 +35,16 @@ def jpeg_incompressibility(images: Tensor, prompts: tuple[str, ...], metadata: t
     The incompressibility task of https://huggingface.co/papers/2305.13301.
 
     Args:
-        images (`torch.Tensor` of shape `(B, 3, H, W)`):
+        images (`torch.Tensor` of shape `(B, 3, H, W)`, or `(B, F, 3, H, W)` for video):
             Values in [0, 1].
         prompts, metadata (`tuple`):
             Not used.
 
     Returns:
-        `list[float]` of length B, kB, > 0.
+        `list[float]` of length B, kB, > 0; of a video, the mean of its frames.
     """
-    return [_jpeg_bytes(image) / 1000 for image in as_pictures(images)]
+    sizes = [_jpeg_bytes(image) / 1000 for image in as_pictures(images.flatten(0, -4))]
+    return _mean_over_frames(torch.tensor(sizes, dtype=torch.float64), images).tolist()
 
 
 def brightness(images: Tensor, prompts: tuple[str, ...], metadata: tuple[Any, ...]) -> Tensor:
@@ -92,11 +93,18 @@ def colorfulness(images: Tensor, prompts: tuple[str, ...], metadata: tuple[Any, 
             Not used.
 
     Returns:
-        `torch.Tensor` of shape `(B,)`: 0 for grey, about 15 for slightly and 109 for extremely colourful images.
+        `torch.Tensor` of shape `(B,)`: 0 for grey, about 15 for slightly and 109 for extremely colourful images; of a
+        video, the mean of its frames.
     """
-    red, green, blue = (images.float().movedim(-3, 0).flatten(2) * 255).unbind(0)
+    red, green, blue = (images.float().flatten(0, -4).movedim(-3, 0).flatten(2) * 255).unbind(0)
     opponents = torch.stack([red - green, (red + green) / 2 - blue])
-    return opponents.std(-1, correction=0).norm(dim=0) + 0.3 * opponents.mean(-1).norm(dim=0)
+    colorfulness = opponents.std(-1, correction=0).norm(dim=0) + 0.3 * opponents.mean(-1).norm(dim=0)
+    return _mean_over_frames(colorfulness, images)
+
+
+def _mean_over_frames(values: Tensor, images: Tensor) -> Tensor:
+    """The values of all frames of B images or videos, as one for each: `(B,)`."""
+    return values.view(len(images), -1).mean(1)
 
 
 def _jpeg_bytes(image: Image.Image) -> int:

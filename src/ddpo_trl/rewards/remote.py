@@ -1,10 +1,14 @@
 """Rewards from another process or machine: the client of `ddpo-trl serve-reward`, and how a request is written."""
 
+import functools
 import io
+import ipaddress
 import json
 import logging
+import math
 import os
 import time
+import urllib.request
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +20,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from ddpo_trl.rewards.model import as_pictures
+from ddpo_trl.workers import CallTimeout, call_within
 
 
 logger = logging.getLogger(__name__)
@@ -34,7 +39,8 @@ class RemoteReward:
     failure of the connection, and an answer of status 429 or 5xx, is tried again after `backoff`, 2 `backoff`, 4
     `backoff`, ... seconds. A wrong answer, an error in the served function and no answer within `timeout` are not.
 
-    It can be pickled, with its token, and called from several threads at once.
+    It can be pickled, with its token, and called from several threads at once. Where the environment names a proxy
+    (`HTTP_PROXY`, ...), requests go through it, and errors name it; to a server on this machine they never do.
 
     ```py
     reward = RemoteReward("http://127.0.0.1:8000")
@@ -50,7 +56,8 @@ class RemoteReward:
             How images travel: as `"png"`, rounded to 8 bits as in a file, or as `"fp16"`, pixels in half precision:
             some three times the bytes, but no work to speak of, where PNG takes 50 ms for an image of 512×512.
         timeout (`float`, *optional*, defaults to `120.0`):
-            Seconds to wait for an answer. The first may need the model to be loaded.
+            Seconds that a request may take until its answer is complete. The first may need the model to be loaded.
+            Half of them may pass until there is a connection.
         retries (`int`, *optional*, defaults to `5`):
             How often a call is tried again.
         backoff (`float`, *optional*, defaults to `1.0`):
@@ -91,7 +98,7 @@ class RemoteReward:
         self.retries = retries
         self.backoff = backoff
         self._token = checked_token(token)
-        self._client = self._connect()
+        self._proxy = proxy_for(self.url)
         self.name, self._max_bytes = self._ask_who_is_there()
 
     def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Any]) -> list[float | None]:
@@ -105,7 +112,8 @@ class RemoteReward:
                 What belongs to each. The metadata travels as JSON: tuples become lists, keys strings.
 
         Returns:
-            `list` of length `B`: numbers, or `None` where the served function gave no finite one.
+            `list` of length `B`: numbers, `None` where the served function gave `None`, and NaN where it gave another
+            value that is not finite.
 
         Raises:
             `ConnectionError`: If the server is away for longer than the retries last.
@@ -122,7 +130,7 @@ class RemoteReward:
             raise ValueError(self._too_large(len(body)))
         if response.status_code == 500:
             raise RuntimeError(
-                f"The served function `{self.name}` at {self.url} failed: {_detail(response)} (The server's log has "
+                f"The served function `{self.name}` at {self.place} failed: {_detail(response)} (The server's log has "
                 "the traceback.)"
             )
         if response.status_code != 200:
@@ -135,7 +143,7 @@ class RemoteReward:
         for attempt in range(self.retries + 1):
             if attempt:
                 delay = self.backoff * 2 ** (attempt - 1)
-                logger.warning("%s: %s; try %d of %d in %g s.", self.url, problem, attempt, self.retries, delay)
+                logger.warning("%s: %s; try %d of %d in %g s.", self.place, problem, attempt, self.retries, delay)
                 time.sleep(delay)
             try:
                 response = self._send("POST", "/score", body)
@@ -146,23 +154,27 @@ class RemoteReward:
                     return response
                 problem = f"status {response.status_code}"
         raise ConnectionError(
-            f"The reward server at {self.url} could not be reached in {self.retries + 1} tries ({problem}). See "
+            f"The reward server at {self.place} could not be reached in {self.retries + 1} tries ({problem}). See "
             f"whether it still runs, and its log. {START}, or raise retries or backoff if it needs longer to return."
         )
 
     def _send(self, method: str, path: str, body: bytes | None = None) -> httpx2.Response:
         """One try; a `ConnectionError` is worth another."""
-        try:
-            return self._client.request(method, self.url + path, content=body)
-        except httpx2.RequestError as error:
-            if isinstance(error, httpx2.DecodingError):
-                raise ValueError(f"The reward server at {self.url} gave a malformed answer: {error}.") from error
-            if isinstance(error, httpx2.TimeoutException) and not isinstance(error, httpx2.ConnectTimeout):
+        with self._connect() as client:  # closed when the time is over, which ends what still trickles in
+            try:
+                # The client's own limit is for a single read or write, of which an answer may take any number.
+                return call_within(
+                    self.timeout, functools.partial(client.request, method, self.url + path, content=body)
+                )
+            except httpx2.DecodingError as error:
+                raise ValueError(f"The reward server at {self.place} gave a malformed answer: {error}.") from error
+            except (CallTimeout, httpx2.ReadTimeout, httpx2.WriteTimeout) as error:
                 raise TimeoutError(
-                    f"The reward server at {self.url} gave no answer within {self.timeout:g} s. If it needs more, "
+                    f"The reward server at {self.place} gave no answer within {self.timeout:g} s. If it needs more, "
                     "raise timeout; if it hangs, its log may tell why."
                 ) from error
-            raise ConnectionError(f"{type(error).__name__}: {error}") from error
+            except httpx2.RequestError as error:
+                raise ConnectionError(f"{type(error).__name__}: {error}") from error
 
     def _ask_who_is_there(self) -> tuple[str, int]:
         """The name of the served function, and how many bytes a request may have."""
@@ -170,8 +182,8 @@ class RemoteReward:
             response = self._send("GET", "/health")
         except ConnectionError as error:
             raise ConnectionError(
-                f"There is no reward server at {self.url} ({error}). {START} on that machine, with --host 0.0.0.0 if "
-                "it is another one, and give the url that it prints."
+                f"There is no reward server at {self.place} ({error}). {START} on that machine, with --host 0.0.0.0 "
+                "if it is another one, and give the url that it prints."
             ) from error
         if response.status_code != 200:
             raise ValueError(self._refused(response))
@@ -182,56 +194,73 @@ class RemoteReward:
             name, max_bytes = None, None
         if not (isinstance(name, str) and name and isinstance(max_bytes, int)):
             raise ValueError(
-                f"What is at {self.url} is no reward server: to /health it answered {_detail(response)!r}. {START}."
+                f"What is at {self.place} is no reward server: to /health it answered {_detail(response)!r}. {START}."
             )
         return name, max_bytes
 
     def _rewards(self, response: httpx2.Response) -> list[float | None]:
         """The rewards of an answer. Their number and values are left to the scorer, as those of local functions."""
         try:
-            rewards = response.json()["rewards"]
-        except (ValueError, TypeError, KeyError):
-            rewards = None
+            answer = response.json()
+            rewards, not_finite = answer["rewards"], answer.get("not_finite", [])
+        except (ValueError, TypeError, KeyError, AttributeError):
+            rewards, not_finite = None, []
         if not isinstance(rewards, list):
             raise ValueError(
-                f"The reward server at {self.url} answered {_detail(response)!r}; it must be JSON like "
+                f"The reward server at {self.place} answered {_detail(response)!r}; it must be JSON like "
                 '{"rewards": [0.5, null]}.'
             )
-        return rewards
+        return [math.nan if index in not_finite else reward for index, reward in enumerate(rewards)]
 
     def _refused(self, response: httpx2.Response) -> str:
         if response.status_code == 401:
             given = "another one was given" if self._token else "none was given"
             return (
-                f"The reward server at {self.url} asks for its token, and {given}; give token, or set the environment "
-                f"variable {TOKEN_VARIABLE}, to what the server was started with."
+                f"The reward server at {self.place} asks for its token, and {given}; give token, or set the "
+                f"environment variable {TOKEN_VARIABLE}, to what the server was started with."
             )
-        return f"The reward server at {self.url} answered status {response.status_code}: {_detail(response)!r}."
+        return f"The reward server at {self.place} answered status {response.status_code}: {_detail(response)!r}."
 
     def _too_large(self, size: int) -> str:
         return (
-            f"A request of {size / MEGABYTE:.1f} MB is more than the reward server at {self.url} takes; start it with "
-            "a larger --max_request_mb, or send less at once: image_format='png', or a smaller "
+            f"A request of {size / MEGABYTE:.1f} MB is more than the reward server at {self.place} takes; start it "
+            "with a larger --max_request_mb, or send less at once: image_format='png', or a smaller "
             "per_device_sample_batch_size."
         )
 
+    @property
+    def place(self) -> str:
+        """The server's url for error messages, with the proxy on the way to it."""
+        if self._proxy is None:
+            return self.url
+        return f"{self.url} (through the proxy {httpx2.URL(self._proxy).copy_with(userinfo=b'')})"
+
     def _connect(self) -> httpx2.Client:
-        # No connection is kept: between two rounds the server would close it, and the next call fail.
         return httpx2.Client(
-            timeout=self.timeout,
-            limits=httpx2.Limits(max_keepalive_connections=0),
+            timeout=httpx2.Timeout(self.timeout, connect=self.timeout / 2),
+            transport=httpx2.HTTPTransport(proxy=self._proxy),  # and not whichever the client would find
             headers={} if self._token is None else {"Authorization": f"Bearer {self._token}"},
         )
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.url!r})"
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "_client"}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self._client = self._connect()
+def proxy_for(url: str) -> str | None:
+    """The proxy that the environment names for a url; none for this machine itself, whatever it says."""
+    parsed = httpx2.URL(url)
+    if is_loopback(parsed.host) or urllib.request.proxy_bypass(parsed.host):
+        return None
+    proxies = urllib.request.getproxies()
+    return proxies.get(parsed.scheme) or proxies.get("all")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether it is `localhost` or an address such as 127.0.0.1 and ::1."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")
 
 
 def _check_url(url: str) -> None:
