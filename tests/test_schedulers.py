@@ -492,7 +492,6 @@ def test_replay_finds_its_step_behind_those_that_the_pipeline_leaves_out(index):
     reference = ddim()
     reference.set_timesteps(10)
     assert policy.timesteps[FIRST] == reference.timesteps[FIRST + index]
-    assert policy.timesteps[:FIRST].tolist() == reference.timesteps[:FIRST].tolist()
     assert sorted(policy.timesteps.tolist()) == sorted(reference.timesteps.tolist())
     assert torch.equal(source.mean, diffusers_mean(ddim(), 10, FIRST + index, latents, eta=1.0))
     assert source.std == stds(policy_scheduler(ddim(), eta=1.0), 10)[FIRST + index]
