@@ -15,6 +15,7 @@ import math
 from typing import Any, Literal
 
 import torch
+from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
 from ddpo_trl.schedulers.policy import PolicyScheduler
@@ -160,6 +161,27 @@ class FlowMatchPolicyScheduler(PolicyScheduler):
         velocity = -model_output if self._is_inverted else model_output
         mean = cps_mean if self.sde_type == "cps" else sde_mean
         return mean(latents, velocity, sigma, next_sigma, std), std
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: Any,
+        sample: Tensor,
+        generator: Any = None,
+        per_token_timesteps: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> SchedulerOutput | tuple[Tensor, ...]:
+        """
+        As [`PolicyScheduler.step`].
+
+        Args:
+            per_token_timesteps (`torch.Tensor`, *optional*):
+                If given, the model output is the negative velocity, as in diffusers' schedulers. All tokens
+                make the step of `timestep`; those with an earlier one are conditions, which the pipeline puts back.
+        """
+        if per_token_timesteps is not None:
+            model_output = -model_output
+        return super().step(model_output, timestep, sample, generator, return_dict)
 
     @property
     def _is_inverted(self) -> bool:

@@ -133,7 +133,7 @@ class PolicyScheduler(ABC):
 
     def step(
         self, model_output: Tensor, timestep: Any, sample: Tensor, generator: Any = None, return_dict: bool = True
-    ) -> SchedulerOutput | tuple[Tensor]:
+    ) -> SchedulerOutput | tuple[Tensor, ...]:
         """
         The next latents of the current step.
 
