@@ -123,6 +123,7 @@ class FlowMatchPolicyScheduler(PolicyScheduler):
     config: Any
     sigmas: Tensor
     _sigmas: list[float]
+    _timesteps_are_sigmas: bool
 
     def begin_schedule(self) -> None:
         sigmas = self.sigmas.tolist()
@@ -133,6 +134,8 @@ class FlowMatchPolicyScheduler(PolicyScheduler):
                 "out of its config; a model that was trained on EDM's noise levels can't be a flow matching policy."
             )
         self._sigmas = [1 - sigma for sigma in sigmas] if self._is_inverted else sigmas
+        in_timesteps = self.sigmas[:-1] * self.config.num_train_timesteps
+        self._timesteps_are_sigmas = torch.allclose(self.timesteps.float(), in_timesteps, atol=1e-2)
         super().begin_schedule()
         # Some pipelines read them by their position in the loop.
         self.sigmas = torch.cat([self._source.schedule(self.sigmas[:-1], self._skipped), self.sigmas[-1:]])
@@ -180,6 +183,12 @@ class FlowMatchPolicyScheduler(PolicyScheduler):
                 make the step of `timestep`; those with an earlier one are conditions, which the pipeline puts back.
         """
         if per_token_timesteps is not None:
+            if not self._timesteps_are_sigmas:
+                raise ValueError(
+                    "The pipeline steps by the timesteps of its tokens, but those of pipeline.scheduler are not its "
+                    "sigmas. Set pipeline.scheduler to one without shift_terminal, use_dynamic_shifting and a shift: "
+                    "`FlowMatchEulerDiscreteScheduler()`."
+                )
             model_output = -model_output
         return super().step(model_output, timestep, sample, generator, return_dict)
 
