@@ -4,6 +4,7 @@ Against diffusers' own DDIM step, `torch.distributions` and the formulas of the 
 """
 
 import contextlib
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,6 +34,7 @@ from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
 from torch import Tensor
 from torch.distributions import Normal
 
+from ddpo_trl.gaussian import log_prob
 from ddpo_trl.schedulers import ActionSource, Replay, Sampling, StepReplayed, policy_scheduler
 from ddpo_trl.schedulers.convert import VARIANCE_PRESERVING_SCHEDULERS
 
@@ -166,8 +168,13 @@ def test_the_pipeline_gets_the_form_of_answer_it_asks_for():
     policy_again: Any = policy_scheduler(ddim(), eta=1.0)
     with policy_again.acting(Sampling(generators(2), record=(), reduction="mean")):
         policy_again.set_timesteps(5)
-        (latents,) = policy_again.step(draw(SHAPE), policy.timesteps[0], draw(SHAPE, 1), return_dict=False)
+        latents, predicted = policy_again.step(draw(SHAPE), policy.timesteps[0], draw(SHAPE, 1), return_dict=False)
     assert torch.equal(output.prev_sample, latents)
+    reference = ddim()
+    reference.set_timesteps(5)
+    expected = reference.step(draw(SHAPE), int(reference.timesteps[0]), draw(SHAPE, 1)).pred_original_sample
+    assert torch.equal(predicted, expected)  # some pipelines decode it after the last step
+    assert torch.equal(output.pred_original_sample, expected)
 
 
 # ---- The standard deviation ----
@@ -492,7 +499,6 @@ def test_replay_finds_its_step_behind_those_that_the_pipeline_leaves_out(index):
     reference = ddim()
     reference.set_timesteps(10)
     assert policy.timesteps[FIRST] == reference.timesteps[FIRST + index]
-    assert policy.timesteps[:FIRST].tolist() == reference.timesteps[:FIRST].tolist()
     assert sorted(policy.timesteps.tolist()) == sorted(reference.timesteps.tolist())
     assert torch.equal(source.mean, diffusers_mean(ddim(), 10, FIRST + index, latents, eta=1.0))
     assert source.std == stds(policy_scheduler(ddim(), eta=1.0), 10)[FIRST + index]
@@ -600,12 +606,6 @@ def test_cogvideox_steps_are_diffusers_own_ddim_steps_without_noise(scheduler_cl
             id="DPM-Solver++",
         ),
         pytest.param(DDPMScheduler(clip_sample=False), DDIMScheduler(clip_sample=False), id="DDPM"),
-        pytest.param(LCMScheduler(), DDIMScheduler(**BETAS, clip_sample=False), id="LCM, whose betas are not DDIM's"),
-        pytest.param(
-            TCDScheduler(set_alpha_to_one=False, steps_offset=1, prediction_type="v_prediction"),
-            DDIMScheduler(**STABLE_DIFFUSION, prediction_type="v_prediction"),
-            id="TCD",
-        ),
         pytest.param(
             SASolverScheduler(), DDIMScheduler(clip_sample=False, timestep_spacing="linspace"), id="SA-Solver"
         ),
@@ -617,6 +617,74 @@ def test_schedulers_of_the_same_diffusion_become_the_same_policy(scheduler, same
     trajectory = sample(policy, 10, draw(SHAPE), Sampling(generators(2), (), "mean"))
     expected = diffusers_sample(same_as, 10, draw(SHAPE), eta=0.0)
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(trajectory, expected, strict=True))
+
+
+@pytest.mark.parametrize("scheduler_class", [LCMScheduler, TCDScheduler])
+def test_a_distilled_model_runs_on_the_timesteps_that_it_was_distilled_for(scheduler_class):
+    policy: Any = policy_scheduler(scheduler_class(), eta=0.0)
+    alphas = alphas_cumprod()
+    latents = draw(SHAPE).double()
+    trajectory = sample(policy, 4, draw(SHAPE), Sampling(generators(2), (), "mean"))
+    assert policy.timesteps.tolist() == [999, 759, 499, 259]
+    for step, (t, t_next) in enumerate([(999, 759), (759, 499), (499, 259), (259, None)]):
+        noise = denoiser(latents, t)
+        signal = (latents - np.sqrt(1 - alphas[t]) * noise) / np.sqrt(alphas[t])
+        latents = signal if t_next is None else np.sqrt(alphas[t_next]) * signal + np.sqrt(1 - alphas[t_next]) * noise
+        torch.testing.assert_close(trajectory[step].double(), latents, rtol=1e-4, atol=1e-4)
+
+
+def test_the_schedule_of_a_distilled_model_takes_its_own_arguments():
+    policy: Any = policy_scheduler(LCMScheduler(), eta=1.0)
+    reference = LCMScheduler()
+    reference.set_timesteps(4, original_inference_steps=20)
+    with policy.acting(Replay(0)):
+        policy.set_timesteps(4, original_inference_steps=20)
+    assert policy.timesteps.tolist() == reference.timesteps.tolist()
+
+
+@pytest.mark.parametrize("first", [0, 4])
+def test_a_pipeline_that_slices_the_schedule_and_does_not_say_so_gets_the_coefficients_of_its_steps(first):
+    told: Any = policy_scheduler(ddim(), eta=1.0)
+    silent: Any = policy_scheduler(ddim(), eta=1.0)
+    silent.set_begin_index = lambda _: None
+    expected = sample(told, 10, draw(SHAPE), Sampling(generators(2), (), "mean"), first)
+    source = Sampling(generators(2), (2,), "mean")
+    trajectory = sample(silent, 10, draw(SHAPE), source, first)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(trajectory, expected, strict=True))
+    assert silent.stds == told.stds
+    replayed = replay(silent, 10, 2, source.steps[2].latents, first)
+    assert torch.equal(log_prob(source.steps[2].next_latents, replayed.mean, replayed.std), source.steps[2].log_probs)
+
+
+def test_a_timestep_that_is_a_copy_is_found_by_its_value_and_an_unknown_one_is_refused():
+    policy: Any = policy_scheduler(ddim(), eta=1.0)
+    with policy.acting(Sampling(generators(2), (), "mean")):
+        policy.set_timesteps(10)
+        expected = diffusers_mean(ddim(), 10, 3, draw(SHAPE), eta=1.0)
+        observed = Replay(0)
+        policy.source = observed
+        with pytest.raises(StepReplayed):
+            policy.step(denoiser(draw(SHAPE), 601), policy.timesteps[3].clone(), draw(SHAPE))
+        assert torch.equal(observed.mean, expected)
+        with pytest.raises(ValueError, match=r"timestep 650, .* not in the schedule"):
+            policy.step(draw(SHAPE), 650, draw(SHAPE))
+
+
+def test_a_pipeline_that_copies_its_scheduler_is_refused():
+    policy: Any = policy_scheduler(ddim(), eta=1.0)
+    copy.deepcopy(policy)
+    with policy.acting(Sampling(generators(2), (), "mean")), pytest.raises(ValueError, match="copies its scheduler"):
+        copy.deepcopy(policy)
+
+
+def test_a_pipeline_that_starts_a_second_schedule_is_refused():
+    policy: Any = policy_scheduler(ddim(), eta=1.0)
+    with policy.acting(Sampling(generators(2), (), "mean")):
+        policy.set_timesteps(10)
+        policy.set_timesteps(10)
+        policy.step(draw(SHAPE), policy.timesteps[0], draw(SHAPE))
+        with pytest.raises(ValueError, match="another schedule in the same __call__, after 1 steps"):
+            policy.set_timesteps(10)
 
 
 @pytest.mark.parametrize("scheduler_class", VARIANCE_PRESERVING_SCHEDULERS)

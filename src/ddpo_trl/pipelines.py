@@ -14,7 +14,7 @@ from torch import nn
 from ddpo_trl.config import OWN_PIPELINE_ARGUMENTS, DDPOConfig
 from ddpo_trl.encoding import PER_SAMPLE_PREFIXES, PromptEncoder, text_encoders
 from ddpo_trl.lora import denoiser_name
-from ddpo_trl.schedulers import PolicyScheduler, Replay
+from ddpo_trl.schedulers import PolicyScheduler
 
 
 # Without these arguments of `__call__` there is nothing to ask for an image.
@@ -211,10 +211,7 @@ def starting_from_state(prepare_latents: Callable[..., Any], scheduler: PolicySc
         with torch.no_grad():
             prepared = prepare_latents(*args, **kwargs)
         latents, *others = prepared if isinstance(prepared, tuple) else (prepared,)
-        if isinstance(scheduler.source, Replay) and scheduler.source.state is not None:
-            latents = scheduler.source.state
-        # Recorded states are contiguous, an encoded image is not, and with other strides kernels round differently.
-        latents = latents.contiguous()
+        latents = scheduler.first_latents(latents)
         return (latents, *others) if isinstance(prepared, tuple) else latents
 
     return prepare

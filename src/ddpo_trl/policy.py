@@ -21,7 +21,16 @@ from ddpo_trl.pipelines import call_with_grad, check_call, policy_copy, quiet_co
 from ddpo_trl.plan import steps_in_range
 from ddpo_trl.processes import is_sharded
 from ddpo_trl.sample_gradients import SampleGradients, TrainedLayer
-from ddpo_trl.schedulers import BeforeSteps, DifferentiatedSampling, Replay, Sampling, StepReplayed, policy_scheduler
+from ddpo_trl.schedulers import (
+    BeforeSteps,
+    DifferentiatedSampling,
+    Numbered,
+    Replay,
+    Sampling,
+    StepReplayed,
+    learn_layout,
+    policy_scheduler,
+)
 from ddpo_trl.types import Conditions, Context, Gradients, SampledBatch, Step, steps_to
 
 
@@ -155,17 +164,30 @@ class Policy(nn.Module):
             [`Survey`]
 
         Raises:
-            `ValueError`: If a step that gets noise can't hold so much.
+            `ValueError`: If a step that gets noise can't hold so much, or no state can be handed to the pipeline.
         """
-        with torch.no_grad():
-            latents = self._visit(self.policy_pipeline, Replay(0), context).latents
-        assert latents is not None, "_visit raises if no step was run"
+        latents = self._first_state(context)
         steps = len(self.scheduler.stds)
         windowed = self.settings.sde_window_size is not None
         self.scheduler.check_noise(steps_in_range(self.settings, steps) if windowed else range(steps))
         encoder = vars(self.policy_pipeline).get("encode_prompt")
         embedding_bytes = 0 if encoder is None else encoder.largest
-        return Survey(self.scheduler.stds, latents[0].nbytes, embedding_bytes)
+        return Survey(self.scheduler.stds, latents.nbytes // len(context), embedding_bytes)
+
+    @torch.no_grad()
+    def _first_state(self, context: Context) -> Tensor:
+        """The state of the first step; and the scheduler knows afterwards where it comes from."""
+        first = self._visit(self.policy_pipeline, Replay(0), context).latents
+        assert first is not None, "_visit raises if no step was run"
+        if self.scheduler.layout is None:
+            visits = [Numbered(place=0)]
+            self._visit(self.policy_pipeline, visits[0], context)
+            visits += [Numbered(place) for place in range(1, visits[0].places)]
+            for visit in visits[1:]:
+                self._visit(self.policy_pipeline, visit, context)
+            digits = [visit.latents for visit in visits if visit.latents is not None]
+            self.scheduler.layout = learn_layout(len(context), visits[0].elements, first, digits)
+        return first
 
     @torch.no_grad()
     def encode(self, contexts: Iterable[Context], device: torch.device) -> None:
@@ -385,6 +407,8 @@ class Policy(nn.Module):
             with_reference (`bool`, *optional*, defaults to `False`):
                 Whether to take the KL divergence to the reference policy too, at the cost of one more forward pass.
         """
+        if self.scheduler.layout is None:
+            self._first_state(context)
         kl = None
         if with_reference:  # first, so that no graph is held meanwhile
             with torch.no_grad(), self._reference() as pipeline:

@@ -12,23 +12,31 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import (
+    CogVideoXDDIMScheduler,
+    DDIMScheduler,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    LCMScheduler,
+    SchedulerMixin,
+)
 from peft import PeftModel
 from torch import Tensor
 
 from conformance.image_pipelines import IMAGE_CASES, Case
+from conformance.more_pipelines import MORE_CASES
 from conformance.newer_pipelines import NEWER_CASES
 from ddpo_trl import DDPOConfig, DDPOTrainer, check_pipeline
 from ddpo_trl.encoding import text_encoders
 from ddpo_trl.lora import ADAPTER_NAME, denoiser_name, has_lora_loader, put_on_adapter, save_adapter
 from ddpo_trl.one_pass import layers_of_samples, policy_gradient
-from ddpo_trl.policy import Policy
+from ddpo_trl.policy import Policy, seeded
 from ddpo_trl.sample_gradients import trained_weights
 from ddpo_trl.schedulers import Sampling
 from ddpo_trl.types import Context
 
 
-CASES = (*IMAGE_CASES, *NEWER_CASES)
+CASES = (*IMAGE_CASES, *NEWER_CASES, *MORE_CASES)
 PROMPTS = ["a cat", "two dogs"]  # of different length
 STEPS = 4
 NOT_APPLICABLE = "does not apply"
@@ -221,6 +229,67 @@ def cached_prompts_are_the_pipelines_own(case: Case) -> str | None:
     return None
 
 
+def without_noise_it_is_the_own_sampler(case: Case) -> str | None:
+    """Without noise, images are those of the pipeline's own DDIM or Euler sampler, within rounding."""
+    policy = make_policy(case)
+    if isinstance(policy.pipeline.scheduler, LCMScheduler):
+        return f"{NOT_APPLICABLE}: the pipeline's own sampler can't be run without noise"
+    samples = context(policy, case)
+    ours = policy.sample(samples, stochastic=()).images
+    plain = with_scheduler(policy.pipeline, own_sampler(policy.pipeline.scheduler))
+    theirs = policy._run_to_images(plain, samples, seeded(samples))
+    assert (ours - theirs).abs().max() < ROUNDING  # not 0: CogVideoX's computes in float64
+    return None
+
+
+def with_scheduler(pipeline: Any, scheduler: SchedulerMixin) -> Any:
+    """A shallow copy, its parts included, that steps with another scheduler."""
+    twin = copy.copy(pipeline)
+    for name, part in vars(pipeline).items():
+        if isinstance(part, DiffusionPipeline) and part.scheduler is pipeline.scheduler:
+            vars(twin)[name] = with_scheduler(part, scheduler)
+    twin.scheduler = scheduler
+    return twin
+
+
+def own_sampler(scheduler: Any) -> SchedulerMixin:
+    """The deterministic sampler of first order with a scheduler's settings."""
+    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler | DDIMScheduler | CogVideoXDDIMScheduler):
+        return scheduler
+    settings = {name: value for name, value in scheduler.config.items() if name != "_use_default_values"}
+    if scheduler.config.get("use_flow_sigmas", False):
+        return type("Euler", (EulersStep, type(scheduler)), {}).from_config(settings)
+    return NoiseOnlyDDIM.from_config({**settings, "clip_sample": False})
+
+
+class EulersStep:
+    """x + (σ' - σ) v over the sigmas of another solver, found by the timestep."""
+
+    def step(self: Any, velocity: Tensor, timestep: Tensor, latents: Tensor, **_: Any) -> tuple[Tensor]:
+        index = self.timesteps.tolist().index(timestep.item())
+        return (latents + (self.sigmas[index + 1] - self.sigmas[index]) * velocity,)
+
+
+class NoiseOnlyDDIM(DDIMScheduler):
+    """Diffusers' DDIM, for a model that predicts the variance as well."""
+
+    def step(self, model_output: Tensor, timestep: Any, sample: Tensor, **kwargs: Any) -> Any:
+        return super().step(model_output[:, : sample.shape[1]], timestep, sample, **kwargs)
+
+
+def equal_prompts_are_samples_of_their_own(case: Case) -> None:
+    """The same prompt twice, with different seeds, gives the images that the pipeline makes of it without a cache."""
+    policy = make_policy(case)
+    prompts = PROMPTS[:1] * 2
+    samples = policy.context(prompts, metadata(case), seeds=[1, 2])
+    ours = policy.sample(samples, stochastic=()).images
+    plain = with_scheduler(policy.pipeline, policy.scheduler)
+    vars(plain).pop("encode_prompt", None)
+    with policy.scheduler.acting(Sampling([], record=(), reduction="mean", stochastic=())):
+        theirs = policy._run_to_images(plain, samples, seeded(samples))
+    assert (ours - theirs).abs().max() < ROUNDING
+
+
 def prompts_are_encoded_once(case: Case) -> str | None:
     """Sampling the same prompts again, and replay, run no text encoder."""
     policy = make_policy(case)
@@ -297,6 +366,8 @@ CHECKS: dict[str, Callable[[Case], str | None]] = {
     "one round": a_round_changes_the_adapter,
     "save, reload": saved_adapter_is_reloaded,
     "encoded once": prompts_are_encoded_once,
+    "own sampler": without_noise_it_is_the_own_sampler,
+    "equal prompts": equal_prompts_are_samples_of_their_own,
     "cache": cached_prompts_are_the_pipelines_own,
     "one pass": one_pass_is_exact,
     "doctor": the_doctor_agrees,

@@ -5,11 +5,13 @@ from ddpo_trl.schedulers.actions import (
     BeforeSteps,
     DifferentiatedSampling,
     NoGradient,
+    Numbered,
     Replay,
     Sampling,
     StepReplayed,
 )
 from ddpo_trl.schedulers.convert import policy_scheduler
+from ddpo_trl.schedulers.layout import learn_layout
 from ddpo_trl.schedulers.policy import PolicyScheduler
 
 
@@ -18,9 +20,11 @@ __all__ = [
     "BeforeSteps",
     "DifferentiatedSampling",
     "NoGradient",
+    "Numbered",
     "PolicyScheduler",
     "Replay",
     "Sampling",
     "StepReplayed",
+    "learn_layout",
     "policy_scheduler",
 ]

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ddpo_trl.finite import finite_rows
 from ddpo_trl.gaussian import Reduction, log_prob
+from ddpo_trl.schedulers.layout import StateLayout, numbered
 from ddpo_trl.types import Step
 
 
@@ -24,6 +25,17 @@ class NoGradient(RuntimeError):
 class ActionSource(ABC):
     """Where the action x_{t-1} of a step comes from. Steps are counted from the first that the pipeline runs."""
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
+        """Raises a `ValueError`: pipelines copy their scheduler to step something else with it."""
+        raise ValueError(
+            "The pipeline copies its scheduler within its __call__, to denoise a second trajectory with it (the audio "
+            "of a video, the views of a panorama). A policy has one trajectory: what the copy steps would be neither "
+            "recorded nor replayed. Use a pipeline of the same model that steps a single trajectory."
+        )
+
+    def begin(self) -> None:  # noqa: B027 (nothing, as a rule)
+        """The pipeline starts a schedule."""
+
     @abstractmethod
     def schedule(self, timesteps: Tensor, skipped: int) -> Tensor:
         """
@@ -35,6 +47,23 @@ class ActionSource(ABC):
             skipped (`int`):
                 How many of them the pipeline leaves out at the start (image-to-image with a strength below 1).
         """
+
+    def first_latents(self, prepared: Tensor, layout: StateLayout) -> Tensor:
+        """
+        What the pipeline gets for its first latents.
+
+        Args:
+            prepared (`torch.Tensor`):
+                What its `prepare_latents` returned.
+            layout ([`~ddpo_trl.schedulers.layout.StateLayout`]):
+                Where the state is in it.
+        """
+        return prepared
+
+    @property
+    def batch_size(self) -> int | None:
+        """Number of samples, `None` if it is that of the latents' rows."""
+        return None
 
     @abstractmethod
     def index(self, visits: int) -> int:
@@ -98,8 +127,20 @@ class Sampling(ActionSource):
         self.steps_run = 0
         self.finite_steps: Tensor | None = None
 
+    def begin(self) -> None:
+        if self.steps_run:
+            raise ValueError(
+                f"The pipeline starts another schedule in the same __call__, after {self.steps_run} steps (a video in "
+                "several sections, or in stages). A policy has one trajectory, whose steps are trained on by their "
+                "index. Have it run once: give it fewer frames, or switch further stages off in pipeline_kwargs."
+            )
+
     def schedule(self, timesteps: Tensor, skipped: int) -> Tensor:
         return timesteps if self.max_steps is None else timesteps[: skipped + self.max_steps]
+
+    @property
+    def batch_size(self) -> int | None:
+        return len(self.generators) or None
 
     def index(self, visits: int) -> int:
         return visits
@@ -200,8 +241,16 @@ class Replay(ActionSource):
         self.std: float
 
     def schedule(self, timesteps: Tensor, skipped: int) -> Tensor:
-        # As many as ever, because some pipelines count them; only the first one is going to be run.
-        return torch.cat([timesteps[:skipped], timesteps[skipped:].roll(-self.step)])
+        # As many as ever, because some pipelines count them; only the first one that is not skipped is going to be
+        # run, wherever that is: pipelines may slice the schedule and not say so.
+        return timesteps.roll(-self.step)
+
+    def first_latents(self, prepared: Tensor, layout: StateLayout) -> Tensor:
+        return prepared if self.state is None else layout.put(prepared, self.state)
+
+    @property
+    def batch_size(self) -> int | None:
+        return None if self.state is None else len(self.state)
 
     def index(self, visits: int) -> int:
         return self.step
@@ -212,6 +261,27 @@ class Replay(ActionSource):
     def next_latents(self, index: int, latents: Tensor, mean: Tensor, std: float) -> Tensor:
         self.latents, self.mean, self.std = latents, mean, std
         raise StepReplayed
+
+
+class Numbered(Replay):
+    """
+    Runs the first step with numbers for latents, to see where they arrive.
+
+    Args:
+        place (`int`):
+            The digit that they stand for, see [`~ddpo_trl.schedulers.layout.numbered`].
+    """
+
+    def __init__(self, place: int):
+        super().__init__(step=0)
+        self.place = place
+        self.places = 1
+        self.elements = 0
+
+    def first_latents(self, prepared: Tensor, layout: StateLayout) -> Tensor:
+        digits = list(numbered(prepared))
+        self.places, self.elements = len(digits), prepared.numel()
+        return digits[self.place]
 
 
 class BeforeSteps(Replay):

@@ -30,7 +30,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
-from ddpo_trl.schedulers.ddim import DDIMPolicyScheduler
+from ddpo_trl.schedulers.ddim import ddim_policy_class
 from ddpo_trl.schedulers.flow_match import SdeType, flow_match_policy_class
 from ddpo_trl.schedulers.policy import PolicyScheduler
 
@@ -58,6 +58,8 @@ VARIANCE_PRESERVING_SCHEDULERS = (
     TCDScheduler,
     UniPCMultistepScheduler,
 )
+# Their models are distilled for their own timesteps.
+DISTILLED_SCHEDULERS = (LCMScheduler, TCDScheduler)
 DDIM_BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 
@@ -172,7 +174,8 @@ def ddim_policy(scheduler: SchedulerMixin, eta: float) -> PolicyScheduler:
     settings.pop("snr_shift_scale", None)  # CogVideoX's, which is in its ᾱ_t
     if settings["beta_schedule"] not in DDIM_BETA_SCHEDULES:  # its ᾱ_t are taken over all the same
         settings["beta_schedule"] = "linear"
-    policy = DDIMPolicyScheduler.from_config(settings, clip_sample=False)
+    policy_class = ddim_policy_class(type(scheduler) if isinstance(scheduler, DISTILLED_SCHEDULERS) else DDIMScheduler)
+    policy = policy_class.from_config(settings, clip_sample=False)
     policy.eta = eta
     policy.alphas_cumprod = scheduler.alphas_cumprod
     if not policy.config.set_alpha_to_one:

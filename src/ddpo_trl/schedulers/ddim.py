@@ -1,11 +1,13 @@
 """DDIM with η > 0: the policy of every variance-preserving diffusion."""
 
 import functools
+import inspect
 import math
 from dataclasses import dataclass
+from typing import Any, NoReturn
 
-import torch
 from diffusers import DDIMScheduler
+from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from torch import Tensor
 
 from ddpo_trl.schedulers.policy import PolicyScheduler
@@ -37,11 +39,12 @@ class DDIMCoefficients:
     largest_eta: float
 
 
-class DDIMPolicyScheduler(PolicyScheduler, DDIMScheduler):
+class DDIMPolicyScheduler(PolicyScheduler):
     """
     DDIM with η > 0 as a policy, for every variance-preserving diffusion: epsilon, v and sample prediction.
 
-    Build it with [`~ddpo_trl.schedulers.policy_scheduler`], which checks the config.
+    Build it with [`~ddpo_trl.schedulers.policy_scheduler`], which checks the config; concrete classes come from
+    [`ddim_policy_class`].
 
     Attributes:
         eta (`float`):
@@ -49,23 +52,30 @@ class DDIMPolicyScheduler(PolicyScheduler, DDIMScheduler):
     """
 
     eta = 1.0
+    config: Any
+    alphas_cumprod: Tensor
+    final_alpha_cumprod: Tensor
+    num_inference_steps: int
 
-    @functools.wraps(DDIMScheduler.set_timesteps)  # pipelines read its signature
-    def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
-        super().set_timesteps(num_inference_steps, device="cpu")
-        key = num_inference_steps, self.eta
+    def begin_schedule(self) -> None:
+        timesteps = self.timesteps.tolist()
+        key = self.num_inference_steps, self.eta, *timesteps
         if key not in self._known_coefficients:  # every replay comes through here
-            stride = self.config.num_train_timesteps // num_inference_steps
             self._known_coefficients[key] = [
-                {noisy: self._coefficients_at(t, t - stride, self.eta * noisy) for noisy in (False, True)}
-                for t in self.timesteps.tolist()
+                {noisy: self._coefficients_at(*step, self.eta * noisy) for noisy in (False, True)}
+                for step in zip(timesteps, self._next_timesteps(timesteps), strict=True)
             ]
         self._coefficients = self._known_coefficients[key]
-        self.begin_schedule()
-        self.timesteps = self.timesteps.to(device)
+        super().begin_schedule()
+
+    def _next_timesteps(self, timesteps: list[int]) -> list[int]:
+        if not isinstance(self, DDIMScheduler):  # a distilled model's own
+            return [*timesteps[1:], -1]
+        stride = self.config.num_train_timesteps // self.num_inference_steps
+        return [timestep - stride for timestep in timesteps]  # in diffusers' DDIM, whatever the spacing is
 
     @functools.cached_property
-    def _known_coefficients(self) -> dict[tuple[int, float], list[dict[bool, DDIMCoefficients]]]:
+    def _known_coefficients(self) -> dict[tuple[float, ...], list[dict[bool, DDIMCoefficients]]]:
         return {}
 
     def std(self, index: int) -> float:
@@ -80,19 +90,39 @@ class DDIMPolicyScheduler(PolicyScheduler, DDIMScheduler):
 
     def transition(self, model_output: Tensor, index: int, latents: Tensor, stochastic: bool) -> tuple[Tensor, float]:
         c = self._coefficients[index][stochastic]
+        predicted_original, predicted_noise = self._prediction(model_output, latents, c)
+        return c.next_signal * predicted_original + c.direction * predicted_noise, c.std
+
+    def step(
+        self, model_output: Tensor, timestep: Any, sample: Tensor, generator: Any = None, return_dict: bool = True
+    ) -> DDIMSchedulerOutput | tuple[Tensor, Tensor]:
+        """The next latents, and the image predicted in this step: some pipelines decode it after the last one."""
+        (next_latents,) = super().step(model_output, timestep, sample, generator, return_dict=False)
+        c = self._coefficients[self._skipped + self._visits - 1][False]
+        predicted = self._prediction(model_output.detach().float(), sample.float(), c)[0].to(sample.dtype)
+        if return_dict:
+            return DDIMSchedulerOutput(prev_sample=next_latents, pred_original_sample=predicted)
+        return next_latents, predicted
+
+    def _prediction(self, model_output: Tensor, latents: Tensor, c: DDIMCoefficients) -> tuple[Tensor, Tensor]:
+        """x_0 and the noise in x_t, as the model predicts them."""
         if model_output.shape[1] == 2 * latents.shape[1]:  # a learned variance too, which DDIM does not use
             model_output = model_output.chunk(2, dim=1)[0]
         match self.config.prediction_type:
             case "epsilon":
-                predicted_noise = model_output
-                predicted_original = (latents - c.noise * model_output) / c.signal
+                return (latents - c.noise * model_output) / c.signal, model_output
             case "v_prediction":
-                predicted_noise = c.signal * model_output + c.noise * latents
-                predicted_original = c.signal * latents - c.noise * model_output
-            case "sample":
-                predicted_noise = (latents - c.signal * model_output) / c.noise
-                predicted_original = model_output
-        return c.next_signal * predicted_original + c.direction * predicted_noise, c.std
+                return c.signal * latents - c.noise * model_output, c.signal * model_output + c.noise * latents
+            case _:
+                return model_output, (latents - c.signal * model_output) / c.noise
+
+    @property
+    def sigmas(self) -> NoReturn:
+        """Raises a `ValueError`: the state of a policy is not scaled as the states of schedulers with `sigmas` are."""
+        raise ValueError(
+            "The pipeline computes with the noise levels of its scheduler (`scheduler.sigmas`), as models with EDM's "
+            "preconditioning do. It can't be a policy of the DDIM family, whose states have another scale."
+        )
 
     def _coefficients_at(self, timestep: int, next_timestep: int, eta: float) -> DDIMCoefficients:
         # float32 tensors up to the last line, in diffusers' order: η = 0 then is DDIMScheduler.step to the bit.
@@ -110,3 +140,28 @@ class DDIMPolicyScheduler(PolicyScheduler, DDIMScheduler):
             std=float(std),
             largest_eta=math.sqrt((1 - float(alpha)) / drawn) if drawn > 0 else math.inf,
         )
+
+
+@functools.cache
+def ddim_policy_class(base: Any) -> Any:
+    """
+    The policy scheduler class over the timesteps of `base`: DDIM's, or those that a model was distilled for.
+
+    A class and not a wrapper, because pipelines ask for their scheduler's type, config and signatures.
+    """
+    signature = inspect.signature(base.set_timesteps)
+
+    @functools.wraps(base.set_timesteps)  # pipelines read its signature
+    def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> None:
+        arguments = signature.bind(self, *args, **kwargs)
+        device = arguments.arguments.get("device")
+        arguments.arguments["device"] = "cpu"  # timesteps are read as numbers: a GPU would have to wait
+        base.set_timesteps(*arguments.args, **arguments.kwargs)
+        self.begin_schedule()
+        self.timesteps = self.timesteps.to(device)
+
+    return type(
+        f"{base.__name__.removesuffix('Scheduler')}PolicyScheduler",
+        (DDIMPolicyScheduler, base),
+        {"__doc__": DDIMPolicyScheduler.__doc__, "set_timesteps": set_timesteps},
+    )

@@ -15,6 +15,7 @@ import math
 from typing import Any, Literal
 
 import torch
+from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
 from ddpo_trl.schedulers.policy import PolicyScheduler
@@ -122,6 +123,7 @@ class FlowMatchPolicyScheduler(PolicyScheduler):
     config: Any
     sigmas: Tensor
     _sigmas: list[float]
+    _timesteps_are_sigmas: bool
 
     def begin_schedule(self) -> None:
         sigmas = self.sigmas.tolist()
@@ -132,6 +134,8 @@ class FlowMatchPolicyScheduler(PolicyScheduler):
                 "out of its config; a model that was trained on EDM's noise levels can't be a flow matching policy."
             )
         self._sigmas = [1 - sigma for sigma in sigmas] if self._is_inverted else sigmas
+        in_timesteps = self.sigmas[:-1] * self.config.num_train_timesteps
+        self._timesteps_are_sigmas = torch.allclose(self.timesteps.float(), in_timesteps, atol=1e-2)
         super().begin_schedule()
         # Some pipelines read them by their position in the loop.
         self.sigmas = torch.cat([self._source.schedule(self.sigmas[:-1], self._skipped), self.sigmas[-1:]])
@@ -160,6 +164,33 @@ class FlowMatchPolicyScheduler(PolicyScheduler):
         velocity = -model_output if self._is_inverted else model_output
         mean = cps_mean if self.sde_type == "cps" else sde_mean
         return mean(latents, velocity, sigma, next_sigma, std), std
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: Any,
+        sample: Tensor,
+        generator: Any = None,
+        per_token_timesteps: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> SchedulerOutput | tuple[Tensor, ...]:
+        """
+        As [`PolicyScheduler.step`].
+
+        Args:
+            per_token_timesteps (`torch.Tensor`, *optional*):
+                If given, the model output is the negative velocity, as in diffusers' schedulers. All tokens
+                make the step of `timestep`; those with an earlier one are conditions, which the pipeline puts back.
+        """
+        if per_token_timesteps is not None:
+            if not self._timesteps_are_sigmas:
+                raise ValueError(
+                    "The pipeline steps by the timesteps of its tokens, but those of pipeline.scheduler are not its "
+                    "sigmas. Set pipeline.scheduler to one without shift_terminal, use_dynamic_shifting and a shift: "
+                    "`FlowMatchEulerDiscreteScheduler()`."
+                )
+            model_output = -model_output
+        return super().step(model_output, timestep, sample, generator, return_dict)
 
     @property
     def _is_inverted(self) -> bool:

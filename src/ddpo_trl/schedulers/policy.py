@@ -14,6 +14,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
 from ddpo_trl.schedulers.actions import ActionSource
+from ddpo_trl.schedulers.layout import WHOLE, StateLayout, is_whole
 
 
 class PolicyScheduler(ABC):
@@ -29,11 +30,17 @@ class PolicyScheduler(ABC):
         stds (`list[float]`):
             Standard deviation of each step of the last schedule, if all get noise. It is known as soon as a pipeline
             has run a step, because pipelines choose timesteps by image size and strength.
+        layout (`StateLayout`, *optional*):
+            Where the state is in what `prepare_latents` returns, as soon as it is known.
     """
 
     source: ActionSource | None = None
+    layout: StateLayout | None = None
+    _prepared: Tensor | None = None
     timesteps: Tensor
-    _begin_index: int | None = None  # diffusers' own name, which `scale_noise` of flow matching reads
+    # diffusers' own names, which `scale_noise` of flow matching reads
+    _begin_index: int | None = None
+    _step_index: int | None = None
     _skipped = 0
     _visits = 0
 
@@ -102,7 +109,16 @@ class PolicyScheduler(ABC):
         try:
             yield
         finally:
-            self.source = None
+            self.source = self._prepared = None
+
+    def first_latents(self, prepared: Tensor) -> Tensor:
+        """The latents with which the pipeline is to start, given those that its `prepare_latents` returned."""
+        latents = self._source.first_latents(prepared, self.layout or WHOLE)
+        # Recorded states are contiguous, an encoded image is not, and with other strides kernels round differently.
+        latents = latents.contiguous()
+        if self.layout is None:
+            self._prepared = latents
+        return latents
 
     def set_begin_index(self, begin_index: int = 0) -> None:
         """Pipelines that don't start from pure noise tell here how many steps they leave out."""
@@ -110,13 +126,14 @@ class PolicyScheduler(ABC):
 
     def begin_schedule(self) -> None:
         """What every `set_timesteps` ends with: the source chooses among the timesteps of the full schedule."""
-        self._begin_index = None
+        self._source.begin()
+        self._begin_index = self._step_index = None
         self._visits = 0
         self.timesteps = self._source.schedule(self.timesteps, self._skipped)
 
     def step(
         self, model_output: Tensor, timestep: Any, sample: Tensor, generator: Any = None, return_dict: bool = True
-    ) -> SchedulerOutput | tuple[Tensor]:
+    ) -> SchedulerOutput | tuple[Tensor, ...]:
         """
         The next latents of the current step.
 
@@ -124,7 +141,7 @@ class PolicyScheduler(ABC):
             model_output (`torch.Tensor` of shape `(B, ...)`):
                 The denoiser's (guided) prediction.
             timestep (`torch.Tensor` or `int`):
-                Not read: the scheduler counts its steps, so that no timestep is copied from a GPU.
+                Where the pipeline starts its loop, if it did not call `set_begin_index`. Later steps are counted.
             sample (`torch.Tensor` of shape `(B, ...)`):
                 x_t, in the dtype in which x_{t-1} is returned.
             generator (*optional*):
@@ -133,19 +150,65 @@ class PolicyScheduler(ABC):
                 Whether to return an output object or a tuple.
         """
         source = self._source
+        if self._visits == 0:
+            self._begin_loop(timestep, sample)
         index = source.index(self._visits)
         mean, std = self.transition(
             model_output.float(), self._skipped + index, sample.float(), source.is_stochastic(index)
         )
-        next_latents = source.next_latents(index, sample, mean, std)
+        rows = source.batch_size or len(sample)
+        action = source.next_latents(index, by_sample(sample, rows), by_sample(mean, rows), std)
+        next_latents = action.view(sample.shape)
         self._visits += 1
+        self._step_index = self._skipped + self._visits
         return SchedulerOutput(prev_sample=next_latents) if return_dict else (next_latents,)
+
+    def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
+        """Return the sample as it is: the states of a policy have the scale that the denoiser reads."""
+        return sample
+
+    def _begin_loop(self, timestep: Any, sample: Tensor) -> None:
+        """What the first step shows of the pipeline: how many it leaves out, and whether its latents are the state."""
+        if self._begin_index is None:
+            self._skipped = self._position(timestep)
+        if self._prepared is not None and is_whole(self._prepared, sample):
+            self.layout = WHOLE
+        self._prepared = None
+
+    def _position(self, timestep: Any) -> int:
+        """
+        Position of a timestep in the schedule that the pipeline sees.
+
+        Raises:
+            `ValueError`: If it is not part of the schedule.
+        """
+        if isinstance(timestep, Tensor) and shares_memory(timestep, self.timesteps):  # nothing is read from a GPU
+            return int(timestep.storage_offset() - self.timesteps.storage_offset())
+        positions = (self.timesteps == timestep).nonzero()
+        if len(positions) == 0:
+            raise ValueError(
+                f"The pipeline starts at timestep {float(timestep):g}, which is not in the schedule of its scheduler "
+                f"({', '.join(f'{each:g}' for each in self.timesteps.tolist())}): the coefficients of its steps are "
+                "unknown. Take timesteps, sigmas and the like out of pipeline_kwargs, or let the pipeline call "
+                "`scheduler.step` with its scheduler's timesteps."
+            )
+        return int(positions[0])
 
     @property
     def _source(self) -> ActionSource:
         if self.source is None:
             raise RuntimeError("A policy scheduler steps only within `acting(source)`.")
         return self.source
+
+
+def by_sample(tensor: Tensor, samples: int) -> Tensor:
+    """A tensor with one row for each sample, of one that may have a row for each frame of each sample."""
+    return tensor if len(tensor) == samples else tensor.reshape(samples, -1, *tensor.shape[1:])
+
+
+def shares_memory(view: Tensor, tensor: Tensor) -> bool:
+    """Whether a tensor is a view of another's memory."""
+    return view.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
 
 
 def rounded_down(value: float) -> float:
