@@ -38,6 +38,8 @@ class BatchCalls:
             The network that is trained.
         run (`Callable[[Context, Replay], Replay]`):
             Makes one call of the pipeline for all samples of a context, up to the step that is replayed.
+        is_plain (`bool`):
+            Whether calls without per-sample inputs hold texts and numbers only: a batch of them is taken for granted.
 
     Attributes:
         draws (`bool`):
@@ -46,11 +48,12 @@ class BatchCalls:
             Why every sample gets a call of its own; `None` while none does.
     """
 
-    def __init__(self, denoiser: ModelMixin, run: Callable[[Context, Replay], Replay]):
+    def __init__(self, denoiser: ModelMixin, run: Callable[[Context, Replay], Replay], is_plain: bool):
         self.denoiser = denoiser
         self.draws = False
         self.one_by_one_reason: str | None = None
         self._run = run
+        self._is_plain = is_plain
         self._together: bool | None = None  # whether a call makes several samples; `None` if not known yet
         self._bare: bool | None = None  # whether a call for one sample gets an input's value itself, without a list
 
@@ -118,37 +121,38 @@ class BatchCalls:
             self._bare = self.run_either_way(single, self._first_step)
 
     def _learn_together(self, context: Context, singles: list[Context]) -> None:
-        if context.inputs:
-            self._learn_single(singles[0])
-        reason = self._reason_for_one_by_one(context, singles)
-        self._together = reason is None
+        what = " and ".join(context.inputs) or "pipeline_kwargs"
+        if self._is_plain and not context.inputs:
+            self._first_step(context)
+            reason = None
+        else:
+            reason = self._reason_for_one_by_one(context, singles, what)
+        if self.draws:
+            reason = "it draws random numbers for all samples of a batch from torch's global generator"
+        self._together, self.one_by_one_reason = reason is None, reason
         if reason is not None:
-            self.one_by_one_reason = reason
             logger.warning(f"Every sample gets its own call of the pipeline: {reason}.")
 
-    def _reason_for_one_by_one(self, context: Context, singles: list[Context]) -> str | None:
+    def _reason_for_one_by_one(self, context: Context, singles: list[Context], what: str) -> str | None:
+        self._learn_single(singles[0])
+        alone = [self._first_step(single) for single in singles]
         try:
             batch = self._first_step(context)
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:
-            if not context.inputs:
-                raise
-            return f"it takes no list of {', '.join(context.inputs)} ({type(error).__name__}: {error})"
-        if self.draws:
-            return "it draws random numbers for all samples of a batch from torch's global generator"
-        if not context.inputs or batch.latents is None:
-            return None
-        alone = [self._first_step(single) for single in singles]
+        except Exception as error:  # a pipeline may refuse a batch in any way
+            return f"it takes no batch with {what} ({type(error).__name__}: {error})"
+        if batch.latents is None:
+            return None  # no step was run, which is told elsewhere
         if not is_batch_of(batch, alone, coarsest_precision(self.denoiser, batch.latents)):
-            return f"in a batch, it makes another sample from {', '.join(context.inputs)} than from each alone"
+            return f"in a batch it makes another sample from {what} than from each alone"
         copies = Context(
             prompts=context.prompts,
             seeds=context.seeds,
             inputs={name: [values[0]] * len(context) for name, values in context.inputs.items()},
         )
-        if not torch.equal(self._first_step(copies).mean[0], batch.mean[0]):
-            return f"in a batch, a sample changes with the {', '.join(context.inputs)} of the others"
+        if context.inputs and not torch.equal(self._first_step(copies).mean[0], batch.mean[0]):
+            return f"in a batch a sample changes with the {what} of the others"
         return None
 
     @torch.no_grad()
@@ -161,7 +165,7 @@ class BatchCalls:
                 hook.remove()
                 states = global_states(self.denoiser.device)
                 self.draws |= not all(map(torch.equal, states, before))
-                if not context.inputs:
+                if self._is_plain and not context.inputs:
                     raise StepReplayed
 
             hook = self.denoiser.register_forward_pre_hook(note, prepend=True)  # hooks of others may draw

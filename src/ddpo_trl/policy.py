@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from ddpo_trl.calls import BatchCalls, attention_modules, images_tensor, processors_kept
 from ddpo_trl.conditions import SettingOwners, conditions, setting_owners, settings_in_use
 from ddpo_trl.config import DDPOConfig
-from ddpo_trl.encoding import OnlyInPlace, PromptEncoder
+from ddpo_trl.encoding import OnlyInPlace, PromptEncoder, is_setting
 from ddpo_trl.finite import check_weights
 from ddpo_trl.gaussian import kl_divergence, log_prob
 from ddpo_trl.lora import adapters_off, denoiser_name, describe_adapter, load_adapter, save_adapter
@@ -121,7 +121,7 @@ class Policy(nn.Module):
         self._attention_modules = attention_modules(
             [*self.policy_pipeline.components.values(), self._reference_pipeline.components[self.denoiser_name]]
         )
-        self.calls = BatchCalls(self.denoiser, self._try)
+        self.calls = BatchCalls(self.denoiser, self._try, is_plain=is_setting(self.pipeline_kwargs))
 
     def context(self, prompts: Sequence[str], metadata: Sequence[Any], seeds: Sequence[int]) -> Context:
         """
