@@ -4,9 +4,11 @@ import copy
 from collections import Counter
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from PIL import Image
 from torch import Tensor, nn
 
 from conformance.image_pipelines import flux, stable_diffusion_3
@@ -17,6 +19,7 @@ from ddpo_trl.encoding import PromptEncoder, check_mask, join
 
 
 PROMPTS = ["cat", "dog", "cat", "owl"]
+PAIR = 1  # call with the first prompt twice, from which it is learned where the samples are in the embeddings
 ON_CPU: dict[str, Any] = {"device": torch.device("cpu"), "num_images_per_prompt": 1}
 
 
@@ -39,12 +42,12 @@ def test_every_prompt_is_encoded_once_and_the_empty_negative_prompt_once_in_all(
     calls = calls_of(pipeline.text_encoder.final_layer_norm)  # inside: hooks outside are called on hits too
     encode = encoder_of(pipeline)
     encode(prompt=PROMPTS, do_classifier_free_guidance=True, **ON_CPU)
-    assert len(calls) == 3 + 1
+    assert len(calls) == 3 + 1 + 2 * PAIR  # with its negative prompt
     encode(prompt=["owl", "fox"], do_classifier_free_guidance=True, **ON_CPU)
-    assert len(calls) == 4 + 1
+    assert len(calls) == 4 + 1 + 2 * PAIR
     for _ in range(3):
         encode(prompt=PROMPTS, do_classifier_free_guidance=True, **ON_CPU)
-    assert len(calls) == 4 + 1
+    assert len(calls) == 4 + 1 + 2 * PAIR
 
 
 def test_every_text_encoder_of_several_encodes_every_prompt_once():
@@ -58,7 +61,7 @@ def test_every_text_encoder_of_several_encodes_every_prompt_once():
     arguments = {"prompt_2": None, "prompt_3": None, "do_classifier_free_guidance": True, **ON_CPU}
     for _ in range(2):
         encode(prompt=PROMPTS, max_sequence_length=16, **arguments)
-    assert [len(count) for count in counts] == [3 + 1] * 3
+    assert [len(count) for count in counts] == [3 + 1 + 2 * PAIR] * 3
 
 
 def test_another_setting_is_another_embedding():
@@ -162,6 +165,7 @@ def test_lists_of_negative_prompts_are_split_by_sample_and_other_lists_are_setti
     embeddings = encode(["cat", "mouse"], negative_prompt=["dull", "red"], prompt_2=["a", "b"], layers=[9, 18])
     assert calls == [
         {"prompt": ["cat"], "negative_prompt": ["dull"], "prompt_2": ["a"], "layers": [9, 18]},
+        {"prompt": ["cat"] * 2, "negative_prompt": ["dull"] * 2, "prompt_2": ["a"] * 2, "layers": [9, 18]},
         {"prompt": ["mouse"], "negative_prompt": ["red"], "prompt_2": ["b"], "layers": [9, 18]},
     ]
     assert embeddings.tolist() == [[3.0], [5.0]]
@@ -172,6 +176,7 @@ def test_the_same_prompt_with_another_negative_prompt_is_encoded_again():
     encode(["cat", "cat", "cat"], ["dull", "red", "dull"])
     assert calls == [
         {"prompt": ["cat"], "negative_prompt": ["dull"], "layers": (1, 2)},
+        {"prompt": ["cat"] * 2, "negative_prompt": ["dull"] * 2, "layers": (1, 2)},
         {"prompt": ["cat"], "negative_prompt": ["red"], "layers": (1, 2)},
     ]
 
@@ -179,7 +184,7 @@ def test_the_same_prompt_with_another_negative_prompt_is_encoded_again():
 def test_one_negative_prompt_for_all_is_given_to_each():
     encode, calls = recording()
     encode(["cat", "mouse"], "dull")
-    assert [call["negative_prompt"] for call in calls] == ["dull", "dull"]
+    assert [call["negative_prompt"] for call in calls] == ["dull"] * (2 + PAIR)
 
 
 def test_a_call_with_more_than_texts_and_settings_goes_straight_through():
@@ -216,7 +221,7 @@ def test_a_batch_of_more_prompts_than_are_kept_is_whole(monkeypatch):
     monkeypatch.setattr(encoding, "MAX_CACHED_BYTES", 2 * 4)  # of two prompts
     encode, calls = recording()
     assert encode(["a", "ab", "abc", "abcd", "a"]).tolist() == [[1.0], [2.0], [3.0], [4.0], [1.0]]
-    assert len(calls) == 4
+    assert len(calls) == 4 + PAIR
 
 
 def test_what_two_prompts_have_in_common_is_kept_once_and_counted_once(monkeypatch):
@@ -232,6 +237,13 @@ def test_what_two_prompts_have_in_common_is_kept_once_and_counted_once(monkeypat
     monkeypatch.setattr(encoding, "MAX_CACHED_BYTES", 3 * 4 * 4 - 1)
     cache.shrink()
     assert "cat" not in cache and "dog" in cache
+
+
+def learn_layout(encode: PromptEncoder, pipeline: Any, log: list[str]) -> None:
+    """Lets an encoder find out where the samples are in its embeddings, and forgets what was noted of it."""
+    encode(["x", "xx"])
+    pipeline.calls.clear()
+    log.clear()
 
 
 class Placed(RecordingPipeline):
@@ -251,9 +263,10 @@ def test_prompts_are_encoded_ahead_for_the_device_that_the_pipeline_is_going_to_
         assert encode(["cat"], device=torch.device("cpu")).tolist() == [[3.0]]
         encode(["mouse", "cat"], device=torch.device("cpu"))
     assert log == ["to meta", "to cpu"]  # once
-    assert pipeline.calls == [{"prompt": ["cat"], "device": gpu}, {"prompt": ["mouse"], "device": gpu}]
+    prompts = [["cat"], ["mouse"], ["mouse", "mouse"]]
+    assert pipeline.calls == [{"prompt": prompt, "device": gpu} for prompt in prompts]
     assert encode(["cat", "mouse"], device=gpu).tolist() == [[3.0], [5.0]]
-    assert len(pipeline.calls) == 2 and log == ["to meta", "to cpu"]
+    assert len(pipeline.calls) == 3 and log == ["to meta", "to cpu"]
 
 
 def test_what_is_encoded_in_place_only_is_not_encoded_ahead():
@@ -432,6 +445,60 @@ def test_z_images_lists_of_embeddings_are_joined():
     torch.testing.assert_close(negative, own_negative)
 
 
+class Layers(RecordingPipeline):
+    """Its embeddings have the text encoder's layers before the samples, as HiDream's, and a table for all samples."""
+
+    layers = 3
+
+    def encode_prompt(self, prompt: list[str]) -> Any:  # type: ignore[override]
+        self.calls.append({"prompt": prompt})
+        lengths = torch.tensor([[float(len(text))] * 4 for text in prompt])
+        scales = torch.arange(1.0, self.layers + 1)
+        return scales[:, None, None] * lengths, torch.zeros(2, 4)
+
+
+@pytest.mark.parametrize("prompts", [["cat", "mouse", "ox"], ["cat", "cat", "cat"]])
+@pytest.mark.parametrize("layers", [1, 2, 3])
+def test_samples_are_joined_where_the_pipelines_own_batch_has_them(layers, prompts, monkeypatch):
+    monkeypatch.setattr(Layers, "layers", layers)
+    ours, theirs = PromptEncoder(Layers(Lengths()), offload=False)(prompts), Layers(Lengths()).encode_prompt(prompts)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+class Doubled(RecordingPipeline):
+    """Its negative and positive embeddings are one tensor, all of the former first."""
+
+    def encode_prompt(self, prompt: list[str]) -> Any:  # type: ignore[override]
+        self.calls.append({"prompt": prompt})
+        return torch.tensor([[0.0]] * len(prompt) + [[float(len(text))] for text in prompt])
+
+
+def test_what_can_not_be_joined_is_encoded_as_whole_batches_and_remembered():
+    pipeline = Doubled(Lengths())
+    encode = PromptEncoder(pipeline, offload=False)
+    for _ in range(2):
+        assert encode(["cat", "mouse"]).tolist() == [[0.0], [0.0], [3.0], [5.0]]
+    assert [call["prompt"] for call in pipeline.calls] == [["cat"], ["cat", "cat"], ["cat", "mouse"]]
+
+
+class Seeing(RecordingPipeline):
+    """Its text encoder reads an image too."""
+
+    def encode_prompt(self, prompt: list[str], image: Any) -> Any:  # type: ignore[override]
+        self.calls.append({"prompt": prompt})
+        return torch.tensor([[float(len(prompt[0])), np.asarray(image, dtype=float).mean()]])
+
+
+@pytest.mark.parametrize("kind", [torch.tensor, np.array, lambda rows: Image.fromarray(np.array(rows, np.uint8))])
+def test_a_prompt_with_an_image_is_encoded_once_for_each_image(kind):
+    pipeline = Seeing(Lengths())
+    encode = PromptEncoder(pipeline, offload=False)
+    for _ in range(2):
+        assert encode(["cat"], kind([[0, 8], [0, 0]])).tolist() == [[3.0, 2.0]]
+        assert encode(["cat"], kind([[0, 0], [0, 4]])).tolist() == [[3.0, 1.0]]
+    assert len(pipeline.calls) == 2
+
+
 # ---- Offloading ----
 
 
@@ -448,7 +515,7 @@ class Travelling(Lengths):
 
     def forward(self, lengths: Tensor) -> Tensor:
         self.log.append("encode")
-        if lengths.item() > 99:
+        if lengths.max() > 99:
             raise RuntimeError("out of memory")
         return super().forward(lengths)
 
@@ -465,7 +532,7 @@ def test_text_encoders_are_at_hand_only_while_there_is_something_to_encode():
     log: list[str] = []
     encode = PromptEncoder(Elsewhere(Travelling(log)), offload=True)
     assert log == ["to cpu"]
-    log.clear()
+    learn_layout(encode, encode.pipeline, log)
     encode(["cat", "mouse", "cat"])
     assert log == ["to meta", "encode", "encode", "to cpu"]
     log.clear()

@@ -22,7 +22,7 @@ LAYERS = [
         "optimizers", "plots", "rewards", "sample_gradients", "seeding", "target_kl", "types",
     },
     {"conditions", "objectives", "plan", "prompts", "record", "resuming", "schedulers", "scoring"},
-    {"pipelines", "report", "reward_server"},
+    {"calls", "pipelines", "report", "reward_server"},
     {"policy"},
     {"one_pass"},
     {"evaluation", "guard", "hub", "loader", "model_card"},

@@ -166,6 +166,8 @@ def _examine(
     report.scheduler = f"{type(pipeline.scheduler).__name__} as {type(policy.scheduler).__name__}"
     context = policy.context(prompts, metadata, seeds=range(len(prompts)))
     report.stds = policy.survey(context).stds
+    if policy.calls.one_by_one_reason is not None:
+        report.notes.append(f"one call of the pipeline per sample: {policy.calls.one_by_one_reason}")
     batch = policy.sample(context, record=range(len(report.stds)))
     _examine_samples(report, batch)
     if report.problem is None:

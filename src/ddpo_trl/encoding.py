@@ -5,6 +5,7 @@ They are kept in CPU memory. On the GPU are those of one batch.
 
 import copy
 import functools
+import hashlib
 import inspect
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator, Sequence
@@ -12,9 +13,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.utils import recursively_apply
 from diffusers import DiffusionPipeline
+from PIL import Image
 from torch import Tensor, nn
 
 
@@ -127,13 +130,18 @@ class OnlyInPlace(Exception):
     """Prompts can't be encoded ahead: the pipeline does it where it is, or their embeddings are not kept."""
 
 
+class NotJoinable(Exception):
+    """The embeddings of single prompts don't make up that of a batch in a way that is known."""
+
+
 class PromptEncoder:
     """
     A pipeline's `encode_prompt` that encodes every prompt once and by itself.
 
     So replay runs no text encoder, and a sample's embedding does not depend on the batch it is in. Embeddings of
     different lengths are padded at the end with zeros, in the mask too, as pipelines do within a batch. Which values
-    then are a mask that was left out for a single prompt (Qwen-Image) is learned from one batch of two prompts.
+    then are a mask that was left out for a single prompt (Qwen-Image) is learned from one batch of two prompts, and
+    where in the embeddings the samples are from another. What can't be joined is encoded as whole batches.
 
     Args:
         pipeline ([`~diffusers.DiffusionPipeline`]):
@@ -157,6 +165,7 @@ class PromptEncoder:
         self._stays = False
         self._cache = EmbeddingCache()
         self._present: dict[Hashable, Any] = {}  # those of the last batch: steps of the same samples come in a row
+        self._layouts: dict[Hashable, Any] = {}  # where the samples are in embeddings, by the settings of the call
         self._ragged_example: Any = None  # what encode_prompt returns for prompts of different lengths
         pipeline.register_modules(**{name: remembering(encoder) for name, encoder in self.encoders.items()})
         self._encode_prompt = pipeline.encode_prompt
@@ -178,8 +187,12 @@ class PromptEncoder:
         calls = split_by_sample(bound)
         if self._ahead not in (None, self._here) and (calls is None or "device" not in bound.arguments):
             raise OnlyInPlace
-        if calls is None:
-            return self._encode([(args, kwargs)])[0]
+        if calls is None or (len(calls) > 1 and not self._learn_layout(calls)):
+            if not is_known_by_value(bound):
+                return self._encode([(args, kwargs)])[0]
+            calls = [
+                bound
+            ]  # about images too, or of embeddings that can't be joined: the batch is remembered as it is
         keys = [call_key(call) for call in calls]
         missing = {key: call for key, call in zip(keys, calls, strict=True) if key not in self._cache}
         encoded = self._encode([(call.args, call.kwargs) for call in missing.values()])
@@ -190,13 +203,28 @@ class PromptEncoder:
             self._cache.touch(key)
         self._cache.shrink()
         embeddings = [self._present[key] for key in keys]
+        if len(embeddings) == 1:
+            return recursively_apply(torch.clone, embeddings[0])  # the pipeline may write into it
         if self._ragged_example is None and (lengths := [text_length(one) for one in embeddings]):
             shortest, longest = lengths.index(min(lengths)), lengths.index(max(lengths))
             if lengths[shortest] < lengths[longest]:
                 example = self._encode_together(calls[shortest], calls[longest])
                 check_mask(example, lengths[longest])
                 self._ragged_example = recursively_apply(lambda tensor: tensor.new_empty(0), example)
-        return join(embeddings, self._ragged_example)
+        return join(embeddings, self._ragged_example, self._layouts[settings_key(calls[0])])
+
+    def _learn_layout(self, calls: Sequence[inspect.BoundArguments]) -> bool:
+        """Whether single prompts can be joined: it is learned from one call with the first prompt twice."""
+        key = settings_key(calls[0])
+        if key not in self._layouts:
+            (single,) = self._encode([(calls[0].args, calls[0].kwargs)])
+            self._cache.put(call_key(calls[0]), single)
+            pair = self._encode_together(calls[0], calls[0])
+            try:
+                self._layouts[key] = batch_dimensions(single, pair)
+            except NotJoinable:
+                self._layouts[key] = NotJoinable
+        return self._layouts[key] is not NotJoinable
 
     def _encode_together(self, *calls: inspect.BoundArguments) -> Any:
         together = copy.copy(calls[0])
@@ -289,9 +317,69 @@ def is_setting(value: Any) -> bool:
             return isinstance(value, SETTING_TYPES)
 
 
+def is_known_by_value(call: inspect.BoundArguments) -> bool:
+    """Whether a call can be told from another by comparison, and encodes anything."""
+    return not any(
+        "embeds" in name and value is not None or by_value(value) is None for name, value in call.arguments.items()
+    )
+
+
+def by_value(value: Any) -> Hashable | None:
+    """A setting, an image, an array or a tensor as what distinguishes it from others; `None` if nothing does."""
+    match value:
+        case Tensor():
+            content = value.detach().cpu().contiguous().view(torch.uint8).numpy() if value.ndim else value.item()
+            return ("tensor", value.dtype, value.shape, hashlib.sha256(content).digest() if value.ndim else content)
+        case np.ndarray():
+            return ("array", value.dtype.str, value.shape, hashlib.sha256(value.tobytes()).digest())
+        case Image.Image():
+            return ("image", value.mode, value.size, hashlib.sha256(value.tobytes()).digest())
+        case list() | tuple():
+            parts = tuple(by_value(part) for part in value)
+            return None if None in parts else (type(value).__name__, parts)
+        case _:
+            return repr(value) if is_setting(value) else None
+
+
 def call_key(call: inspect.BoundArguments) -> Hashable:
     """What distinguishes one call from another."""
-    return repr(call.arguments)
+    return tuple((name, by_value(value)) for name, value in call.arguments.items())
+
+
+def settings_key(call: inspect.BoundArguments) -> Hashable:
+    """What distinguishes one call from another, apart from the samples."""
+    return repr({name: "" if is_per_sample(name, value) else value for name, value in call.arguments.items()})
+
+
+def batch_dimensions(single: Any, pair: Any) -> Any:
+    """
+    For each tensor of a single prompt's embedding the dimension in which it is a batch; -1 if it belongs to no sample.
+
+    Args:
+        single:
+            What `encode_prompt` returned for a prompt.
+        pair:
+            What it returned for the same prompt twice.
+
+    Raises:
+        [`NotJoinable`]: If one is no batch of one in exactly one dimension.
+    """
+    match single, pair:
+        case (tuple(), tuple()) if len(single) == len(pair):
+            return tuple(batch_dimensions(*parts) for parts in zip(single, pair, strict=True))
+        case (dict(), dict()) if single.keys() == pair.keys():
+            return {name: batch_dimensions(single[name], pair[name]) for name in single}
+        case (list(), list()) if len(pair) == 2 * len(single):
+            return None
+        case (Tensor(), Tensor()) if single.ndim == pair.ndim:
+            grown = [dim for dim in range(single.ndim) if single.shape[dim] != pair.shape[dim]]
+            if not grown:
+                return -1
+            if len(grown) == 1 and (single.shape[grown[0]], pair.shape[grown[0]]) == (1, 2):
+                return grown[0]
+        case _ if not isinstance(single, Tensor | list | tuple | dict):
+            return None
+    raise NotJoinable
 
 
 def text_length(embeddings: Any) -> int:
@@ -300,12 +388,12 @@ def text_length(embeddings: Any) -> int:
     return first.shape[1] if isinstance(first, Tensor) and first.ndim > 1 else 0
 
 
-def join(values: Sequence[Any], ragged_example: Any = None) -> Any:
+def join(values: Sequence[Any], ragged_example: Any = None, layout: Any = 0) -> Any:
     """
     The embeddings of single prompts as those of a batch.
 
-    Tensors of one row are stacked up, padded with zeros at the end of their second dimension; lists are joined. What
-    is equal for all prompts belongs to none of them (FLUX's text ids).
+    Tensors of one sample are stacked up, padded with zeros at the end of the dimension behind that of the samples;
+    lists are joined. What is equal for all prompts belongs to none of them (FLUX's text ids).
 
     Args:
         values (`Sequence`):
@@ -313,6 +401,8 @@ def join(values: Sequence[Any], ragged_example: Any = None) -> Any:
         ragged_example (*optional*):
             What it returned for two prompts of different length at once. Where that has a mask and the single prompts
             have none, theirs are all ones.
+        layout (*optional*):
+            [`batch_dimensions`]; samples are in the first dimension by default.
 
     Raises:
         `ValueError`: If a value differs between prompts and has not one row per prompt.
@@ -321,13 +411,15 @@ def join(values: Sequence[Any], ragged_example: Any = None) -> Any:
     match first:
         case tuple():
             columns = list(zip(*with_masks(values, ragged_example), strict=True))
-            return tuple(join(column) for column in columns)
+            layouts = layout if isinstance(layout, tuple) else [0] * len(columns)
+            return tuple(join(column, layout=own) for column, own in zip(columns, layouts, strict=True))
         case list():
             return [part for value in values for part in value]
         case dict():
-            return {name: join([value[name] for value in values]) for name in first}
-        case Tensor() if first.ndim and all(len(value) == 1 for value in values):
-            return torch.cat(padded(values))
+            layouts = layout if isinstance(layout, dict) else dict.fromkeys(first, 0)
+            return {name: join([value[name] for value in values], layout=layouts[name]) for name in first}
+        case Tensor() if layout != -1 and first.ndim and all(value.shape[layout or 0] == 1 for value in values):
+            return torch.cat(padded(values, layout or 0), dim=layout or 0)
         case Tensor() if all(torch.equal(value, first) for value in values):
             return first
         case _ if not isinstance(first, Tensor) and all(value == first for value in values):
@@ -372,12 +464,28 @@ def check_mask(embeddings: Any, length: int) -> None:
         )
 
 
-def padded(rows: Sequence[Tensor]) -> list[Tensor]:
-    """Rows of shape `(1, L, ...)` with zeros at the end of L up to the longest."""
-    longest = max(row.shape[1] for row in rows) if rows[0].ndim > 1 else 0
-    if all(row.ndim < 2 or row.shape[1] == longest for row in rows):
+def padded(rows: Sequence[Tensor], dim: int = 0) -> list[Tensor]:
+    """
+    Single samples with zeros at the end of the tokens up to the longest.
+
+    Args:
+        rows (`Sequence[torch.Tensor]` of shape `(1, L, ...)`):
+            Of one sample each.
+        dim (`int`):
+            That of the samples, the tokens' being the next: 1 for `(layers, 1, L, ...)`.
+    """
+    if rows[0].ndim < dim + 2:
         return list(rows)
-    return [torch.cat([row, row.new_zeros(1, longest - row.shape[1], *row.shape[2:])], dim=1) for row in rows]
+    longest = max(row.shape[dim + 1] for row in rows)
+    if all(row.shape[dim + 1] == longest for row in rows):
+        return list(rows)
+    return [
+        torch.cat(
+            [row, row.new_zeros(*row.shape[: dim + 1], longest - row.shape[dim + 1], *row.shape[dim + 2 :])],
+            dim=dim + 1,
+        )
+        for row in rows
+    ]
 
 
 def remembering(encoder: nn.Module) -> nn.Module:

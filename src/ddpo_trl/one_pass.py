@@ -148,6 +148,7 @@ def layers_of_samples(policy: Policy, trial: Context, step: int) -> dict[Trained
         `ValueError`: If gradients can't be told apart by sample.
     """
     layers = trained_layers(policy.denoiser)
+    trial = policy.calls.split(trial)[0]
     with _shaken(trained_weights(layers)):
         tries = [_differentiated(policy, trial, step, layers, sample) for sample in range(len(trial))]
     if not sum(each.missed for each in tries) <= TOLERANCE**2 * sum(each.size for each in tries):

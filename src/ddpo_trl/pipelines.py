@@ -160,8 +160,9 @@ def policy_copy(pipeline: DiffusionPipeline, scheduler: PolicyScheduler, offload
         twin.encode_prompt = PromptEncoder(twin, offload)
     if "prepare_latents" in dir(twin):
         twin.prepare_latents = starting_from_state(twin.prepare_latents, scheduler)
-    if "safety_checker" in twin.components:
-        twin.safety_checker = None  # it would blacken images before they are scored
+    if "requires_safety_checker" in inspect.signature(type(pipeline).__init__).parameters:
+        # It would blacken images before they are scored. Pipelines without that switch (Cosmos) insist on theirs.
+        twin.safety_checker = None
     return twin
 
 

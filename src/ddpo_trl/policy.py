@@ -3,7 +3,7 @@
 import copy
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -11,9 +11,10 @@ from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 
+from ddpo_trl.calls import BatchCalls, attention_modules, images_tensor, processors_kept
 from ddpo_trl.conditions import SettingOwners, conditions, setting_owners, settings_in_use
 from ddpo_trl.config import DDPOConfig
-from ddpo_trl.encoding import OnlyInPlace, PromptEncoder
+from ddpo_trl.encoding import OnlyInPlace, PromptEncoder, is_setting
 from ddpo_trl.finite import check_weights
 from ddpo_trl.gaussian import kl_divergence, log_prob
 from ddpo_trl.lora import adapters_off, denoiser_name, describe_adapter, load_adapter, save_adapter
@@ -31,7 +32,7 @@ from ddpo_trl.schedulers import (
     learn_layout,
     policy_scheduler,
 )
-from ddpo_trl.types import Conditions, Context, Gradients, SampledBatch, Step, steps_to
+from ddpo_trl.types import Conditions, Context, Gradients, SampledBatch, Step, join_samples, steps_to
 
 
 class Survey(NamedTuple):
@@ -126,6 +127,10 @@ class Policy(nn.Module):
         if adapter is None and config.kl_coef > 0:
             frozen = copy.deepcopy(self.denoiser).requires_grad_(False).to(config.device)
             self._reference_pipeline = with_denoiser(self.policy_pipeline, frozen)
+        self._attention_modules = attention_modules(
+            [*self.policy_pipeline.components.values(), self._reference_pipeline.components[self.denoiser_name]]
+        )
+        self.calls = BatchCalls(self.denoiser, self._try, is_plain=is_setting(self.pipeline_kwargs))
 
     def context(self, prompts: Sequence[str], metadata: Sequence[Any], seeds: Sequence[int]) -> Context:
         """
@@ -205,8 +210,13 @@ class Policy(nn.Module):
             for context in contexts:
                 if encoder.is_full:
                     return
-                with self.scheduler.acting(BeforeSteps()), suppress(StepReplayed, OnlyInPlace):
-                    self._run(self.policy_pipeline, context, generator=seeded(context), output_type="latent")
+                # Nothing is where it runs yet, so that how a batch is called can't be learned here.
+                for call in context.singles() if context.inputs else [context]:
+                    self.calls.run_either_way(call, self._encode_prompts)
+
+    def _encode_prompts(self, context: Context) -> None:
+        with suppress(OnlyInPlace):
+            self._run_to(self.policy_pipeline, BeforeSteps(), context)
 
     def describe(self) -> str:
         """One line about what is trained."""
@@ -259,6 +269,16 @@ class Policy(nn.Module):
             max_steps (`int`, *optional*):
                 Stop denoising after so many steps; all by default.
         """
+        calls = self.calls.split(context)
+        return SampledBatch.joined(context, [self._sample(call, record, stochastic, max_steps) for call in calls])
+
+    def _sample(
+        self,
+        context: Context,
+        record: Collection[int],
+        stochastic: Collection[int] | None,
+        max_steps: int | None,
+    ) -> SampledBatch:
         source = Sampling(seeded(context), record, self.settings.log_prob_reduction, stochastic, max_steps)
         images = self._sample_from(source, context)
         steps: Mapping[int, Step] = source.steps
@@ -295,6 +315,17 @@ class Policy(nn.Module):
             stochastic (`Collection[int]`, *optional*):
                 Indices of the steps that get noise, all by default.
         """
+        calls = self.calls.split(context)
+        parts = [self._sample_with_gradients(call, weights, layers, stochastic) for call in calls]
+        return SampledBatch.joined(context, parts)
+
+    def _sample_with_gradients(
+        self,
+        context: Context,
+        weights: Mapping[int, float],
+        layers: Mapping[TrainedLayer, int],
+        stochastic: Collection[int] | None,
+    ) -> SampledBatch:
         gradients = SampleGradients(layers, len(context))
         source = DifferentiatedSampling(
             lambda step, log_probs: gradients.add(weights[step] * log_probs),
@@ -327,7 +358,7 @@ class Policy(nn.Module):
 
         Args:
             context ([`~ddpo_trl.types.Context`] of length `B`):
-                What the samples are made from.
+                What the samples are made from, in a single call: one of `calls.split`.
             step (`int`):
                 Index of a step in the sampler's schedule.
             take (`Callable[[torch.Tensor], None]`):
@@ -389,7 +420,8 @@ class Policy(nn.Module):
         Returns:
             `torch.Tensor` of shape `(B, 3, H, W)`, or `(B, F, 3, H, W)` for video, float32 in [0, 1].
         """
-        return self._run_to_images(self.pipeline, context, seeded(context))
+        images = [self._run_to_images(self.pipeline, call, seeded(call)) for call in self.calls.split(context)]
+        return join_samples(images)
 
     def forward(
         self, step: int, latents: Tensor, next_latents: Tensor, context: Context, with_reference: bool = False
@@ -444,14 +476,33 @@ class Policy(nn.Module):
             load_adapter(self.pipeline, self.adapter, directory)
 
     def _visit(self, pipeline: DiffusionPipeline, replay: Replay, context: Context) -> Replay:
-        """Runs a pipeline up to the step that `replay` wants."""
-        with self.scheduler.acting(replay), suppress(StepReplayed):
-            self._run(pipeline, context, generator=seeded(context), output_type="latent")
-        if replay.latents is None:
+        """Runs a pipeline up to the step that `replay` wants, in as many calls as it needs."""
+        calls = self.calls.split(context)
+        states: Sequence[Tensor | None] = [replay.state] * len(calls)
+        if replay.state is not None and len(calls) > 1:
+            # Copies: how kernels round may depend on where in memory a tensor begins.
+            states = [state.clone() for state in replay.state.split(1)]
+        visits = [
+            self._run_to(pipeline, Replay(replay.step, state), call) for state, call in zip(states, calls, strict=True)
+        ]
+        latents = [visit.latents for visit in visits if visit.latents is not None]
+        if not latents:
             raise RuntimeError(
                 f"{type(pipeline).__name__} finished without a step of its scheduler, so it can't be a policy: it "
                 "does not take its timesteps from pipeline.scheduler."
             )
+        replay.latents, replay.mean = join_samples(latents), join_samples([visit.mean for visit in visits])
+        replay.std = visits[0].std
+        return replay
+
+    def _try(self, context: Context, replay: Replay) -> Replay:
+        self.eval()  # an adapter that was just added is in training mode, with its dropout
+        return self._run_to(self.policy_pipeline, replay, context)
+
+    def _run_to(self, pipeline: DiffusionPipeline, replay: Replay, context: Context) -> Replay:
+        """One call of a pipeline, which ends at the step that `replay` wants."""
+        with self.scheduler.acting(replay), suppress(StepReplayed):
+            self._run(pipeline, context, generator=seeded(context), output_type="latent")
         return replay
 
     def _run_to_images(
@@ -459,11 +510,10 @@ class Policy(nn.Module):
     ) -> Tensor:
         self.eval()  # an adapter that was just added is in training mode, with its dropout
         with self._vae_at_hand():
-            if {"image_processor", "video_processor"} & vars(pipeline).keys():
-                return self._run(pipeline, context, generator=generators, output_type="pt").float()
-            # Without a processor "pt" is what the decoder gives, in [-1, 1] as a rule. (B, [F,] H, W, 3)
-            images = self._run(pipeline, context, generator=generators, output_type="np")
-            return torch.from_numpy(images).movedim(-1, -3).to(pipeline.device).float()
+            # Without a processor "pt" is what the decoder gives, in [-1, 1] as a rule.
+            kind = "pt" if {"image_processor", "video_processor"} & vars(pipeline).keys() else "np"
+            images = images_tensor(self._run(pipeline, context, generator=generators, output_type=kind))
+        return images.to(self.denoiser.device)
 
     @contextmanager
     def _vae_at_hand(self) -> Iterator[None]:
@@ -480,15 +530,17 @@ class Policy(nn.Module):
     def _run(self, pipeline: DiffusionPipeline, context: Context, **kwargs: Any) -> Any:
         if self.settings.guidance_scale is not None:
             kwargs["guidance_scale"] = self.settings.guidance_scale
-        return call_with_grad(type(pipeline))(
-            pipeline,
-            prompt=list(context.prompts),
-            num_inference_steps=self.settings.num_inference_steps,
-            return_dict=False,
-            **self._pipeline_kwargs(len(context)),
-            **{name: list(values) for name, values in context.inputs.items()},
-            **kwargs,
-        )[0]
+        draws = self.calls.drawing_from(context) if self.calls.draws else nullcontext()
+        with processors_kept(self._attention_modules), draws:
+            return call_with_grad(type(pipeline))(
+                pipeline,
+                prompt=list(context.prompts),
+                num_inference_steps=self.settings.num_inference_steps,
+                return_dict=False,
+                **self._pipeline_kwargs(len(context)),
+                **self.calls.inputs(context),
+                **kwargs,
+            )[0]
 
     def _pipeline_kwargs(self, batch_size: int) -> dict[str, Any]:
         # Stable Diffusion wants as many negative prompts as there are prompts.

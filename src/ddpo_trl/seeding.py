@@ -18,6 +18,7 @@ class Stream(IntEnum):
     EVALUATION = 3
     CONTROL = 4
     WINDOW = 5
+    PIPELINE = 6
 
 
 def derived_seed(seed: int, stream: Stream, *path: int) -> int:

@@ -200,11 +200,11 @@ class DDPOTrainer(Trainer):
             with autocast(args):
                 policy.encode(self._known_prompts(policy), args.device)
         move(pipeline, args.device, args)
+        batches = self._trial(policy)
         trial_size = min(TRIAL_SAMPLES, args.per_device_sample_batch_size)
-        trial_seeds = [derived_seed(args.seed, Stream.EVALUATION, index) for index in range(trial_size)]
-        trial = policy.context([prompt] * trial_size, [metadata] * trial_size, trial_seeds)
+        trial = batches.rows(range(trial_size))
         with autocast(args):
-            plan = plan_batches(args, *policy.survey(trial))
+            plan = plan_batches(args, *policy.survey(batches))
             self.plan, self._gradient_layers = choose_passes(args, policy, trial, plan)
         args.gradient_accumulation_steps = self.plan.micro_batches_per_update
         if args.save_total_limit == 1 and args.metric_for_best_model is not None:
@@ -496,6 +496,18 @@ class DDPOTrainer(Trainer):
         for first in range(0, len(own), size):
             prompts, metadata = zip(*own[first : first + size], strict=True)
             yield policy.context(prompts, metadata, range(len(prompts)))
+
+    def _trial(self, policy: Policy) -> Context:
+        """
+        The samples that are tried at construction: two, unless all batches have one. With inputs they are different
+        ones, which show whether a sample depends on those next to it.
+        """
+        settings = policy.settings
+        size = min(TRIAL_SAMPLES, max(settings.per_device_sample_batch_size, settings.per_device_train_batch_size))
+        pairs = self._preview(size) if policy.input_names else self._preview(1) * size
+        prompts, metadata = zip(*pairs, strict=True)
+        seeds = [derived_seed(settings.seed, Stream.EVALUATION, index) for index in range(size)]
+        return policy.context(prompts, metadata, seeds)
 
     def _preview(self, count: int) -> list[PromptPair]:
         """The first prompts of a run that starts at round 0, those of the first process on all."""

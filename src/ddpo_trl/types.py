@@ -34,6 +34,18 @@ class Context:
     def __len__(self) -> int:
         return len(self.prompts)
 
+    def rows(self, rows: Sequence[int]) -> "Context":
+        """The samples with these indices, in this order."""
+        return Context(
+            prompts=[self.prompts[row] for row in rows],
+            seeds=[self.seeds[row] for row in rows],
+            inputs={name: [values[row] for row in rows] for name, values in self.inputs.items()},
+        )
+
+    def singles(self) -> list["Context"]:
+        """Each sample as a context of its own."""
+        return [self.rows([row]) for row in range(len(self))]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
@@ -155,6 +167,62 @@ class SampledBatch:
     gradients: Gradients | None = None
     finite_steps: Tensor | None = None
     steps_run: int = 0
+
+    @classmethod
+    def joined(cls, context: Context, parts: Sequence["SampledBatch"]) -> "SampledBatch":
+        """
+        Join the samples of several calls of the pipeline to one batch.
+
+        Args:
+            context ([`Context`] of length `B`):
+                What all of them were made from.
+            parts (`Sequence[SampledBatch]`):
+                Their batches, in order.
+
+        Raises:
+            `ValueError`: If the samples have different sizes.
+        """
+        if len(parts) == 1:
+            return parts[0]
+        gradients = [part.gradients for part in parts if part.gradients is not None]
+        counts = [part.finite_steps for part in parts if part.finite_steps is not None]
+        return cls(
+            context=context,
+            images=join_samples([part.images for part in parts]),
+            steps={
+                index: Step(
+                    **{
+                        name: join_samples([vars(part.steps[index])[name] for part in parts])
+                        for name in vars(parts[0].steps[index])
+                    }
+                )
+                for index in parts[0].steps
+            },
+            conditions=parts[-1].conditions,
+            gradients=Gradients(
+                log_probs=torch.cat([each.log_probs for each in gradients]),
+                weights=[torch.cat(each) for each in zip(*(each.weights for each in gradients), strict=True)],
+            )
+            if gradients
+            else None,
+            finite_steps=torch.cat(counts) if counts else None,
+            steps_run=parts[0].steps_run,
+        )
+
+
+def join_samples(parts: Sequence[Tensor]) -> Tensor:
+    """
+    Join the samples of several calls to one tensor.
+
+    Raises:
+        `ValueError`: If they have different sizes.
+    """
+    if len(sizes := {tuple(part.shape[1:]) for part in parts}) > 1:
+        raise ValueError(
+            f"The samples of a batch have different sizes, {' and '.join(map(str, sorted(sizes)))}: give the pipeline "
+            "inputs of one size, or set height and width in pipeline_kwargs."
+        )
+    return torch.cat(list(parts)) if len(parts) > 1 else parts[0]
 
 
 @dataclass(frozen=True, kw_only=True)

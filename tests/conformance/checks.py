@@ -8,9 +8,11 @@ import contextlib
 import copy
 import io
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+from unittest import mock
 
+import numpy as np
 import torch
 from diffusers import (
     CogVideoXDDIMScheduler,
@@ -24,6 +26,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from conformance.image_pipelines import IMAGE_CASES, Case
+from conformance.input_pipelines import INPUT_CASES
 from conformance.more_pipelines import MORE_CASES
 from conformance.newer_pipelines import NEWER_CASES
 from ddpo_trl import DDPOConfig, DDPOTrainer, check_pipeline
@@ -36,7 +39,7 @@ from ddpo_trl.schedulers import Sampling
 from ddpo_trl.types import Context
 
 
-CASES = (*IMAGE_CASES, *NEWER_CASES, *MORE_CASES)
+CASES = (*IMAGE_CASES, *NEWER_CASES, *MORE_CASES, *INPUT_CASES)
 PROMPTS = ["a cat", "two dogs"]  # of different length
 STEPS = 4
 NOT_APPLICABLE = "does not apply"
@@ -47,6 +50,7 @@ LAST_TEXT = "the last block drops its text stream, so no gradient reaches"
 WITHOUT_GRADIENT = {
     "Stable Diffusion 3": (LAST_TEXT, ["transformer_blocks.1.attn.add_q_proj"]),
     "Stable Diffusion 3 without T5": (LAST_TEXT, ["transformer_blocks.1.attn.add_q_proj"]),
+    "Stable Diffusion 3 ControlNet": (LAST_TEXT, ["transformer_blocks.1.attn.add_q_proj"]),
     "Qwen-Image": (
         LAST_TEXT,
         ["transformer_blocks.1.attn.add_q_proj", "transformer_blocks.1.attn.to_add_out"],
@@ -197,22 +201,41 @@ def load_with_peft(pipeline: DiffusionPipeline, directory: str) -> None:
     )  # in place
 
 
-def images(pipeline: DiffusionPipeline, case: Case) -> Tensor:
-    generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+def images(pipeline: DiffusionPipeline, case: Case, prompts: Sequence[str] = PROMPTS) -> Tensor:
+    """What the pipeline's own users get for these prompts, with seeds 1, 2, ..."""
+    rows = range(len(prompts))
+    return torch.cat(
+        [_images(pipeline, case, prompts, call) for call in ([[r] for r in rows] if case.one_by_one else [rows])]
+    )
+
+
+def _images(pipeline: DiffusionPipeline, case: Case, prompts: Sequence[str], rows: Sequence[int]) -> Tensor:
     guidance = {} if case.guidance_scale is None else {"guidance_scale": case.guidance_scale}
-    inputs = case.make_inputs(len(PROMPTS)) if case.make_inputs else {}
-    kwargs = {**guidance, **inputs, **case.pipeline_kwargs}
+    inputs = case.make_inputs(len(prompts)) if case.make_inputs else {}
+    own = {name: values[rows[0]] if case.one_by_one else values for name, values in inputs.items()}
+    kwargs = {**guidance, **own, **case.pipeline_kwargs}
     if isinstance(kwargs.get("negative_prompt"), str):
-        kwargs["negative_prompt"] = [kwargs["negative_prompt"]] * len(PROMPTS)
-    output = pipeline(
-        prompt=list(PROMPTS),
+        kwargs["negative_prompt"] = [kwargs["negative_prompt"]] * len(rows)
+    if case.draws:
+        torch.manual_seed(0)
+    (output,) = pipeline(
+        prompt=[prompts[row] for row in rows],
         num_inference_steps=STEPS,
-        generator=generators,
+        generator=[torch.Generator().manual_seed(row + 1) for row in rows],
         output_type="pt",
         return_dict=False,
         **kwargs,
-    )
-    return output[0]
+    )[:1]
+    return torch.from_numpy(output).movedim(-1, -3) if isinstance(output, np.ndarray) else output
+
+
+def images_without_cache(policy: Policy, case: Case, prompts: Sequence[str] = PROMPTS) -> Tensor:
+    """The images of the policy without noise, made by the pipeline with its own `encode_prompt`."""
+    plain = copy.copy(policy.pipeline)
+    vars(plain).pop("encode_prompt", None)
+    plain.scheduler = policy.scheduler
+    with policy.scheduler.acting(Sampling([], record=(), reduction="mean", stochastic=())):
+        return images(plain, case, prompts)
 
 
 def cached_prompts_are_the_pipelines_own(case: Case) -> str | None:
@@ -220,11 +243,10 @@ def cached_prompts_are_the_pipelines_own(case: Case) -> str | None:
     policy = make_policy(case)
     if "encode_prompt" not in dir(policy.policy_pipeline):
         return f"{NOT_APPLICABLE}: nothing is cached"
+    if case.draws:
+        return f"{NOT_APPLICABLE}: the pipeline draws from torch's global generator"
     ours = policy.sample(context(policy, case), stochastic=()).images
-    plain = copy.copy(policy.pipeline)
-    plain.scheduler = policy.scheduler
-    with policy.scheduler.acting(Sampling([], record=(), reduction="mean", stochastic=())):
-        theirs = images(plain, case)
+    theirs = images_without_cache(policy, case)
     assert (ours - theirs).abs().max() < ROUNDING  # not 0: a batch of prompts through the encoders rounds differently
     return None
 
@@ -359,6 +381,98 @@ def adapter_names(component: Any) -> list[str]:
     )
 
 
+def the_same_prompt_twice_is_right(case: Case) -> str | None:
+    """Without noise, the images of one prompt twice are those the pipeline makes."""
+    if case.draws:
+        return f"{NOT_APPLICABLE}: the pipeline draws from torch's global generator"
+    policy = make_policy(case)
+    prompts = [PROMPTS[1]] * 2
+    ours = policy.sample(policy.context(prompts, metadata(case), seeds=[1, 2]), stochastic=()).images
+    theirs = images_without_cache(policy, case, prompts)
+    assert (ours - theirs).abs().max() < ROUNDING
+    return None
+
+
+def a_sample_does_not_depend_on_the_input_next_to_it(case: Case) -> str | None:
+    """With another input for the second sample, the first one stays as it is, and the second does not."""
+    if not case.make_inputs:
+        return f"{NOT_APPLICABLE}: there are only prompts"
+    policy = make_policy(case)
+    first, second = metadata(case)
+    rows = [[first, second], [first, first]]
+    ours, changed = (
+        policy.sample(policy.context(PROMPTS, entries, seeds=[1, 2]), stochastic=()).images for entries in rows
+    )
+    assert torch.equal(ours[0], changed[0])
+    assert not torch.equal(ours[1], changed[1])
+    return None
+
+
+def batches_have_one_sample_if_asked(case: Case) -> None:
+    """With batch sizes of 1 a round is trained without a call for two samples, at construction neither."""
+    pairs = list(zip(PROMPTS, metadata(case), strict=True))
+    ones = {"per_device_sample_batch_size": 1, "per_device_train_batch_size": 1, "num_sample_batches": 2}
+    with mock.patch.object(Policy, "_run", autospec=True, side_effect=Policy._run) as run:
+        trainer = DDPOTrainer(config(case, **ones), brightness, pairs, case.build(0))
+        with contextlib.redirect_stdout(io.StringIO()):  # Trainer prints its logs
+            trainer.train()
+    assert {len(call.args[2]) for call in run.call_args_list} == {1}
+
+
+def the_networks_are_as_they_were(case: Case) -> None:
+    """After sampling and replay the user's pipeline has its attention processors, hooks, weights and random state."""
+    policy = make_policy(case).eval()
+    before = states(policy)
+    random_state = torch.get_rng_state()
+    batch = policy.sample(context(policy, case), record=range(STEPS))
+    index, step = min(batch.steps.items())
+    policy(index, step.latents, step.next_latents, batch.context)
+    assert states(policy) == before
+    assert torch.equal(torch.get_rng_state(), random_state)
+
+
+def states(policy: Policy) -> list[Any]:
+    """What a call may change in the modules of the pipeline's networks."""
+    return [
+        (
+            name,
+            module,
+            module.training,
+            list(module._forward_hooks),
+            list(module._forward_pre_hooks),
+            id(vars(module).get("processor")),
+            [
+                tensor.double().sum().item()
+                for tensor in (*module._parameters.values(), *module._buffers.values())
+                if tensor is not None
+            ],
+        )
+        for component, network in policy.pipeline.components.items()
+        if isinstance(network, torch.nn.Module)
+        for name, module in network.named_modules(prefix=component)
+    ]
+
+
+def an_input_in_pipeline_kwargs_serves_all(case: Case) -> str | None:
+    """Inputs that are the same for all samples may be in `pipeline_kwargs`: replay is exact, and they matter."""
+    if not case.make_inputs:
+        return f"{NOT_APPLICABLE}: there are only prompts"
+    pipeline = case.build(0)
+    first, second = metadata(case)
+    adapter = put_on_adapter(pipeline, None)
+    found = []
+    for inputs in (first, second):
+        settings = config(case, pipeline_kwargs={**case.pipeline_kwargs, **inputs}, pipeline_inputs=None)
+        policy = Policy(pipeline, settings, adapter)
+        batch = policy.sample(policy.context(PROMPTS, [{}, {}], seeds=[1, 2]), record=[0])
+        step = batch.steps[0]
+        replayed, _ = policy(0, step.latents, step.next_latents, batch.context)
+        assert torch.equal(replayed, step.log_probs)
+        found.append(batch.images)
+    assert not torch.equal(*found)
+    return None
+
+
 CHECKS: dict[str, Callable[[Case], str | None]] = {
     "replay = sampling": replay_equals_sampling,
     "prompt matters": replay_needs_the_prompt,
@@ -371,4 +485,9 @@ CHECKS: dict[str, Callable[[Case], str | None]] = {
     "cache": cached_prompts_are_the_pipelines_own,
     "one pass": one_pass_is_exact,
     "doctor": the_doctor_agrees,
+    "same prompt twice": the_same_prompt_twice_is_right,
+    "input beside": a_sample_does_not_depend_on_the_input_next_to_it,
+    "batch size 1": batches_have_one_sample_if_asked,
+    "networks kept": the_networks_are_as_they_were,
+    "input for all": an_input_in_pipeline_kwargs_serves_all,
 }

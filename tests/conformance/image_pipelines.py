@@ -75,6 +75,8 @@ class Case:
     """A pipeline to test: how to build it, and what its `__call__` needs beyond prompts, steps and guidance.
 
     `inputs` names the arguments that take one image for each prompt; `make_inputs` makes that many of them.
+    `one_by_one` says that the pipeline itself has to be called for each sample, with the image and not a list of it;
+    `draws` that it takes random numbers from torch's global generator, so that its own samples can't be repeated.
     """
 
     name: str
@@ -83,6 +85,8 @@ class Case:
     inputs: tuple[str, ...] = ()
     make_inputs: Callable[[int], dict[str, list[Any]]] | None = None
     guidance_scale: float | None = 3.0
+    one_by_one: bool = False
+    draws: bool = False
 
 
 def ready(pipeline: DiffusionPipeline) -> DiffusionPipeline:

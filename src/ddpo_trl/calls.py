@@ -1,0 +1,269 @@
+"""How a batch of samples becomes calls of a pipeline, and what a call must leave as it found it."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import ModelMixin
+from diffusers.models.attention import AttentionModuleMixin
+from diffusers.models.attention_processor import Attention
+from PIL import Image
+from torch import Tensor, nn
+from transformers.utils import logging
+
+from ddpo_trl.schedulers import Replay, StepReplayed
+from ddpo_trl.seeding import Stream, derived_seed
+from ddpo_trl.types import Context
+
+
+logger = logging.get_logger(__name__)
+
+# The coarsest precision in which float32 is multiplied: TensorFloat-32 has the mantissa of float16.
+COARSE = torch.float16
+
+
+class BatchCalls:
+    """
+    Splits batches into the calls that a pipeline needs, and lays out their inputs.
+
+    One call per batch is the fastest, but a pipeline may take one value per call only (Wan image-to-video), read a
+    list as several values of every sample (FLUX.2), or draw noise for all samples from torch's global generator
+    (ControlNet of Stable Diffusion 3). Nothing declares which: it is learned when the first batch comes, by running
+    its first step. Where a sample depends on the batch it is in, every sample gets a call of its own.
+
+    Args:
+        denoiser ([`~diffusers.ModelMixin`]):
+            The network that is trained.
+        run (`Callable[[Context, Replay], Replay]`):
+            Makes one call of the pipeline for all samples of a context, up to the step that is replayed.
+        is_plain (`bool`):
+            Whether calls without per-sample inputs hold texts and numbers only: a batch of them is taken for granted.
+
+    Attributes:
+        draws (`bool`):
+            Whether the pipeline draws from torch's global generators before its first step.
+        one_by_one_reason (`str`, *optional*):
+            Why every sample gets a call of its own; `None` while none does.
+    """
+
+    def __init__(self, denoiser: ModelMixin, run: Callable[[Context, Replay], Replay], is_plain: bool):
+        self.denoiser = denoiser
+        self.draws = False
+        self.one_by_one_reason: str | None = None
+        self._run = run
+        self._is_plain = is_plain
+        self._together: bool | None = None  # whether a call makes several samples; `None` if not known yet
+        self._bare: bool | None = None  # whether a call for one sample gets an input's value itself, without a list
+
+    def split(self, context: Context) -> list[Context]:
+        """
+        The contexts of the calls that make a batch, in order.
+
+        Args:
+            context ([`~ddpo_trl.types.Context`] of length `B`):
+                The batch.
+
+        Returns:
+            `list[Context]`: One of length `B`, or `B` of length 1.
+
+        Raises:
+            `Exception`: Whatever the pipeline raises if it does not take the inputs of a single sample.
+        """
+        singles = context.singles()
+        if len(singles) > 1 and self._together is None:
+            self._learn_together(context, singles)
+        if len(singles) > 1 and self._together:
+            return [context]
+        self._learn_single(singles[0])
+        return singles
+
+    def inputs(self, context: Context) -> dict[str, Any]:
+        """The per-sample arguments of a call. Texts are always in a list, as prompts are."""
+        bare = len(context) == 1 and self._bare
+        return {
+            name: values[0] if bare and not isinstance(values[0], str) else list(values)
+            for name, values in context.inputs.items()
+        }
+
+    def run_either_way(self, single: Context, run: Callable[[Context], Any]) -> bool:
+        """
+        Run a call for one sample with its inputs in lists; if it is refused, with the inputs themselves.
+
+        Args:
+            single ([`~ddpo_trl.types.Context`] of length 1):
+                The sample.
+            run (`Callable[[Context], Any]`):
+                Makes the call.
+
+        Returns:
+            `bool`: Whether it was the second.
+        """
+        before, self._bare = self._bare, False
+        try:
+            try:
+                run(single)
+                return False
+            except torch.OutOfMemoryError:
+                raise
+            except Exception:  # a pipeline may refuse a list in any way
+                if not single.inputs:
+                    raise
+            self._bare = True
+            run(single)
+            return True
+        finally:
+            self._bare = before
+
+    def _learn_single(self, single: Context) -> None:
+        if self._bare is None:
+            self._bare = self.run_either_way(single, self._first_step)
+
+    def _learn_together(self, context: Context, singles: list[Context]) -> None:
+        what = " and ".join(context.inputs) or "pipeline_kwargs"
+        if self._is_plain and not context.inputs:
+            self._first_step(context)
+            reason = None
+        else:
+            reason = self._reason_for_one_by_one(context, singles, what)
+        if self.draws:
+            reason = "it draws random numbers for all samples of a batch from torch's global generator"
+        self._together, self.one_by_one_reason = reason is None, reason
+        if reason is not None:
+            logger.warning(f"Every sample gets its own call of the pipeline: {reason}.")
+
+    def _reason_for_one_by_one(self, context: Context, singles: list[Context], what: str) -> str | None:
+        self._learn_single(singles[0])
+        alone = [self._first_step(single) for single in singles]
+        try:
+            batch = self._first_step(context)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # a pipeline may refuse a batch in any way
+            return f"it takes no batch with {what} ({type(error).__name__}: {error})"
+        if batch.latents is None:
+            return None  # no step was run, which is told elsewhere
+        if not is_batch_of(batch, alone, coarsest_precision(self.denoiser, batch.latents)):
+            return f"in a batch it makes another sample from {what} than from each alone"
+        copies = Context(
+            prompts=context.prompts,
+            seeds=context.seeds,
+            inputs={name: [values[0]] * len(context) for name, values in context.inputs.items()},
+        )
+        if context.inputs and not torch.equal(self._first_step(copies).mean[0], batch.mean[0]):
+            return f"in a batch a sample changes with the {what} of the others"
+        return None
+
+    @torch.no_grad()
+    def _first_step(self, context: Context) -> Replay:
+        """Runs the first step, and notes whether random numbers are drawn before; without inputs, that is all."""
+        with self.drawing_from(context):
+            before = global_states(self.denoiser.device)
+
+            def note(*_: Any) -> None:
+                hook.remove()
+                states = global_states(self.denoiser.device)
+                self.draws |= not all(map(torch.equal, states, before))
+                if self._is_plain and not context.inputs:
+                    raise StepReplayed
+
+            hook = self.denoiser.register_forward_pre_hook(note, prepend=True)  # hooks of others may draw
+            try:
+                return self._run(context, Replay(0))
+            finally:
+                hook.remove()
+
+    @contextmanager
+    def drawing_from(self, context: Context) -> Iterator[None]:
+        """Torch's global generators start from the samples' seeds, and are put back at the end."""
+        device = self.denoiser.device
+        on_cpu = device.type == "cpu"
+        seed = derived_seed(context.seeds[0], Stream.PIPELINE)
+        with torch.random.fork_rng([] if on_cpu else [device], device_type="cuda" if on_cpu else device.type):
+            torch.default_generator.manual_seed(seed)
+            if not on_cpu:
+                torch.get_device_module(device).manual_seed(seed)
+            yield
+
+
+def global_states(device: torch.device) -> list[Tensor]:
+    """The states of torch's global generators on the CPU and on a device."""
+    states = [torch.get_rng_state()]
+    if device.type != "cpu":
+        states.append(torch.get_device_module(device).get_rng_state(device))
+    return states
+
+
+def coarsest_precision(denoiser: ModelMixin, latents: Tensor) -> float:
+    """The relative rounding error of what a pipeline computes with."""
+    kind = latents.device.type
+    dtypes = [latents.dtype, denoiser.dtype] if kind == "cpu" else [latents.dtype, denoiser.dtype, COARSE]
+    if torch.is_autocast_enabled(kind):
+        dtypes.append(torch.get_autocast_dtype(kind))
+    return max(torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point)
+
+
+def is_batch_of(batch: Replay, alone: list[Replay], precision: float) -> bool:
+    """Whether a step of a batch is that of each of its samples alone, to half the digits of a precision."""
+    means = [each.mean for each in alone]
+    if [mean.shape[1:] for mean in means] != [batch.mean.shape[1:]] * len(batch.mean):
+        return False
+    assert batch.latents is not None, "the step was run"
+    difference = (batch.mean - torch.cat(means)).norm()
+    return bool(difference <= precision**0.5 * (batch.mean - batch.latents).norm())
+
+
+def images_tensor(output: Any) -> Tensor:
+    """
+    Convert a pipeline's images to one tensor, whatever it made of `output_type`.
+
+    Args:
+        output (`torch.Tensor`, `np.ndarray`, `PIL.Image.Image` or `list` of these):
+            Tensors have channels before height and width; arrays and PIL images have them last.
+
+    Returns:
+        `torch.Tensor` of shape `(B, 3, H, W)` or `(B, F, 3, H, W)`, float32; in [0, 1] if it was integers.
+    """
+    match output:
+        case Tensor():
+            return output.float()
+        case np.ndarray():
+            images = torch.from_numpy(output).movedim(-1, -3)
+            return images.float() / 255 if output.dtype == np.uint8 else images.float()
+        case Image.Image():
+            return images_tensor(np.array(output.convert("RGB")))
+        case _:
+            return torch.stack([images_tensor(part) for part in output])
+
+
+def attention_modules(networks: Iterable[Any]) -> list[Any]:
+    """The attention layers of networks; what is not a network is passed over."""
+    return [
+        module
+        for network in networks
+        if isinstance(network, nn.Module)
+        for module in network.modules()
+        if isinstance(module, Attention | AttentionModuleMixin)
+    ]
+
+
+@contextmanager
+def processors_kept(modules: Iterable[Any]) -> Iterator[None]:
+    """
+    Attention layers have the processors that they had when the context is left.
+
+    Pipelines with perturbed attention guidance (PAG) set others while they run, and put theirs back at the end of a
+    call only. A replay leaves a call before.
+
+    Args:
+        modules (`Iterable[torch.nn.Module]`):
+            [`attention_modules`].
+    """
+    before = [(module, module.processor) for module in modules]
+    try:
+        yield
+    finally:
+        for module, processor in before:
+            if module.processor is not processor:
+                module.set_processor(processor)
