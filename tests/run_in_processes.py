@@ -39,7 +39,7 @@ class FirstUpdate(TrainerCallback):
 
 
 def make_config(output_dir: str, num_processes: int, **settings: Any) -> DDPOConfig:
-    defaults = {
+    defaults: dict[str, Any] = {
         "output_dir": output_dir,
         "use_cpu": True,
         "disable_tqdm": True,

@@ -32,10 +32,12 @@ def corner(images: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Any]
     return images[:, 0, 0, 0]
 
 
-def images_of_plain_diffusers(pipeline: StableDiffusionPipeline, prompts: list[str], **kwargs: Any) -> torch.Tensor:
+def images_of_plain_diffusers(
+    pipeline: StableDiffusionPipeline, prompts: list[str], seed: int = 42, **kwargs: Any
+) -> torch.Tensor:
     """What a user gets from the pipeline for the evaluation's seeds and the settings of `make_config`."""
     generators = [
-        torch.Generator().manual_seed(derived_seed(42, Stream.EVALUATION, index)) for index in range(len(prompts))
+        torch.Generator().manual_seed(derived_seed(seed, Stream.EVALUATION, index)) for index in range(len(prompts))
     ]
     settings = {"num_inference_steps": 4, "guidance_scale": 3.0, "output_type": "pt", **kwargs}
     return pipeline(prompts, generator=generators, **settings).images
@@ -261,14 +263,18 @@ def assert_best_is_back(trainer: DDPOTrainer, best: dict[str, torch.Tensor], las
     assert any(not torch.equal(weight, last[name]) for name, weight in weights.items())
 
 
+# Eight samples per round are few: with this seed the first round's evaluation is the brightest.
+FALLING = 2
+
 KEEP_BEST = {"eval_strategy": "epoch", "save_strategy": "epoch", "load_best_model_at_end": True}
 
 
 def test_a_held_out_reward_that_falls_stops_the_run_and_the_best_weights_are_back(make_config, tmp_path):
     """Training for darkness lowers the held-out brightness: the first round is the best, patience ends the third."""
     config = make_config(
-        **KEEP_BEST, metric_for_best_model="eval_rewards/brightness/mean", num_train_epochs=10, num_ppo_epochs=2
-    )
+        **KEEP_BEST, metric_for_best_model="eval_rewards/brightness/mean", num_train_epochs=10, num_ppo_epochs=2,
+        seed=FALLING,
+    )  # fmt: skip
     recorder = WeightsAtEvaluations()
     callbacks = [EarlyStoppingCallback(early_stopping_patience=2), recorder]
     trainer = trainer_for(config, darkness, eval_reward_fns=[brightness], callbacks=callbacks)
@@ -282,7 +288,7 @@ def test_a_held_out_reward_that_falls_stops_the_run_and_the_best_weights_are_bac
     user = tiny_pipeline()
     trainer.save_model(tmp_path / "best")
     user.load_lora_weights(tmp_path / "best")
-    assert torch.allclose(images, images_of_plain_diffusers(user, PROMPTS), atol=1e-6)
+    assert torch.allclose(images, images_of_plain_diffusers(user, PROMPTS, FALLING), atol=1e-6)
 
 
 def test_early_stopping_works_on_every_figure(make_config, tmp_path):
@@ -320,7 +326,7 @@ def test_the_best_is_found_among_evaluated_rounds_only(make_config):
 def test_save_strategy_best_saves_better_rounds_only_and_they_are_resumable(make_config, tmp_path):
     settings = {
         "eval_strategy": "epoch", "save_strategy": "best", "metric_for_best_model": "eval_rewards/brightness/mean",
-        "load_best_model_at_end": True, "num_train_epochs": 3,
+        "load_best_model_at_end": True, "num_train_epochs": 3, "seed": FALLING,
     }  # fmt: skip
     recorder = WeightsAtEvaluations()
     trainer = trainer_for(make_config(**settings), darkness, eval_reward_fns=brightness, callbacks=[recorder])

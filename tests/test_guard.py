@@ -195,7 +195,7 @@ def disturb_once(trainer: DDPOTrainer) -> None:
     [
         (turn_on_dropout, r"training mode: unet\.\S+, .* more are in it"),
         (switch_to_training_at_each_call, r"dropout: unet\.\S+, .*with p=0 the difference"),
-        (change_guidance, r"a changed setting: guidance_scale was 3\.0 in sampling and is 7\.0 in training"),
+        (change_guidance, r"a changed setting: guidance_scale was 30\.0 in sampling and is 7\.0 in training"),
         (change_option, r"a changed setting: pipeline_kwargs\['guidance_rescale'\] was 0\.1 in sampling and is 1\.0"),
         (change_noise, r"a changed setting: scheduler\.eta was 1\.0 in sampling and is 0\.5"),
         (scale_embeddings, "the prompt embeddings: they are not those of sampling"),
@@ -211,7 +211,7 @@ def disturb_once(trainer: DDPOTrainer) -> None:
     ids=lambda value: value.__name__ if callable(value) else "",
 )  # fmt: skip
 def test_what_comes_between_sampling_and_training_is_named(make_config, plant, cause):
-    config = make_config(pipeline_kwargs={"guidance_rescale": 0.1})
+    config = make_config(pipeline_kwargs={"guidance_rescale": 0.1}, guidance_scale=30.0)
     with pytest.raises(RuntimeError, match=OPENING + cause):
         make_trainer(config, plant, pipeline=with_dropout()).train()
 
