@@ -1,6 +1,7 @@
 """Optimizers: those that users give, and how one goes on from a checkpoint with what was changed since."""
 
 import json
+import types
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -53,6 +54,19 @@ def check_given(optimizers: Any, policy: nn.Module) -> None:
             "which it would leave as they are. Add the adapter to the pipeline first and give the optimizer its "
             f"weights (those with requires_grad), or {BY_CLASS}, or set optim."
         )
+
+
+def as_factory(given: tuple[Any, dict[str, Any]] | None) -> tuple[Any, dict[str, Any]] | None:
+    """`optimizer_cls_and_kwargs` for Trainer, which knows classes, and factories of functions of a model."""
+    if given is None or not isinstance(given[0], types.FunctionType):
+        return given
+    function, kwargs = given
+
+    def of_model(model: nn.Module, **options: Any) -> Optimizer:
+        made: Optimizer = function([each for each in model.parameters() if each.requires_grad], **options)
+        return made
+
+    return (lambda: of_model), kwargs
 
 
 def unwrapped(optimizer: Optimizer) -> Optimizer:

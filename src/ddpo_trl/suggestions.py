@@ -102,7 +102,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
             What there is.
     """
     names = sorted(known)
-    by_plain_name = {plain(name): name for name in reversed(names)}
+    by_plain_name = {plain(name): name for name in names}  # `--a_b` comes after its twin `--a-b`
     for meant, others in OTHER_WORDS.items():
         if plain(word) in map(plain, others.split()) and plain(meant) in by_plain_name:
             return f" Did you mean {by_plain_name[plain(meant)]}?"

@@ -155,7 +155,8 @@ class DDPOTrainer(Trainer):
             Optimizer and learning rate scheduler; AdamW and a constant rate by default. The optimizer must hold the
             trained parameters, so the pipeline must have its adapter before.
         optimizer_cls_and_kwargs (`tuple`, *optional*):
-            Class and keyword arguments of an optimizer that is made for the trained parameters.
+            Class of an optimizer, or a function of parameters that makes one, and keyword arguments: it is made for
+            the trained parameters.
 
     Raises:
         `ValueError` or `TypeError`: For everything that can't be trained as asked, with the argument, its value and
@@ -248,7 +249,7 @@ class DDPOTrainer(Trainer):
             eval_dataset=self.eval_prompts,
             callbacks=[RoundSchedule(args.eval_rounds, args.save_rounds, args.updates_per_round), *(callbacks or [])],
             optimizers=optimizers,
-            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+            optimizer_cls_and_kwargs=optimizers_.as_factory(optimizer_cls_and_kwargs),
         )
         self.callback_handler: RoundCallbacks = RoundCallbacks(self.callback_handler, args.updates_per_round)
         check_wrapping(self.accelerator)

@@ -23,8 +23,8 @@ PRESETS = files("ddpo_trl") / "assets" / "accelerate_configs"
 
 
 def launch_flags() -> set[str]:
-    """The flags of `accelerate launch`, such as `--num_processes`."""
-    return {flag for action in launch_command_parser()._actions for flag in action.option_strings}
+    """The flags of `accelerate launch`, such as `--num_processes`, but for the one that we set."""
+    return {flag for action in launch_command_parser()._actions for flag in action.option_strings} - {"--module", "-m"}
 
 
 def config_path(name: str) -> str:
