@@ -195,8 +195,8 @@ def test_every_setting_is_named_that_is_not_known_to_be_harmless(name):
 
 def test_settings_that_change_no_result_are_not_named(tmp_path):
     changed: dict[str, Any] = {
-        "num_train_epochs": 200, "logging_steps": 3, "report_to": "none", "save_rounds": 5, "eval_strategy": "epoch",
-        "eval_rounds": 2, "hub_model_id": "me/it", "dataloader_num_workers": 2, "save_total_limit": None,
+        "num_train_epochs": 200, "report_to": "none", "save_rounds": 5, "eval_strategy": "epoch",
+        "eval_rounds": 2, "hub_model_id": "me/it", "save_total_limit": None,
         "disable_tqdm": True, "max_workers": 7, "offload_vae": True, "stop_on_signal": [], "log_images_rounds": 0,
         "resume_from_checkpoint": "here", "run_name": "x",
     }  # fmt: skip

@@ -6,13 +6,17 @@ import math
 import signal
 import warnings
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
 from accelerate.utils import get_int_from_env, parse_flag_from_env
 from transformers import TrainingArguments
 
 from ddpo_trl import trl_config
 from ddpo_trl.descriptions import described
+from ddpo_trl.suggestions import checks_names
+
+
+T = TypeVar("T")
 
 
 WindowStrategy = Literal["fixed", "progressive", "random"]
@@ -73,6 +77,17 @@ WITHOUT_EFFECT = {
 }
 
 
+def suggests_names(config: type[T]) -> type[T]:
+    """Class decorator: an unknown field is answered with what was probably meant."""
+
+    def foreign(name: str) -> str:
+        return f"It is TRL's: DDPOConfig.from_trl({name}=...) takes it." if name in trl_config.NAMES else ""
+
+    config.__init__ = checks_names("DDPOConfig", foreign)(config.__init__)  # type: ignore[misc]
+    return config
+
+
+@suggests_names
 @dataclass
 class DDPOConfig(TrainingArguments):
     r"""

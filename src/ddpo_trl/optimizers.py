@@ -1,6 +1,7 @@
 """Optimizers: those that users give, and how one goes on from a checkpoint with what was changed since."""
 
 import json
+import types
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,8 +11,38 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 
-def check_given(optimizer: Optimizer | None, policy: nn.Module) -> None:
-    """Raises a `ValueError` if an optimizer of the user's leaves out weights that are to be trained."""
+BY_CLASS = "give its class, or a function of parameters, by optimizer_cls_and_kwargs=(torch.optim.AdamW, {'lr': 1e-3})"
+
+
+def check_given(optimizers: Any, policy: nn.Module) -> None:
+    """
+    Refuses what would train nothing, or follow no schedule.
+
+    Args:
+        optimizers (`Any`):
+            What the user gave: should be a pair of an optimizer and its schedule, each of which may be `None`.
+        policy (`torch.nn.Module`):
+            With the weights that are to be trained.
+
+    Raises:
+        `TypeError`: If it is something else.
+        `ValueError`: If the optimizer leaves out weights that are to be trained, or the schedule is another one's.
+    """
+    if not (isinstance(optimizers, tuple | list) and len(optimizers) == 2):
+        raise TypeError(f"optimizers is {type(optimizers).__name__}; give a pair (optimizer, lr_scheduler or None).")
+    optimizer, scheduler = optimizers
+    if not isinstance(optimizer, Optimizer | None):
+        raise TypeError(f"optimizers[0] is {optimizer!r}, which is not an optimizer. To have one made, {BY_CLASS}.")
+    if not isinstance(scheduler, LRScheduler | None):
+        raise TypeError(
+            f"optimizers[1] is {scheduler!r}, which is not a schedule of a learning rate. Give one that was "
+            "made for optimizers[0], or set lr_scheduler_type."
+        )
+    if scheduler is not None and scheduler.optimizer is not optimizer:
+        raise ValueError(
+            "optimizers[1] is the schedule of another optimizer than optimizers[0], whose learning rate would never "
+            "change. Make it for optimizers[0], or set lr_scheduler_type."
+        )
     if optimizer is None:
         return
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
@@ -21,9 +52,21 @@ def check_given(optimizer: Optimizer | None, policy: nn.Module) -> None:
         raise ValueError(
             f"optimizers holds {type(optimizer).__name__} without {missing} of the {len(trained)} trained weights, "
             "which it would leave as they are. Add the adapter to the pipeline first and give the optimizer its "
-            "weights (those with requires_grad), or give its class by "
-            "optimizer_cls_and_kwargs=(torch.optim.AdamW, {'lr': 1e-3}), or set optim."
+            f"weights (those with requires_grad), or {BY_CLASS}, or set optim."
         )
+
+
+def as_factory(given: tuple[Any, dict[str, Any]] | None) -> tuple[Any, dict[str, Any]] | None:
+    """`optimizer_cls_and_kwargs` for Trainer, which knows classes, and factories of functions of a model."""
+    if given is None or not isinstance(given[0], types.FunctionType):
+        return given
+    function, kwargs = given
+
+    def of_model(model: nn.Module, **options: Any) -> Optimizer:
+        made: Optimizer = function([each for each in model.parameters() if each.requires_grad], **options)
+        return made
+
+    return (lambda: of_model), kwargs
 
 
 def unwrapped(optimizer: Optimizer) -> Optimizer:

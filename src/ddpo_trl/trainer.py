@@ -60,6 +60,7 @@ from ddpo_trl.prompts import (
 from ddpo_trl.sample_gradients import trained_weights
 from ddpo_trl.scoring import RewardScorer, first_problem
 from ddpo_trl.seeding import Stream, derived_seed, randomness_untouched
+from ddpo_trl.suggestions import checks_names
 from ddpo_trl.target_kl import TargetKL
 from ddpo_trl.tracking import RunRecorder, fixed_prompts
 from ddpo_trl.types import Context, Objective, RewardFunction, Rollout, Transition
@@ -72,6 +73,32 @@ PROMPTS_NAME = "prompts.pt"
 
 # So many prompts of a list are encoded at construction, where text encoders are offloaded.
 MAX_PROMPTS_AHEAD = 1024
+
+
+def check_arguments(config: Any, pipeline: Any, peft_config: Any) -> None:
+    """
+    Refuses arguments of another kind, with what makes the right one of them.
+
+    Raises:
+        `TypeError`: With the argument, its type and the remedy.
+    """
+    if not isinstance(config, DDPOConfig):
+        raise TypeError(
+            f"config is {type(config).__name__}; give a DDPOConfig, which has the fields of TrainingArguments and "
+            "those of DDPO."
+        )
+    if not isinstance(pipeline, DiffusionPipeline):
+        remedy = "give a pipeline of diffusers, with all of its models"
+        if isinstance(pipeline, str | os.PathLike):
+            remedy = f"load it: `diffusers.DiffusionPipeline.from_pretrained({str(pipeline)!r})`"
+        elif isinstance(pipeline, type):
+            remedy = f"load it: `{pipeline.__name__}.from_pretrained(...)`"
+        what = repr(pipeline) if isinstance(pipeline, str | type) else type(pipeline).__name__
+        raise TypeError(f"pipeline is {what}; {remedy}.")
+    if not isinstance(peft_config, PeftConfig | None):
+        raise TypeError(
+            f"peft_config is {type(peft_config).__name__}; give a `peft.LoraConfig(...)`, or leave it out."
+        )
 
 
 class DDPOTrainer(Trainer):
@@ -128,7 +155,8 @@ class DDPOTrainer(Trainer):
             Optimizer and learning rate scheduler; AdamW and a constant rate by default. The optimizer must hold the
             trained parameters, so the pipeline must have its adapter before.
         optimizer_cls_and_kwargs (`tuple`, *optional*):
-            Class and keyword arguments of an optimizer that is made for the trained parameters.
+            Class of an optimizer, or a function of parameters that makes one, and keyword arguments: it is made for
+            the trained parameters.
 
     Raises:
         `ValueError` or `TypeError`: For everything that can't be trained as asked, with the argument, its value and
@@ -153,6 +181,7 @@ class DDPOTrainer(Trainer):
     control: TrainerControl
     loss_is_scaled_for_ga = False  # our loss is the mean of a micro-batch: Trainer divides it by their number
 
+    @checks_names("DDPOTrainer")
     def __init__(
         self,
         config: DDPOConfig,
@@ -168,6 +197,7 @@ class DDPOTrainer(Trainer):
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LRScheduler | None] = (None, None),
         optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
     ):
+        check_arguments(config, pipeline, peft_config)
         args = copy.copy(config)
         if args.n_gpu > 1:
             raise ValueError(
@@ -192,6 +222,7 @@ class DDPOTrainer(Trainer):
             adapter = None
             freeze_all_but_denoiser(pipeline, peft_config)
         policy = Policy(pipeline, args, adapter)
+        optimizers_.check_given(optimizers, policy)
         self._check_inputs(policy)
         self.prompt_key_fn = default_prompt_key if prompt_key_fn is None else prompt_key_fn
         ((prompt, metadata),) = self._preview(1)
@@ -218,9 +249,8 @@ class DDPOTrainer(Trainer):
             eval_dataset=self.eval_prompts,
             callbacks=[RoundSchedule(args.eval_rounds, args.save_rounds, args.updates_per_round), *(callbacks or [])],
             optimizers=optimizers,
-            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+            optimizer_cls_and_kwargs=optimizers_.as_factory(optimizer_cls_and_kwargs),
         )
-        optimizers_.check_given(optimizers[0], policy)
         self.callback_handler: RoundCallbacks = RoundCallbacks(self.callback_handler, args.updates_per_round)
         check_wrapping(self.accelerator)
         if self.is_fsdp_enabled:

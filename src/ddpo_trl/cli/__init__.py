@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from importlib import import_module
 from importlib.metadata import version
 
-from ddpo_trl.cli.errors import UsageError, did_you_mean, one_line, wants_debug
+from ddpo_trl.cli.errors import UsageError, one_line, wants_debug
+from ddpo_trl.suggestions import did_you_mean
 
 
 # The module of a command has its name, and a function `main(argv) -> exit status`.

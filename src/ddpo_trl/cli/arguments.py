@@ -5,13 +5,14 @@ import dataclasses
 import os
 import shutil
 import textwrap
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import yaml
 from trl import TrlParser
 
-from ddpo_trl.cli.errors import UsageError, debug_position, did_you_mean, usage_errors
+from ddpo_trl.cli.errors import UsageError, debug_position, usage_errors
+from ddpo_trl.suggestions import did_you_mean
 
 
 # What stands for a value in the help, by the name of the function that reads it.
@@ -201,15 +202,31 @@ class CommandParser(TrlParser):
         self.refuse(unknown)
         return parsed
 
-    def parse_known(self, argv: Sequence[str]) -> tuple[tuple[Any, ...], list[str]]:
-        """As [`~CommandParser.parse`], and what it does not know, from the file and from the flags."""
+    def parse_known(
+        self, argv: Sequence[str], known_elsewhere: Callable[[], Collection[str]] = tuple
+    ) -> tuple[tuple[Any, ...], list[str]]:
+        """
+        As [`~CommandParser.parse`], and what it does not know, from the file and from the flags. A flag that is not
+        among those `known_elsewhere` either is named before one that is missing: it may be what was meant for it.
+        """
         argv = self._without_debug(argv)
-        with usage_errors():
-            self._read_file(argv)
-            *parsed, from_file, from_flags = self.parse_args_and_config(
-                argv, return_remaining_strings=True, separate_remaining_strings=True
-            )
+        try:
+            with usage_errors():
+                self._read_file(argv)
+                *parsed, from_file, from_flags = self.parse_args_and_config(
+                    argv, return_remaining_strings=True, separate_remaining_strings=True
+                )
+        except UsageError as error:
+            if unknown := [word for word in argv if word.startswith("--") and self._is_unknown(word)]:
+                try:
+                    self.refuse(unknown, known_elsewhere())
+                except UsageError as named:
+                    raise UsageError(f"{named} Also: {error}") from error
+            raise
         return tuple(parsed), [*from_file, *from_flags]
+
+    def _is_unknown(self, word: str) -> bool:
+        return word.partition("=")[0] not in self._option_string_actions
 
     def refuse(self, unknown: Sequence[str], known_elsewhere: Collection[str] = ()) -> None:
         """Raises a `UsageError` for the first unknown flag, and for a value without a flag."""

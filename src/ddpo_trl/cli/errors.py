@@ -1,8 +1,7 @@
 """What a user reads when something is wrong: one line, with what was probably meant."""
 
-import difflib
 import textwrap
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 
@@ -45,12 +44,6 @@ def one_line(error: BaseException) -> str:
     if isinstance(error, UsageError) or cause is None or str(cause) in message:
         return message
     return f"{message} {type(cause).__name__}: {one_line(cause)}"
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """A question to put behind a sentence, or nothing if nothing known is like the word."""
-    similar = difflib.get_close_matches(word, sorted(known), n=1)
-    return f" Did you mean {similar[0]}?" if similar else ""
 
 
 def debug_position(argv: Sequence[str]) -> int | None:

@@ -12,7 +12,8 @@ from accelerate.commands.launch import launch_command, launch_command_parser
 from accelerate.utils import DistributedType, parse_flag_from_env
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from ddpo_trl.cli.errors import UsageError, did_you_mean
+from ddpo_trl.cli.errors import UsageError
+from ddpo_trl.suggestions import did_you_mean
 
 
 # Tells a process that it is one of several, and needs not start them again.
@@ -22,8 +23,8 @@ PRESETS = files("ddpo_trl") / "assets" / "accelerate_configs"
 
 
 def launch_flags() -> set[str]:
-    """The flags of `accelerate launch`, such as `--num_processes`."""
-    return {flag for action in launch_command_parser()._actions for flag in action.option_strings}
+    """The flags of `accelerate launch`, such as `--num_processes`, but for the one that we set."""
+    return {flag for action in launch_command_parser()._actions for flag in action.option_strings} - {"--module", "-m"}
 
 
 def config_path(name: str) -> str:

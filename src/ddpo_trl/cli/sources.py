@@ -9,7 +9,6 @@ from datasets import Dataset
 from diffusers import DiffusionPipeline
 
 from ddpo_trl import rewards
-from ddpo_trl.cli.errors import did_you_mean
 from ddpo_trl.emoji import emoji_captions, load_emoji_pipeline
 from ddpo_trl.importing import import_object
 from ddpo_trl.prompts import (
@@ -22,6 +21,7 @@ from ddpo_trl.prompts import (
     prompt_pairs,
 )
 from ddpo_trl.rewards import RemoteReward
+from ddpo_trl.suggestions import did_you_mean
 from ddpo_trl.types import RewardFunction
 
 

@@ -129,7 +129,7 @@ def make_parser() -> CommandParser:
 def main(argv: Sequence[str]) -> int:
     """Trains, in this process or in those of `accelerate launch`."""
     parser = make_parser()
-    (arguments, config, more), unknown = parser.parse_known(argv)
+    (arguments, config, more), unknown = parser.parse_known(argv, launch_flags)
     if more.launched:  # what is unknown here was meant for the launcher
         return train(arguments, config, parser.given(argv))
     if not unknown and arguments.accelerate_config is None:
