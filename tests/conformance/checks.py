@@ -47,6 +47,7 @@ LAST_TEXT = "the last block drops its text stream, so no gradient reaches"
 WITHOUT_GRADIENT = {
     "Stable Diffusion 3": (LAST_TEXT, ["transformer_blocks.1.attn.add_q_proj"]),
     "Stable Diffusion 3 without T5": (LAST_TEXT, ["transformer_blocks.1.attn.add_q_proj"]),
+    "Stable Diffusion 3 inpainting": (LAST_TEXT, ["transformer_blocks.1.attn.add_q_proj"]),
     "Qwen-Image": (
         LAST_TEXT,
         ["transformer_blocks.1.attn.add_q_proj", "transformer_blocks.1.attn.to_add_out"],
