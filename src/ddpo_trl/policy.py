@@ -437,7 +437,8 @@ class Policy(nn.Module):
             return f"{found}the adapter is fused into its weights. Call `pipeline.unfuse_lora()` before training."
         return (
             f"{found}what it predicts there does not depend on the weights that are trained. The adapter may be "
-            "switched off (`enable_lora()`), or the network detaches its output."
+            "switched off (`enable_lora()`), or the network detaches its output; if only in some steps, leave them "
+            "out with train_timestep_range."
         )
 
     def save(self, directory: str | os.PathLike[str], write: bool = True) -> None:
