@@ -211,18 +211,19 @@ def test_a_fused_adapter_is_not_taken_for_another_network():
     assert report.problem is not None and "unfuse_lora" in report.problem
 
 
+def counted(function):
+    @functools.wraps(function)
+    def count(self, *args, **kwargs):
+        self.calls.append(type(self).__name__)
+        return function(self, *args, **kwargs)
+
+    return count
+
+
 class Decorated(StableDiffusionPipeline):
     """Counts its calls, and calls the stock pipeline, which is decorated with `no_grad`."""
 
     calls: ClassVar[list[str]] = []
-
-    def counted(function):
-        @functools.wraps(function)
-        def count(self, *args, **kwargs):
-            self.calls.append(type(self).__name__)
-            return function(self, *args, **kwargs)
-
-        return count
 
     @counted
     @torch.no_grad()

@@ -259,7 +259,8 @@ def own_sampler(scheduler: Any) -> SchedulerMixin:
         return scheduler
     settings = {name: value for name, value in scheduler.config.items() if name != "_use_default_values"}
     if scheduler.config.get("use_flow_sigmas", False):
-        return type("Euler", (EulersStep, type(scheduler)), {}).from_config(settings)
+        euler: Any = type("Euler", (EulersStep, type(scheduler)), {})
+        return euler.from_config(settings)
     return NoiseOnlyDDIM.from_config({**settings, "clip_sample": False})
 
 
