@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from conformance.image_pipelines import IMAGE_CASES
 from conformance.more_pipelines import WAN_2_2
 from conftest import tiny_pipeline
-from ddpo_trl import check_pipeline, cli
+from ddpo_trl import DDPOTrainer, check_pipeline, cli
 from ddpo_trl.emoji import EMOJI_PATH
 
 
@@ -244,6 +244,30 @@ def test_a_subclass_that_calls_super_is_differentiated_and_keeps_its_own_decorat
     report = check_pipeline(pipeline, prompts=PROMPTS)
     assert report.problem is None, report.problem
     assert set(Decorated.calls) == {"Decorated"}
+
+
+class InSections(StableDiffusionPipeline):
+    """As FramePack, which makes a video in sections: each has a schedule of its own."""
+
+    def __call__(self, prompt, num_inference_steps, generator, output_type, return_dict=True, guidance_scale=5.0):
+        for _ in range(2):
+            images = super().__call__(
+                prompt,
+                num_inference_steps=num_inference_steps,
+                generator=generator,
+                output_type=output_type,
+                return_dict=return_dict,
+                guidance_scale=guidance_scale,
+            )
+        return images
+
+
+def test_a_step_that_would_be_recorded_twice_is_refused_by_the_doctor_and_at_construction(make_config):
+    pipeline = InSections(**tiny_pipeline().components, requires_safety_checker=False)
+    report = check_pipeline(pipeline, prompts=PROMPTS)
+    assert report.problem is not None and report.problem.startswith("The pipeline starts another schedule")
+    with pytest.raises(ValueError, match="starts another schedule in the same __call__"):
+        DDPOTrainer(make_config(), lambda images, prompts, metadata: images.flatten(1).mean(1), PROMPTS, pipeline)
 
 
 def test_the_pipelines_own_error_is_told_as_its_own(make_config):
