@@ -1,7 +1,8 @@
 """The doctor: it tells what stands in the way, in one sentence with a remedy, and leaves the pipeline as it was."""
 
+import functools
 import re
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -11,14 +12,16 @@ from diffusers import (
     DDPMPipeline,
     EDMEulerScheduler,
     StableDiffusionImg2ImgPipeline,
+    StableDiffusionPipeline,
     UNet2DModel,
 )
 from peft import LoraConfig
 from safetensors.torch import load_file
 
 from conformance.image_pipelines import IMAGE_CASES
+from conformance.more_pipelines import WAN_2_2
 from conftest import tiny_pipeline
-from ddpo_trl import check_pipeline, cli
+from ddpo_trl import DDPOTrainer, check_pipeline, cli
 from ddpo_trl.emoji import EMOJI_PATH
 
 
@@ -188,7 +191,89 @@ def test_every_trainable_step_is_asked_for_a_gradient():
     pipeline.unet.forward = hand_over
     report = check_pipeline(pipeline, prompts=PROMPTS)
     assert report.problem is not None
-    assert "No gradient reaches the adapter at step 2 of 4" in report.problem
+    assert "No gradient reaches pipeline.unet at step 2" in report.problem
+
+
+def test_the_remedy_for_steps_of_another_network_is_one(make_config):
+    settings = {"guidance_scale": 3.0, "num_inference_steps": 4, "pipeline_kwargs": WAN_2_2.pipeline_kwargs}
+    report = check_pipeline(WAN_2_2.build(0), make_config(**settings), PROMPTS)
+    assert report.problem is not None
+    assert "another network there. Leave such steps out with train_timestep_range" in report.problem
+    report = check_pipeline(WAN_2_2.build(0), make_config(**settings, train_timestep_range=(0.0, 0.25)), PROMPTS)
+    assert report.problem is None and list(report.replay_differences) == [0]
+
+
+def test_a_fused_adapter_is_not_taken_for_another_network():
+    pipeline: Any = tiny_pipeline()
+    pipeline.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]), "mine")
+    pipeline.fuse_lora()
+    report = check_pipeline(pipeline, prompts=PROMPTS)
+    assert report.problem is not None and "unfuse_lora" in report.problem
+
+
+def counted(function):
+    @functools.wraps(function)
+    def count(self, *args, **kwargs):
+        self.calls.append(type(self).__name__)
+        return function(self, *args, **kwargs)
+
+    return count
+
+
+class Decorated(StableDiffusionPipeline):
+    """Counts its calls, and calls the stock pipeline, which is decorated with `no_grad`."""
+
+    calls: ClassVar[list[str]] = []
+
+    @counted
+    @torch.no_grad()
+    def __call__(self, prompt, num_inference_steps, generator, output_type, return_dict=True, guidance_scale=5.0):
+        return super().__call__(
+            prompt,
+            num_inference_steps=num_inference_steps,
+            generator=generator,
+            output_type=output_type,
+            return_dict=return_dict,
+            guidance_scale=guidance_scale,
+        )
+
+
+def test_a_subclass_that_calls_super_is_differentiated_and_keeps_its_own_decorator():
+    pipeline = Decorated(**tiny_pipeline().components, requires_safety_checker=False)
+    pipeline.set_progress_bar_config(disable=True)
+    report = check_pipeline(pipeline, prompts=PROMPTS)
+    assert report.problem is None, report.problem
+    assert set(Decorated.calls) == {"Decorated"}
+
+
+class InSections(StableDiffusionPipeline):
+    """As FramePack, which makes a video in sections: each has a schedule of its own."""
+
+    def __call__(self, prompt, num_inference_steps, generator, output_type, return_dict=True, guidance_scale=5.0):
+        for _ in range(2):
+            images = super().__call__(
+                prompt,
+                num_inference_steps=num_inference_steps,
+                generator=generator,
+                output_type=output_type,
+                return_dict=return_dict,
+                guidance_scale=guidance_scale,
+            )
+        return images
+
+
+def test_a_step_that_would_be_recorded_twice_is_refused_by_the_doctor_and_at_construction(make_config):
+    pipeline = InSections(**tiny_pipeline().components, requires_safety_checker=False)
+    report = check_pipeline(pipeline, prompts=PROMPTS)
+    assert report.problem is not None and report.problem.startswith("The pipeline starts another schedule")
+    with pytest.raises(ValueError, match="starts another schedule in the same __call__"):
+        DDPOTrainer(make_config(), lambda images, prompts, metadata: images.flatten(1).mean(1), PROMPTS, pipeline)
+
+
+def test_the_pipelines_own_error_is_told_as_its_own(make_config):
+    report = check_pipeline(tiny_pipeline(), make_config(pipeline_kwargs={"height": 7, "width": 7}), PROMPTS)
+    assert report.problem is not None
+    assert report.problem.startswith("ValueError in StableDiffusionPipeline: `height` and `width`")
 
 
 def test_a_half_precision_adapter_stays_one():

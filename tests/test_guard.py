@@ -301,7 +301,7 @@ def test_a_pipeline_that_casts_the_latents_it_is_given_is_named(make_config):
     pipeline = trainer._policy.policy_pipeline
     prepare_latents = pipeline.prepare_latents
     pipeline.prepare_latents = lambda *args, **kwargs: prepare_latents(*args, **kwargs).bfloat16().float()
-    with pytest.raises(RuntimeError, match=OPENING + "the dtype or scale of the latents: .* casts them to bfloat16"):
+    with pytest.raises(RuntimeError, match=OPENING + "the dtype of the latents: .* casts them to bfloat16"):
         trainer.train()
 
 
@@ -451,4 +451,4 @@ def test_no_problem_is_no_sentence(make_config):
     trainer.train()
     batch = trainer.rollout.transition([0, 1], step=2, on_policy=True)
     origins = [trainer.rollout.origin(sample) for sample in (0, 1)]
-    assert replay_problem(trainer._policy, batch, batch.log_probs + 1e-4, origins) is None
+    assert replay_problem(trainer._policy, batch, batch.log_probs + 5e-6, origins) is None

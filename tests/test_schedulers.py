@@ -627,7 +627,7 @@ def test_a_distilled_model_runs_on_the_timesteps_that_it_was_distilled_for(sched
     trajectory = sample(policy, 4, draw(SHAPE), Sampling(generators(2), (), "mean"))
     assert policy.timesteps.tolist() == [999, 759, 499, 259]
     for step, (t, t_next) in enumerate([(999, 759), (759, 499), (499, 259), (259, None)]):
-        noise = denoiser(latents, t)
+        noise = denoiser(latents, torch.tensor(t))
         signal = (latents - np.sqrt(1 - alphas[t]) * noise) / np.sqrt(alphas[t])
         latents = signal if t_next is None else np.sqrt(alphas[t_next]) * signal + np.sqrt(1 - alphas[t_next]) * noise
         torch.testing.assert_close(trajectory[step].double(), latents, rtol=1e-4, atol=1e-4)
@@ -664,7 +664,7 @@ def test_a_timestep_that_is_a_copy_is_found_by_its_value_and_an_unknown_one_is_r
         observed = Replay(0)
         policy.source = observed
         with pytest.raises(StepReplayed):
-            policy.step(denoiser(draw(SHAPE), 601), policy.timesteps[3].clone(), draw(SHAPE))
+            policy.step(denoiser(draw(SHAPE), torch.tensor(601)), policy.timesteps[3].clone(), draw(SHAPE))
         assert torch.equal(observed.mean, expected)
         with pytest.raises(ValueError, match=r"timestep 650, .* not in the schedule"):
             policy.step(draw(SHAPE), 650, draw(SHAPE))

@@ -1,9 +1,12 @@
 """Whether a pipeline can be a policy: tried out on a few steps, and told in one sentence where it can't."""
 
 import copy
+import inspect
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,12 +23,10 @@ from ddpo_trl.lora import (
     put_on_adapter,
     take_off_adapter,
 )
+from ddpo_trl.plan import steps_in_range
 from ddpo_trl.policy import Policy
 from ddpo_trl.types import SampledBatch, Transition
 
-
-# A replay in the batch that was sampled runs the same kernels on the same shapes: in no dtype does it differ by more.
-SAME_BATCH_TOLERANCE = 1e-5
 
 # Images may leave [0, 1] by rounding.
 RANGE_TOLERANCE = 0.01
@@ -136,14 +137,24 @@ def check_pipeline(
     try:
         with untouched(pipeline):
             _examine(report, pipeline, config, prompts, metadata)
-    except ValueError as error:
-        report.problem = str(error)
     except Exception as error:  # any pipeline may come, and whatever it raises is the finding
-        report.problem = (
-            f"{type(error).__name__} in {report.pipeline}: {error}. Call the pipeline yourself with the same "
-            "arguments to see where, and give what is missing in pipeline_kwargs or pipeline_inputs."
-        )
+        report.problem = finding(error, pipeline)
     return report
+
+
+def finding(error: Exception, pipeline: DiffusionPipeline) -> str:
+    """The sentence for an exception: what this package raises names its remedy, what a pipeline raises is its own."""
+    frames = [Path(frame.filename) for frame in traceback.extract_tb(error.__traceback__)]
+    source = Path(inspect.getfile(type(pipeline)))
+    if source in frames and not frames[-1].is_relative_to(Path(__file__).parent):
+        return (
+            f"{type(error).__name__} in {type(pipeline).__name__}: {error}. This is the pipeline's own error. Call it "
+            "yourself with the same arguments to see where, and give what it asks for in pipeline_kwargs or "
+            "pipeline_inputs."
+        )
+    if isinstance(error, ValueError | RuntimeError):
+        return str(error)
+    return f"{type(error).__name__}: {error}"
 
 
 def _examine(
@@ -168,23 +179,24 @@ def _examine(
     report.stds = policy.survey(context).stds
     if policy.calls.one_by_one_reason is not None:
         report.notes.append(f"one call of the pipeline per sample: {policy.calls.one_by_one_reason}")
-    batch = policy.sample(context, record=range(len(report.stds)))
-    _examine_samples(report, batch)
+    trained = steps_in_range(config, len(report.stds))
+    batch = policy.sample(context, record=trained)
+    _examine_samples(report, batch, trained)
     if report.problem is None:
         _examine_replay(report, policy, batch)
     if report.problem is None:
         _examine_gradients(report, policy, batch)
 
 
-def _examine_samples(report: PipelineReport, batch: SampledBatch) -> None:
+def _examine_samples(report: PipelineReport, batch: SampledBatch, trained: range) -> None:
     images = batch.images
     report.image_shape = tuple(images.shape[1:])
     kept = [tensor for step in batch.steps.values() for tensor in (step.latents, step.next_latents, step.log_probs)]
     report.trajectory_bytes = storage_bytes(kept) // len(batch.context)
     if not batch.steps:
         report.problem = (
-            f"None of the {len(report.stds)} steps is stochastic, so there is nothing to train on. Raise "
-            "num_inference_steps."
+            f"None of the {len(trained)} steps is stochastic, so there is nothing to train on. Raise "
+            "num_inference_steps, or widen train_timestep_range."
         )
     elif images.ndim not in (4, 5) or images.shape[-3] != 3 or len(images) != len(batch.context):
         report.problem = (
@@ -212,17 +224,8 @@ def _examine_replay(report: PipelineReport, policy: Policy, batch: SampledBatch)
         report.replay_differences[index] = difference
         if report.problem is None:
             report.problem = replay_problem(policy, transition, replayed, [batch] * len(batch.context))
-        if report.problem is None and not difference <= SAME_BATCH_TOLERANCE:
-            report.problem = (
-                f"Step {index} has another log-probability in training than in sampling, by {difference:.2g} per "
-                "latent dimension, although the batch is the same. Look for arguments in pipeline_kwargs that act by "
-                "the position in the loop (skip_guidance_layers, ...)."
-            )
         if report.problem is None and not replayed.requires_grad:
-            report.problem = (
-                f"No gradient reaches the adapter at step {index} of {len(report.stds)}: the pipeline runs another "
-                "network there, or the denoiser without gradients. Leave such steps out with train_timestep_range."
-            )
+            report.problem = policy.no_gradient(index, transition.latents, transition.next_latents, batch.context)
 
 
 def _examine_gradients(report: PipelineReport, policy: Policy, batch: SampledBatch) -> None:

@@ -4,6 +4,7 @@ import copy
 import functools
 import inspect
 from collections.abc import Callable
+from types import CellType, FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -19,6 +20,9 @@ from ddpo_trl.schedulers import PolicyScheduler
 
 # Without these arguments of `__call__` there is nothing to ask for an image.
 REQUIRED_PIPELINE_ARGUMENTS = ("prompt", "num_inference_steps", "generator", "output_type")
+
+# The code that all functions share which are decorated with one of torch's context managers.
+TORCH_DECORATOR = torch.no_grad()(lambda: None).__code__
 
 
 def check_call(pipeline: DiffusionPipeline, config: DDPOConfig) -> None:
@@ -119,7 +123,29 @@ def move(pipeline: DiffusionPipeline, device: torch.device, config: DDPOConfig) 
 
 def call_with_grad(pipeline_class: type[DiffusionPipeline]) -> Callable[..., Any]:
     """A pipeline's `__call__` without the `torch.no_grad()` that diffusers decorates it with."""
-    return inspect.unwrap(pipeline_class.__call__)
+    return with_grad(pipeline_class.__call__)
+
+
+def with_grad(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function without torch's `no_grad`, wherever it is among its decorators: the others stay."""
+    if not isinstance(function, FunctionType) or "__wrapped__" not in vars(function):
+        return function
+    wrapped = vars(function)["__wrapped__"]
+    inner = with_grad(wrapped)
+    cells = function.__closure__ or ()
+    if function.__code__ is TORCH_DECORATOR and any(is_no_grad(cell.cell_contents) for cell in cells):
+        return inner
+    if inner is wrapped:
+        return function
+    closure = tuple(CellType(inner) if cell.cell_contents is wrapped else cell for cell in cells)
+    rebuilt = FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__, closure)
+    rebuilt.__kwdefaults__ = function.__kwdefaults__
+    return functools.update_wrapper(rebuilt, inner)
+
+
+def is_no_grad(factory: Any) -> bool:
+    """Whether a context manager that torch decorates with switches gradients off."""
+    return isinstance(factory, MethodType) and isinstance(factory.__self__, torch.no_grad | torch.inference_mode)
 
 
 def quiet_copy(pipeline: DiffusionPipeline) -> DiffusionPipeline:
@@ -150,12 +176,10 @@ def policy_copy(pipeline: DiffusionPipeline, scheduler: PolicyScheduler, offload
     twin: Any = quiet_copy(pipeline)
     twin.scheduler = scheduler
     denoiser = denoiser_name(pipeline)
-    twin.__class__ = class_with_known_device(type(pipeline), denoiser)
+    twin.__class__ = class_with_known_device(class_with_grad(type(pipeline)), denoiser)
     for name, part in parts(pipeline).items():
         if part.components.get(denoiser) is pipeline.components[denoiser]:
-            stepping = policy_copy(part, scheduler, offload)
-            stepping.__class__ = class_with_grad(type(stepping))  # the whole calls it as it is
-            vars(twin)[name] = stepping
+            vars(twin)[name] = policy_copy(part, scheduler, offload)
     if "encode_prompt" in dir(twin):
         twin.encode_prompt = PromptEncoder(twin, offload)
     if "prepare_latents" in dir(twin):
@@ -178,8 +202,14 @@ def with_denoiser(pipeline: DiffusionPipeline, denoiser: ModelMixin) -> Diffusio
 
 
 def class_with_grad(pipeline_class: type[DiffusionPipeline]) -> type[DiffusionPipeline]:
-    """The same class, but for the `torch.no_grad()` of its `__call__`."""
-    return type(pipeline_class.__name__, (pipeline_class,), {"__call__": call_with_grad(pipeline_class)})
+    """The same class, but for the `torch.no_grad()` of its `__call__`, and of those that it calls by `super()`."""
+    parents = [
+        type(parent.__name__, (parent,), {"__call__": with_grad(vars(parent)["__call__"])})
+        for parent in pipeline_class.__mro__[1:]
+        if "__call__" in vars(parent) and with_grad(vars(parent)["__call__"]) is not vars(parent)["__call__"]
+    ]
+    own = {"__call__": call_with_grad(pipeline_class)}
+    return type(pipeline_class.__name__, (pipeline_class, *parents), own)
 
 
 def class_with_known_device(pipeline_class: type[DiffusionPipeline], denoiser: str) -> type[DiffusionPipeline]:

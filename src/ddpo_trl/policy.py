@@ -17,7 +17,7 @@ from ddpo_trl.config import DDPOConfig
 from ddpo_trl.encoding import OnlyInPlace, PromptEncoder, is_setting
 from ddpo_trl.finite import check_weights
 from ddpo_trl.gaussian import kl_divergence, log_prob
-from ddpo_trl.lora import adapters_off, denoiser_name, describe_adapter, load_adapter, save_adapter
+from ddpo_trl.lora import adapter_layers, adapters_off, denoiser_name, describe_adapter, load_adapter, save_adapter
 from ddpo_trl.pipelines import call_with_grad, check_call, policy_copy, quiet_copy, with_denoiser
 from ddpo_trl.plan import steps_in_range
 from ddpo_trl.processes import is_sharded
@@ -451,6 +451,28 @@ class Policy(nn.Module):
             kl = kl_divergence(replay.mean, reference_mean, replay.std, reduction)
         return PolicyOutput(log_prob(next_latents, replay.mean, replay.std, reduction), kl)
 
+    def no_gradient(self, step: int, latents: Tensor, next_latents: Tensor, context: Context) -> str:
+        """The cause, in a sentence, if a step has no gradient; arguments as for [`Policy.forward`]."""
+        found = f"No gradient reaches pipeline.{self.denoiser_name} at step {step}: "
+        with torch.enable_grad(), recorded_grad_modes(self.denoiser) as modes:
+            replayed = Policy.forward(self, step, latents, next_latents, context).log_probs
+        if replayed.requires_grad:
+            return f"{found}gradients are switched off around the policy. Look for torch.set_grad_enabled(False)."
+        if not modes:
+            return f"{found}the pipeline runs another network there. Leave such steps out with train_timestep_range."
+        if not any(modes):
+            return (
+                f"{found}the pipeline runs it without gradients. Look for `torch.no_grad()` inside of its __call__ or "
+                "of a hook, or leave such steps out with train_timestep_range."
+            )
+        if any(layer.merged for layer in adapter_layers(self.denoiser)):
+            return f"{found}the adapter is fused into its weights. Call `pipeline.unfuse_lora()` before training."
+        return (
+            f"{found}what it predicts there does not depend on the weights that are trained. The adapter may be "
+            "switched off (`enable_lora()`), or the network detaches its output; if only in some steps, leave them "
+            "out with train_timestep_range."
+        )
+
     def save(self, directory: str | os.PathLike[str], write: bool = True) -> None:
         """
         Writes what is trained: the adapter ([`~ddpo_trl.lora.save_adapter`]), or the denoiser in a subfolder.
@@ -557,6 +579,17 @@ class Policy(nn.Module):
             return
         with adapters_off(self.denoiser):
             yield self.policy_pipeline
+
+
+@contextmanager
+def recorded_grad_modes(module: nn.Module) -> Iterator[list[bool]]:
+    """Whether gradients were on, for each call of a module."""
+    modes: list[bool] = []
+    hook = module.register_forward_hook(lambda *_: modes.append(torch.is_grad_enabled()))
+    try:
+        yield modes
+    finally:
+        hook.remove()
 
 
 def present_classes(module: nn.Module, names: Collection[str]) -> list[str]:

@@ -423,10 +423,7 @@ class DDPOTrainer(Trainer):
             metrics["objective/kl"] = batch.counted(kl).detach().mean()
         loss = loss * batch.share_counted  # the mean over all samples, to which dropped ones add nothing
         if not log_probs.requires_grad:
-            raise RuntimeError(
-                f"No gradient reaches pipeline.{self._policy.denoiser_name} at step {batch.step}: the pipeline runs "
-                "another network there. Leave such steps out with train_timestep_range."
-            )
+            raise RuntimeError(self._policy.no_gradient(batch.step, batch.latents, batch.next_latents, batch.context))
         if self.args.target_kl is not None:
             self._target_kl.add(metrics["policy/approxkl_avg"])
         for name, value in metrics.items():

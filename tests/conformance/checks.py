@@ -51,6 +51,7 @@ WITHOUT_GRADIENT = {
     "Stable Diffusion 3": (LAST_TEXT, ["transformer_blocks.1.attn.add_q_proj"]),
     "Stable Diffusion 3 without T5": (LAST_TEXT, ["transformer_blocks.1.attn.add_q_proj"]),
     "Stable Diffusion 3 ControlNet": (LAST_TEXT, ["transformer_blocks.1.attn.add_q_proj"]),
+    "Stable Diffusion 3 inpainting": (LAST_TEXT, ["transformer_blocks.1.attn.add_q_proj"]),
     "Qwen-Image": (
         LAST_TEXT,
         ["transformer_blocks.1.attn.add_q_proj", "transformer_blocks.1.attn.to_add_out"],
@@ -280,7 +281,8 @@ def own_sampler(scheduler: Any) -> SchedulerMixin:
         return scheduler
     settings = {name: value for name, value in scheduler.config.items() if name != "_use_default_values"}
     if scheduler.config.get("use_flow_sigmas", False):
-        return type("Euler", (EulersStep, type(scheduler)), {}).from_config(settings)
+        euler: Any = type("Euler", (EulersStep, type(scheduler)), {})
+        return euler.from_config(settings)
     return NoiseOnlyDDIM.from_config({**settings, "clip_sample": False})
 
 

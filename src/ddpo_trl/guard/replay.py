@@ -5,7 +5,14 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from ddpo_trl.guard.suspects import CHANGED_SUSPECTS, LOOP_SUSPECTS, RANDOM_SUSPECTS, Suspect
-from ddpo_trl.guard.trial import FLOAT32_TOLERANCE, HALF_DTYPES, HALF_PRECISION_TOLERANCE, Trial, log_prob_difference
+from ddpo_trl.guard.trial import (
+    FLOAT32_ROUNDING,
+    FLOAT32_TOLERANCE,
+    HALF_DTYPES,
+    HALF_PRECISION_ROUNDING,
+    Trial,
+    log_prob_difference,
+)
 from ddpo_trl.policy import Policy
 from ddpo_trl.processes import is_sharded
 from ddpo_trl.types import SampledBatch, Transition
@@ -35,7 +42,8 @@ def replay_problem(
         return None
     worst = int((log_probs - micro_batch.log_probs).abs().argmax())
     trial = Trial(policy=policy, micro_batch=micro_batch, batch=batches[worst], difference=difference)
-    if is_half(policy, micro_batch) and difference <= HALF_PRECISION_TOLERANCE and trial.is_rounding():
+    rounding = HALF_PRECISION_ROUNDING if is_half(policy, micro_batch) else FLOAT32_ROUNDING
+    if difference <= rounding and trial.is_rounding():
         return None
     return (
         f"Before any update, step {micro_batch.step} has another log-probability in training than in sampling: they "

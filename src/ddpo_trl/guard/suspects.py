@@ -161,13 +161,23 @@ def state(trial: Trial) -> str | None:
     with observed_transitions(trial) as seen:
         trial.replay()
     given, arrived = trial.recorded.latents.float(), seen[0].latents
-    if arrived.shape == given.shape and torch.equal(arrived, given):
-        return None
+    if arrived.numel() == given.numel():  # by frame, where the pipeline steps frames
+        arrived = arrived.reshape(given.shape)
+        if torch.equal(arrived, given):
+            return None
     rounding = [plain(dtype) for dtype in HALF_DTYPES if torch.equal(given.to(dtype).float(), arrived)]
-    what = f"casts them to {rounding[0]}" if rounding else "changes them"
+    if rounding:
+        return (
+            f"the dtype of the latents: the pipeline is given the recorded ones and casts them to {rounding[0]} on "
+            "the way to the scheduler. Load the whole pipeline in one dtype."
+        )
+    if arrived.shape != given.shape:
+        what = f"hands {tuple(arrived.shape)} to the scheduler"
+    else:
+        what = f"changes {int((arrived != given).sum())} of their {given.numel()} numbers on the way to the scheduler"
     return (
-        f"the dtype or scale of the latents: the pipeline is given the recorded ones and {what} on the way to the "
-        "scheduler. Load the whole pipeline in one dtype, and let it leave its latents alone."
+        f"the latents: the pipeline is given the recorded ones and {what}. It may scale or round them, or put noise "
+        "or an encoded image into a part of them before each step: look for such an option in pipeline_kwargs."
     )
 
 

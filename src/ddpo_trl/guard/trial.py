@@ -18,11 +18,12 @@ from ddpo_trl.types import Conditions, SampledBatch, Step, Transition
 
 # How far a log-probability, averaged over dimensions, may move between sampling and training before any update. At the
 # batch size of sampling it does not move at all, in half precision neither. Other kernels, which another micro-batch
-# size or autograd may choose, move it by about 1e-6 in float32 and by up to 4e-3 in bfloat16, where the last steps are
-# the most sensitive; a fault like another guidance by 1e-3 to 10. So a difference between these two is accepted in
-# half precision, but only if it vanishes at the batch size of sampling.
-FLOAT32_TOLERANCE = 1e-3
-HALF_PRECISION_TOLERANCE = 0.1
+# size or autograd may choose, move it by about 1e-6 in float32 (more with TensorFloat-32), and by up to 4e-3 in
+# bfloat16, where the last steps are the most sensitive; a fault like another guidance by 1e-3 to 10. So a difference
+# up to the second number is accepted, but only if it vanishes at the batch size of sampling.
+FLOAT32_TOLERANCE = 1e-5
+FLOAT32_ROUNDING = 1e-3
+HALF_PRECISION_ROUNDING = 0.1
 HALF_DTYPES = (torch.bfloat16, torch.float16)
 
 # A condition under which so little of the difference is left is its cause.

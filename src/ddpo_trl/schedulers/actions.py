@@ -205,8 +205,9 @@ class DifferentiatedSampling(Sampling):
             log_probs = log_prob(action, mean, std, self.reduction)
             if not log_probs.requires_grad:
                 raise NoGradient(
-                    f"No gradient reaches the trained network at step {index}: the pipeline runs another one there. "
-                    "Leave such steps out with train_timestep_range."
+                    f"No gradient reaches the trained network at step {index}: the pipeline may run another one there "
+                    "(leave such steps out with train_timestep_range), or this one without gradients, or its adapter "
+                    "is fused or switched off. `ddpo-trl doctor` tells which."
                 )
             self.on_log_probs(index, log_probs)
             self.log_probs[index] = log_probs.detach()

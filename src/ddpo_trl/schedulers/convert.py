@@ -174,7 +174,8 @@ def ddim_policy(scheduler: SchedulerMixin, eta: float) -> PolicyScheduler:
     settings.pop("snr_shift_scale", None)  # CogVideoX's, which is in its ᾱ_t
     if settings["beta_schedule"] not in DDIM_BETA_SCHEDULES:  # its ᾱ_t are taken over all the same
         settings["beta_schedule"] = "linear"
-    policy_class = ddim_policy_class(type(scheduler) if isinstance(scheduler, DISTILLED_SCHEDULERS) else DDIMScheduler)
+    base: Any = scheduler.__class__ if isinstance(scheduler, DISTILLED_SCHEDULERS) else DDIMScheduler
+    policy_class = ddim_policy_class(base)
     policy = policy_class.from_config(settings, clip_sample=False)
     policy.eta = eta
     policy.alphas_cumprod = scheduler.alphas_cumprod

@@ -171,8 +171,8 @@ class FlowMatchPolicyScheduler(PolicyScheduler):
         timestep: Any,
         sample: Tensor,
         generator: Any = None,
-        per_token_timesteps: Tensor | None = None,
         return_dict: bool = True,
+        per_token_timesteps: Tensor | None = None,
     ) -> SchedulerOutput | tuple[Tensor, ...]:
         """
         As [`PolicyScheduler.step`].
