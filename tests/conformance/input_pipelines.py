@@ -159,7 +159,7 @@ def hidream(seed: int) -> DiffusionPipeline:
         vae=flux_vae(),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
     )
-    pipeline.default_sample_size = 8  # the pipeline scales all sizes to the area of this one, squared
+    pipeline.default_sample_size = 4  # the pipeline scales all sizes to the area of this one, squared
     return ready(pipeline)
 
 

@@ -3,11 +3,53 @@
 import pytest
 
 from conformance.checks import CASES, CHECKS
+from conformance.input_pipelines import INPUT_CASES
 from conformance.table import DOCUMENT
 
 
-@pytest.mark.parametrize("check", CHECKS.values(), ids=CHECKS)
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+# Pipelines that prove each of the checks that are quick for all, and slow for the others.
+PROOFS = {
+    "same prompt twice": ["FLUX.1", "Qwen-Image", "Z-Image", "HiDream"],
+    "other inputs": [
+        "Stable Diffusion image-to-image",
+        "FLUX.2 klein with a reference image",
+        "Stable Diffusion IP-Adapter",
+        "Stable Diffusion 3 ControlNet",
+    ],
+    "batch size 1": [
+        "Stable Diffusion 1.x",
+        "FLUX.2 klein with a reference image",
+        "Stable Diffusion, guidance rescale per sample",
+    ],
+    "networks kept": [
+        "Stable Diffusion, perturbed attention",
+        "Stable Diffusion IP-Adapter",
+        "HunyuanDiT ControlNet",
+    ],
+    "input for all": [
+        "Stable Diffusion image-to-image",
+        "Stable Diffusion T2I-Adapter",
+        "Stable Diffusion 3 ControlNet",
+    ],
+}
+# The other checks that pipelines with inputs run in the quick suite.
+ON_INPUT_PIPELINES = ("replay = sampling", "one pass", "doctor")
+
+
+def is_quick(name: str, title: str) -> bool:
+    if title in PROOFS:
+        return name in PROOFS[title]
+    return title in ON_INPUT_PIPELINES or name not in {case.name for case in INPUT_CASES}
+
+
+PAIRS = [
+    pytest.param(case, check, id=f"{case.name}-{title}", marks=[] if is_quick(case.name, title) else pytest.mark.slow)
+    for case in CASES
+    for title, check in CHECKS.items()
+]
+
+
+@pytest.mark.parametrize(("case", "check"), PAIRS)
 def test_a_pipeline_is_a_policy(case, check):
     check(case)
 
