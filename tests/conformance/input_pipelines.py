@@ -66,8 +66,8 @@ from conformance.newer_pipelines import (
 from conftest import tiny_tokenizer
 
 
-def resized(count: int, name: str, *size: int) -> dict[str, list[Image.Image]]:
-    return {name: [image.resize(size) for image in images(count)]}
+def resized(count: int, name: str, width: int, height: int) -> dict[str, list[Image.Image]]:
+    return {name: [image.resize((width, height)) for image in images(count)]}
 
 
 def randomized(layers: list[nn.Module]) -> None:
