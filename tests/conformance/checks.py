@@ -317,6 +317,8 @@ def the_same_prompt_twice_is_right(case: Case) -> str | None:
     if case.draws:
         return f"{NOT_APPLICABLE}: the pipeline draws from torch's global generator"
     policy = make_policy(case)
+    if "encode_prompt" not in dir(policy.policy_pipeline):
+        return f"{NOT_APPLICABLE}: nothing is cached"
     prompts = [PROMPTS[1]] * 2
     ours = policy.sample(policy.context(prompts, metadata(case), seeds=[1, 2]), stochastic=()).images
     theirs = images_without_cache(policy, case, prompts)
