@@ -236,7 +236,8 @@ def test_prompts_are_encoded_once_and_never_in_replay(make_config):
     policy = make_policy(pipeline, make_config())
     step = policy.sample(CONTEXT, record=[0]).steps[0]
     encoded = len(calls)
-    assert encoded == len(set(PROMPTS)) + 1  # and the negative prompt
+    # And the negative prompt, and a pair of each from which it is learned how embeddings are joined.
+    assert encoded == len(set(PROMPTS)) + 1 + 2
     policy.sample(CONTEXT)
     policy.generate(CONTEXT)
     policy(step=0, latents=step.latents, next_latents=step.next_latents, context=CONTEXT)

@@ -328,8 +328,8 @@ def by_value(value: Any) -> Hashable | None:
     """A setting, an image, an array or a tensor as what distinguishes it from others; `None` if nothing does."""
     match value:
         case Tensor():
-            content = value.detach().cpu().contiguous().view(torch.uint8).numpy() if value.ndim else value.item()
-            return ("tensor", value.dtype, value.shape, hashlib.sha256(content).digest() if value.ndim else content)
+            content = value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
+            return ("tensor", value.dtype, value.shape, hashlib.sha256(content).digest())
         case np.ndarray():
             return ("array", value.dtype.str, value.shape, hashlib.sha256(value.tobytes()).digest())
         case Image.Image():
@@ -416,8 +416,8 @@ def join(values: Sequence[Any], ragged_example: Any = None, layout: Any = 0) -> 
         case list():
             return [part for value in values for part in value]
         case dict():
-            layouts = layout if isinstance(layout, dict) else dict.fromkeys(first, 0)
-            return {name: join([value[name] for value in values], layout=layouts[name]) for name in first}
+            own_layout = layout if isinstance(layout, dict) else dict.fromkeys(first, 0)
+            return {name: join([value[name] for value in values], layout=own_layout[name]) for name in first}
         case Tensor() if layout != -1 and first.ndim and all(value.shape[layout or 0] == 1 for value in values):
             return torch.cat(padded(values, layout or 0), dim=layout or 0)
         case Tensor() if all(torch.equal(value, first) for value in values):

@@ -513,6 +513,11 @@ class Policy(nn.Module):
                 f"{type(pipeline).__name__} finished without a step of its scheduler, so it can't be a policy: it "
                 "does not take its timesteps from pipeline.scheduler."
             )
+        if len(stds := {visit.std for visit in visits}) > 1:
+            raise ValueError(
+                f"Step {replay.step} has another σ for each sample of a batch ({', '.join(map(str, sorted(stds)))}): "
+                f"{', '.join(context.inputs)} changes the schedule. Give one value for all in pipeline_kwargs."
+            )
         replay.latents, replay.mean = join_samples(latents), join_samples([visit.mean for visit in visits])
         replay.std = visits[0].std
         return replay

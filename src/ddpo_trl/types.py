@@ -180,12 +180,17 @@ class SampledBatch:
                 Their batches, in order.
 
         Raises:
-            `ValueError`: If the samples have different sizes.
+            `ValueError`: If the samples have different sizes or numbers of steps.
         """
         if len(parts) == 1:
             return parts[0]
+        if len(counts := {part.steps_run for part in parts}) > 1:
+            raise ValueError(
+                f"The samples of a batch take different numbers of steps, {' and '.join(map(str, sorted(counts)))}: "
+                f"{', '.join(context.inputs)} changes the schedule. Give one value for all in pipeline_kwargs."
+            )
         gradients = [part.gradients for part in parts if part.gradients is not None]
-        counts = [part.finite_steps for part in parts if part.finite_steps is not None]
+        finite_steps = [part.finite_steps for part in parts if part.finite_steps is not None]
         return cls(
             context=context,
             images=join_samples([part.images for part in parts]),
@@ -205,7 +210,7 @@ class SampledBatch:
             )
             if gradients
             else None,
-            finite_steps=torch.cat(counts) if counts else None,
+            finite_steps=torch.cat(finite_steps) if finite_steps else None,
             steps_run=parts[0].steps_run,
         )
 

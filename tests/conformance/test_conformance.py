@@ -1,27 +1,59 @@
 """Every pipeline of the suite passes every check. `make conformance` prints the table."""
 
-from collections.abc import Iterator
-from typing import Any
-
 import pytest
 
 from conformance.checks import CASES, CHECKS
+from conformance.input_pipelines import INPUT_CASES
 from conformance.more_pipelines import MORE_CASES
 from conformance.table import DOCUMENT
 
 
-# The pipelines of the second half differ in how they treat scheduler and state: the rest of their rows is `slow`.
-OF_SCHEDULER_AND_STATE = ("replay = sampling", "own sampler", "one pass")
+# Pipelines that prove each of the checks that are quick for all, and slow for the others.
+PROOFS = {
+    "same prompt twice": ["FLUX.1", "Qwen-Image", "Z-Image", "HiDream"],
+    "other inputs": [
+        "Stable Diffusion image-to-image",
+        "FLUX.2 klein with a reference image",
+        "Stable Diffusion IP-Adapter",
+        "Stable Diffusion 3 ControlNet",
+    ],
+    "batch size 1": [
+        "Stable Diffusion 1.x",
+        "FLUX.2 klein with a reference image",
+        "Stable Diffusion, guidance rescale per sample",
+    ],
+    "networks kept": [
+        "Stable Diffusion, perturbed attention",
+        "Stable Diffusion IP-Adapter",
+        "HunyuanDiT ControlNet",
+    ],
+    "input for all": [
+        "Stable Diffusion image-to-image",
+        "Stable Diffusion T2I-Adapter",
+        "Stable Diffusion 3 ControlNet",
+    ],
+}
+# The other checks that the pipelines of the second half run in the quick suite: those that show their kind.
+QUICK = {
+    **dict.fromkeys((case.name for case in INPUT_CASES), ("replay = sampling", "one pass", "doctor")),
+    **dict.fromkeys((case.name for case in MORE_CASES), ("replay = sampling", "own sampler", "one pass")),
+}
 
 
-def cells() -> Iterator[Any]:
-    for case in CASES:
-        for title, check in CHECKS.items():
-            is_slow = case in MORE_CASES and title not in OF_SCHEDULER_AND_STATE
-            yield pytest.param(case, check, id=f"{case.name}-{title}", marks=[pytest.mark.slow] * is_slow)
+def is_quick(name: str, title: str) -> bool:
+    if title in PROOFS:
+        return name in PROOFS[title]
+    return title in QUICK.get(name, CHECKS)
 
 
-@pytest.mark.parametrize(("case", "check"), cells())
+PAIRS = [
+    pytest.param(case, check, id=f"{case.name}-{title}", marks=[] if is_quick(case.name, title) else pytest.mark.slow)
+    for case in CASES
+    for title, check in CHECKS.items()
+]
+
+
+@pytest.mark.parametrize(("case", "check"), PAIRS)
 def test_a_pipeline_is_a_policy(case, check):
     check(case)
 

@@ -91,7 +91,12 @@ def gain(make_config, sign: int, shuffle: bool = False, **settings: Any) -> Gain
 
 
 # Four updates per round: ratios leave 1, and clipping acts on some transitions and not on most.
-OFF_POLICY: dict[str, Any] = {"num_mini_batches": 4, "cliprange": 0.02, "num_train_epochs": 14, "per_device_train_batch_size": 64}
+OFF_POLICY: dict[str, Any] = {
+    "num_mini_batches": 4,
+    "cliprange": 0.02,
+    "num_train_epochs": 14,
+    "per_device_train_batch_size": 64,
+}
 
 
 def assert_clipping_acts(logs: list[dict[str, float]]) -> None:

@@ -31,7 +31,6 @@ from ddpo_trl.guard.trial import (
     without_option,
 )
 from ddpo_trl.policy import Policy
-from ddpo_trl.types import Context
 
 
 MAX_NAMES = 3  # of modules in a sentence
@@ -160,7 +159,7 @@ def state(trial: Trial) -> str | None:
     """A pipeline that rounds or changes the latents that it is given."""
     with observed_transitions(trial) as seen:
         trial.replay()
-    given, arrived = trial.recorded.latents.float(), seen[0].latents
+    given, arrived = trial.recorded.latents.float(), torch.cat([each.latents for each in seen])  # one for each call
     if arrived.numel() == given.numel():  # by frame, where the pipeline steps frames
         arrived = arrived.reshape(given.shape)
         if torch.equal(arrived, given):
@@ -325,11 +324,7 @@ def mixes_samples(trial: Trial) -> bool:
     """Whether the result of a sample depends on the others of its batch: it is tried among copies of itself."""
     step, context = trial.recorded, trial.batch.context
     rows = [0] * len(context)
-    copies = Context(
-        prompts=[context.prompts[row] for row in rows],
-        seeds=[context.seeds[row] for row in rows],
-        inputs={name: [values[row] for row in rows] for name, values in context.inputs.items()},
-    )
+    copies = context.rows(rows)
     with torch.no_grad():
         replayed = trial.policy(trial.micro_batch.step, step.latents[rows], step.next_latents[rows], copies)
     return not trial.explains(trial.apart(replayed.log_probs, step.log_probs[rows]))

@@ -1,0 +1,148 @@
+"""A batch becomes as many calls of the pipeline as it needs, and a call leaves everything as it found it."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from conformance.image_pipelines import images, stable_diffusion, stable_diffusion_img2img
+from conformance.input_pipelines import INPUT_CASES, cosmos_2, hunyuan_dit_controlnet
+from conformance.newer_pipelines import flux2_klein
+from ddpo_trl.calls import BatchCalls, attention_modules, images_tensor, processors_kept
+from ddpo_trl.lora import put_on_adapter
+from ddpo_trl.policy import Policy
+from ddpo_trl.types import Context
+
+
+PROMPTS, SEEDS = ["a cat", "two dogs"], [1, 2]
+CASES = {case.name: case for case in INPUT_CASES}
+
+
+def policy_of(pipeline, make_config, **settings):
+    config = make_config(num_inference_steps=4, **settings)
+    return Policy(pipeline, config, put_on_adapter(pipeline, None))
+
+
+# ---- How many calls ----
+
+
+def test_a_batch_that_a_pipeline_takes_is_one_call(make_config):
+    policy = policy_of(stable_diffusion_img2img(0), make_config, pipeline_inputs=["image"])
+    context = policy.context(PROMPTS, [{"image": image} for image in images(2)], SEEDS)
+    assert policy.calls.split(context) == [context]
+    assert policy.calls.one_by_one_reason is None
+
+
+def test_a_list_that_a_pipeline_reads_as_inputs_of_all_samples_becomes_one_call_per_sample(make_config):
+    case = CASES["FLUX.2 klein with a reference image"]
+    policy = policy_of(flux2_klein(0), make_config, pipeline_inputs=["image"], pipeline_kwargs=case.pipeline_kwargs)
+    assert case.make_inputs is not None
+    image, _ = case.make_inputs(2)["image"]
+    context = policy.context(PROMPTS, [{"image": image}] * 2, SEEDS)  # the same for both: this does not hide it
+    assert [list(call.prompts) for call in policy.calls.split(context)] == [["a cat"], ["two dogs"]]
+    assert policy.calls.one_by_one_reason == "in a batch it makes another sample from image than from each alone"
+
+
+def test_images_of_samples_that_are_made_one_by_one_are_those_of_batches_of_one(make_config):
+    policy = policy_of(stable_diffusion(0), make_config, pipeline_inputs=["guidance_rescale"])
+    metadata = [{"guidance_rescale": 0.1}, {"guidance_rescale": 0.9}]
+    together = policy.sample(policy.context(PROMPTS, metadata, SEEDS), record=range(4))
+    for row in range(2):
+        alone = policy.sample(policy.context(PROMPTS, metadata, SEEDS).rows([row]), record=range(4))
+        assert torch.equal(together.images[row], alone.images[0])
+        for index, step in alone.steps.items():
+            assert torch.equal(together.steps[index].log_probs[row], step.log_probs[0])
+
+
+def test_samples_of_different_sizes_are_refused_with_the_sizes_and_the_remedy(make_config):
+    policy = policy_of(stable_diffusion(0), make_config, pipeline_inputs=["height", "width"])
+    context = policy.context(PROMPTS, [{"height": 16, "width": 16}, {"height": 32, "width": 16}], SEEDS)
+    with pytest.raises(ValueError, match=r"different sizes, \(4, 8, 8\) and \(4, 16, 8\): .* set height and width"):
+        policy.survey(context)
+
+
+def test_inputs_that_change_the_schedule_are_refused_with_the_remedy(make_config):
+    settings = {"pipeline_inputs": ["strength"], "pipeline_kwargs": {"image": images(1)[0]}}
+    policy = policy_of(stable_diffusion_img2img(0), make_config, **settings)
+    context = policy.context(PROMPTS, [{"strength": 0.5}, {"strength": 1.0}], SEEDS)
+    with pytest.raises(ValueError, match="strength changes the schedule. Give one value for all in pipeline_kwargs"):
+        policy.survey(context)
+    with pytest.raises(ValueError, match="different numbers of steps, 2 and 4: strength changes the schedule"):
+        policy.sample(context)
+
+
+def test_what_a_pipeline_raises_for_a_single_sample_is_raised(make_config):
+    policy = policy_of(stable_diffusion_img2img(0), make_config, pipeline_inputs=["image"])
+    with pytest.raises(ValueError, match="Input is in incorrect format"):
+        policy.survey(policy.context(PROMPTS, [{"image": "a.png"}, {"image": "b.png"}], SEEDS))
+
+
+def test_a_lack_of_memory_is_not_taken_for_a_refusal():
+    def run(context, replay):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    calls = BatchCalls(stable_diffusion(0).unet, run, is_plain=True)
+    with pytest.raises(torch.OutOfMemoryError):
+        calls.split(Context(prompts=PROMPTS, seeds=SEEDS, inputs={"image": [1, 2]}))
+
+
+# ---- What a call leaves as it was ----
+
+
+def test_random_numbers_without_a_generator_depend_on_the_seeds_alone_and_use_up_none_of_the_users(make_config):
+    case = CASES["HunyuanDiT ControlNet"]
+    settings = {"pipeline_inputs": list(case.inputs), "pipeline_kwargs": case.pipeline_kwargs}
+    policy = policy_of(hunyuan_dit_controlnet(0), make_config, **settings)
+    assert case.make_inputs is not None
+    metadata = [{"control_image": image} for image in case.make_inputs(2)["control_image"]]
+    found = []
+    for user_seed, rows in ((5, [0, 1]), (6, [1, 0])):
+        torch.manual_seed(user_seed)
+        before = torch.get_rng_state()
+        found.append(policy.sample(policy.context(PROMPTS, metadata, SEEDS).rows(rows), max_steps=2).images)
+        assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(found[0], found[1].flip(0))
+
+
+def test_attention_processors_are_put_back_after_an_error_too():
+    pipeline = stable_diffusion(0)
+    before = dict(pipeline.unet.attn_processors)
+    with pytest.raises(RuntimeError, match="in the middle"), processors_kept(attention_modules([pipeline.unet, None])):
+        pipeline.unet.set_attn_processor(type(next(iter(before.values())))())
+        assert pipeline.unet.attn_processors != before
+        raise RuntimeError("in the middle")
+    assert pipeline.unet.attn_processors == before
+
+
+def test_a_safety_checker_that_a_pipeline_insists_on_stays(make_config):
+    """Cosmos refuses to run without."""
+    pipeline = cosmos_2(0)
+    assert policy_of(pipeline, make_config).policy_pipeline.safety_checker is pipeline.safety_checker
+
+
+# ---- What comes out ----
+
+
+@pytest.mark.parametrize(
+    "convert",
+    [
+        lambda pixels: torch.from_numpy(pixels).movedim(-1, -3).float() / 255,
+        lambda pixels: pixels.astype(np.float32) / 255,
+        lambda pixels: pixels,
+        lambda pixels: [Image.fromarray(each) for each in pixels],
+        lambda pixels: [torch.from_numpy(each).movedim(-1, -3) / 255 for each in pixels],
+    ],
+    ids=["tensor", "array", "integers", "PIL images", "tensors"],
+)
+def test_images_are_the_same_whatever_form_they_come_in(convert):
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 4, 6, 3), dtype=np.uint8)
+    tensor = images_tensor(convert(pixels))
+    assert tensor.dtype == torch.float32 and tensor.shape == (2, 3, 4, 6)
+    assert tensor[1, 2, 3, 5].item() == pytest.approx(pixels[1, 3, 5, 2] / 255)
+
+
+def test_videos_of_pil_images_have_their_frames_before_their_channels():
+    frames = [[Image.new("RGB", (6, 4), (255 * row, 0, 51 * frame)) for frame in range(5)] for row in range(2)]
+    tensor = images_tensor(frames)
+    assert tensor.shape == (2, 5, 3, 4, 6)
+    assert tensor[1, 4, :, 0, 0].tolist() == pytest.approx([1.0, 0.0, 0.8])
