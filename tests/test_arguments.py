@@ -121,7 +121,7 @@ PICTURE = Image.new("RGB", (16, 16), "red")
     ("given", "said"),
     [
         ({"prompt_fn": [("a", {"image": PICTURE}), ("b", {"picture": PICTURE})]}, "prompt_fn[1] has picture"),
-        ({"eval_prompts": ["owl"]}, "eval_prompts[0] has no more"),
+        ({"eval_prompts": ["owl"]}, "eval_prompts[0] has no metadata"),
         ({"eval_prompts": Dataset.from_dict({"prompt": ["a"], "mask": [1]})}, "eval_prompts has prompt, mask"),
     ],
 )
@@ -134,7 +134,7 @@ def test_every_prompt_must_bring_the_pipelines_inputs(make_config, given, said):
 def test_an_evaluation_asked_for_later_checks_its_prompts_too(make_config):
     config = make_config(pipeline_inputs=["image"], pipeline_kwargs={"strength": 0.75})
     trainer = DDPOTrainer(config, brightness, [("cat", {"image": PICTURE})], img2img())
-    with pytest.raises(ValueError, match=r"pipeline_inputs names 'image', but prompts\[1\] has no more"):
+    with pytest.raises(ValueError, match=r"pipeline_inputs names 'image', but prompts\[1\] has no metadata"):
         trainer.generate_samples([("cat", {"image": PICTURE}), "owl"])
 
 

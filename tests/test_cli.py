@@ -549,10 +549,10 @@ def test_weights_of_other_tools_are_converted(weights, tiny, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda w: {name.replace("unet.", "diffusion_model."): x for name, x in w.items()}, "64 of the 64 weights"),
-        (lambda w: {name.replace("unet.", "transformer."): x for name, x in w.items()}, "64 of the 64 weights"),
-        (lambda w: {name.removeprefix("unet."): x for name, x in w.items()}, "64 of the 64 weights"),
-        (lambda w: {**w, **{f"unet.new.lora_{part}.weight": torch.ones(4, 4) for part in "AB"}}, "2 of the 66"),
+        (lambda w: {name.replace("unet.", "diffusion_model."): x for name, x in w.items()}, "16 of the 16 weights"),
+        (lambda w: {name.replace("unet.", "transformer."): x for name, x in w.items()}, "16 of the 16 weights"),
+        (lambda w: {name.removeprefix("unet."): x for name, x in w.items()}, "16 of the 16 weights"),
+        (lambda w: {**w, **{f"unet.new.lora_{part}.weight": torch.ones(4, 4) for part in "AB"}}, "2 of the 18"),
         (lambda w: {"lora_unet_mid_block.hada_w1_a": torch.ones(4, 4)}, "don't fit .*hada_w1_a"),
         (lambda w: {"something": torch.ones(1)}, "don't fit .*Invalid LoRA checkpoint"),
         (lambda w: {name: torch.zeros_like(x) for name, x in w.items()}, "change nothing in these images"),

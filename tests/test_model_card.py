@@ -201,7 +201,7 @@ def nothing(pipeline: Any) -> None:
         ({"num_inference_steps": 3}, {}, nothing),
         ({"guidance_scale": None}, {}, nothing),
         ({"pipeline_kwargs": {"negative_prompt": "dull"}}, {}, nothing),
-        ({"pipeline_kwargs": {"cross_attention_kwargs": {"scale": 0.3}}}, {}, nothing),
+        ({"pipeline_kwargs": {"cross_attention_kwargs": {"scale": 3.0}}}, {}, nothing),
         ({"pipeline_kwargs": {"height": 24, "width": 32, "guidance_rescale": 0.7}}, {}, nothing),
         ({"pipeline_inputs": ["negative_prompt"]}, {"negative_prompt": "a dog"}, nothing),
     ],

@@ -150,7 +150,7 @@ def test_the_second_updates_gradient_is_that_of_ppo_under_the_weights_that_the_f
     make_config, settings, clips
 ):
     updates = Updates()
-    config = make_config(**settings, max_grad_norm=0.0, learning_rate=0.03)
+    config = make_config(**settings, max_grad_norm=0.0, learning_rate=0.2)
     trainer = MiniBatches(config, brightness, PROMPTS, tiny_pipeline(), callbacks=[updates])
     trainer.train()
     assert len(updates.gradients) == 2

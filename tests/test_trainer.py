@@ -632,11 +632,9 @@ def test_a_missing_pipeline_input_is_named_at_construction(make_config, metadata
 
 
 def test_a_pipeline_input_that_is_missing_later_is_named_too(make_config):
-    trainer = DDPOTrainer(
-        make_config(pipeline_inputs=["image"]), brightness, IMAGE_PAIRS, img2img_pipeline(), eval_prompts=PROMPTS
-    )
-    with pytest.raises(ValueError, match=r"pipeline_inputs names 'image', but the metadata of a prompt is \{\}"):
-        trainer.generate_samples()
+    trainer = DDPOTrainer(make_config(pipeline_inputs=["image"]), brightness, IMAGE_PAIRS, img2img_pipeline())
+    with pytest.raises(ValueError, match=r"pipeline_inputs names 'image', but prompts\[0\] has no metadata"):
+        trainer.generate_samples(PROMPTS)
 
 
 def test_images_of_a_prompt_come_together(make_config):
@@ -766,7 +764,7 @@ def clipping_pipeline() -> StableDiffusionPipeline:
         ),
         (
             {"pipeline": img2img_pipeline, "config": {"pipeline_inputs": ["image"]}},
-            "pipeline_inputs names 'image', but the metadata of a prompt is {}. Return it beside each prompt",
+            r"pipeline_inputs names 'image', but prompt_fn\[0\] has no metadata. Give it with each prompt",
         ),
         ({"pipeline": edm_pipeline}, "EDMEulerScheduler, whose steps can't be turned"),
         ({"pipeline": consistency_pipeline}, "CMStochasticIterativeScheduler, whose steps can't be turned"),

@@ -185,14 +185,18 @@ class Policy(nn.Module):
         first = self._visit(self.policy_pipeline, Replay(0), context).latents
         assert first is not None, "_visit raises if no step was run"
         if self.scheduler.layout is None:
-            visits = [Numbered(place=0)]
-            self._visit(self.policy_pipeline, visits[0], context)
-            visits += [Numbered(place) for place in range(1, visits[0].places)]
-            for visit in visits[1:]:
-                self._visit(self.policy_pipeline, visit, context)
-            digits = [visit.latents for visit in visits if visit.latents is not None]
-            self.scheduler.layout = learn_layout(len(context), visits[0].elements, first, digits)
+            self._learn_layout(self.calls.split(context)[0])
         return first
+
+    def _learn_layout(self, call: Context) -> None:
+        def visit(replay: Replay) -> Tensor:
+            latents = self._run_to(self.policy_pipeline, replay, call).latents
+            assert latents is not None, "the first step was run before"
+            return latents
+
+        first, lowest = visit(Replay(0)), Numbered(place=0)
+        digits = [visit(lowest), *(visit(Numbered(place)) for place in range(1, lowest.places))]
+        self.scheduler.layout = learn_layout(len(call), lowest.elements, first, digits)
 
     @torch.no_grad()
     def encode(self, contexts: Iterable[Context], device: torch.device) -> None:

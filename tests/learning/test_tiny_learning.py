@@ -46,6 +46,7 @@ class Gain(NamedTuple):
 def small_pipeline() -> StableDiffusionPipeline:
     """The tiny pipeline with convolutions alone: they carry the color of a random network, attention hardly does."""
     pipeline = tiny_pipeline()
+    torch.manual_seed(0)
     unet = UNet2DConditionModel(
         sample_size=8,
         block_out_channels=(8,),

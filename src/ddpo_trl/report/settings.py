@@ -9,7 +9,7 @@ from ddpo_trl.config import DDPOConfig
 
 
 # TrainingArguments fills these in by itself: they differ from their defaults in every run.
-FILLED_IN = {"accelerator_config", "hub_token"}
+FILLED_IN = {"accelerator_config", "hub_token", "per_device_eval_batch_size"}
 
 FIELDS = {field.name: field for field in dataclasses.fields(DDPOConfig)}
 OWN_NAMES = DDPOConfig.__annotations__

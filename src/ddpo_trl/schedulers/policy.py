@@ -158,7 +158,8 @@ class PolicyScheduler(ABC):
         )
         rows = source.batch_size or len(sample)
         action = source.next_latents(index, by_sample(sample, rows), by_sample(mean, rows), std)
-        next_latents = action.view(sample.shape)
+        # The same tensor, where it has the shape: the next step records it too, and it is kept once.
+        next_latents = action if action.shape == sample.shape else action.view(sample.shape)
         self._visits += 1
         self._step_index = self._skipped + self._visits
         return SchedulerOutput(prev_sample=next_latents) if return_dict else (next_latents,)
