@@ -65,18 +65,18 @@ def test_an_argument_of_another_kind_is_refused_with_the_remedy(make_config, giv
 )  # fmt: skip
 def test_an_argument_by_another_librarys_name_is_refused_with_ours(theirs, ours):
     with pytest.raises(TypeError, match=f"DDPOTrainer has no {theirs}. Did you mean {ours}?"):
-        DDPOTrainer(**{theirs: None})
+        DDPOTrainer(**dict[str, Any]({theirs: None}))
 
 
 def test_what_has_no_counterpart_is_refused_with_what_to_do():
     with pytest.raises(
         TypeError, match="no image_samples_hook. Use log_images_rounds; `ddpo_trl.trl_0_23.DDPOTrainer`"
     ):
-        DDPOTrainer(None, None, None, None, image_samples_hook=print)  # type: ignore[arg-type,call-arg]
+        DDPOTrainer(None, None, None, None, image_samples_hook=print)  # type: ignore
     with pytest.raises(TypeError, match="DDPOConfig has no sample_num_steps. It is TRL's: DDPOConfig.from_trl"):
-        DDPOConfig(sample_num_steps=3)  # type: ignore[call-arg]
+        DDPOConfig(sample_num_steps=3)
     with pytest.raises(TypeError, match="DDPOConfig has no lr. Did you mean learning_rate?"):
-        DDPOConfig(lr=3)  # type: ignore[call-arg]
+        DDPOConfig(lr=3)
 
 
 def test_every_suggested_word_stands_for_one_name_only():

@@ -37,7 +37,7 @@ def writes(images: torch.Tensor, prompts: Any, metadata: Any) -> torch.Tensor:
 @pytest.mark.parametrize("timeout", [None, 30.0])
 def test_what_a_function_writes_into_its_arguments_no_other_sees(timeout):
     before = IMAGES.clone()
-    metadata = tuple(
+    metadata: tuple[dict[str, Any], ...] = tuple(
         {"scores": [], "mask": torch.zeros(2), "nested": {"image": Image.new("RGB", (2, 2))}} for _ in "ab"
     )
     first, second = scored([writes, brightness], metadata, timeout)
@@ -87,7 +87,7 @@ def test_a_function_is_called_without_gradients():
 
 
 def test_what_a_function_sets_for_torch_is_gone_when_the_next_one_runs():
-    state = {}
+    state: dict[str, Any] = {}
 
     def careless(images: torch.Tensor, prompts: Any, metadata: Any) -> list[float]:
         torch.set_default_dtype(torch.float64)

@@ -83,7 +83,7 @@ def suggests_names(config: type[T]) -> type[T]:
     def foreign(name: str) -> str:
         return f"It is TRL's: DDPOConfig.from_trl({name}=...) takes it." if name in trl_config.NAMES else ""
 
-    config.__init__ = checks_names("DDPOConfig", foreign)(config.__init__)  # type: ignore[misc]
+    config.__init__ = checks_names("DDPOConfig", foreign)(config.__init__)  # type: ignore[method-assign]
     return config
 
 

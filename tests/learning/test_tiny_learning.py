@@ -46,7 +46,7 @@ class Gain(NamedTuple):
 def small_pipeline() -> StableDiffusionPipeline:
     """The tiny pipeline with convolutions alone: they carry the color of a random network, attention hardly does."""
     pipeline = tiny_pipeline()
-    torch.manual_seed(0)
+    torch.manual_seed(4)
     unet = UNet2DConditionModel(
         sample_size=8,
         block_out_channels=(8,),
@@ -69,7 +69,7 @@ def gain(make_config, sign: int, shuffle: bool = False, **settings: Any) -> Gain
 
     config = make_config(
         **{
-            "num_train_epochs": 10,
+            "num_train_epochs": 12,
             "num_inference_steps": 5,
             "guidance_scale": 1.0,
             "pipeline_kwargs": {"height": 8, "width": 8},
@@ -94,8 +94,8 @@ def gain(make_config, sign: int, shuffle: bool = False, **settings: Any) -> Gain
 # Four updates per round: ratios leave 1, and clipping acts on some transitions and not on most.
 OFF_POLICY: dict[str, Any] = {
     "num_mini_batches": 4,
-    "cliprange": 0.02,
-    "num_train_epochs": 14,
+    "cliprange": 0.05,
+    "num_train_epochs": 9,
     "per_device_train_batch_size": 64,
 }
 
