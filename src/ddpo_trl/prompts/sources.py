@@ -275,8 +275,9 @@ def check_inputs(pairs: Sequence[PromptPair], names: Sequence[str], argument: st
         known = metadata if isinstance(metadata, Mapping) else {}
         if missing := [name for name in names if name not in known]:
             raise ValueError(
-                f"pipeline_inputs names {missing[0]!r}, but {place} has {', '.join(map(str, known)) or 'no metadata'}. "
-                "Give it with each prompt, in the dict of its metadata or as a column of the dataset."
+                f"pipeline_inputs names {missing[0]!r}, but {place} has "
+                f"{', '.join(map(str, known)) or 'no metadata'}. Give it with each prompt, in the dict of its "
+                "metadata or as a column of the dataset."
             )
 
 
