@@ -14,7 +14,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 demo: $(READY)  ## the main job: DDPO on the embedded pipeline, results in outputs/demo
 	TRANSFORMERS_VERBOSITY=error $(BIN)/ddpo-trl demo $(FLAGS)  # it warns of a missing torchvision, which nothing here needs
 
-test: $(READY)  ## the test suite, under 8 minutes on two cores
+test: $(READY)  ## the test suite; 8 to 13 minutes on two cores, by processor
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 $(FLAGS)  # a core each
 
 learning: $(READY)  ## the slow proof that the demo learns, and that its control does not
@@ -32,7 +32,7 @@ conformance: $(READY)  ## the table of pipelines and checks, into docs/conforman
 docs: $(READY)  ## the documentation as a site, into build/site; a warning is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet  # the notice tells of the theme's successor
 
-bench: $(READY)  ## a round beside TRL 0.23.1's and beside the bare denoiser, into outputs/bench.json; 10 to 15 minutes, nothing beside
+bench: $(READY)  ## a round beside TRL 0.23.1's and beside the bare denoiser, into outputs/bench.json; 20 minutes, nothing else running
 	TRANSFORMERS_VERBOSITY=error $(BIN)/python benchmarks/bench.py $(FLAGS)
 
 scaling: $(READY)  ## how a round's cost grows with its size, into outputs/scaling.json; 9 minutes, nothing beside
