@@ -14,7 +14,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 demo: $(READY)  ## the main job: DDPO on the embedded pipeline, results in outputs/demo
 	TRANSFORMERS_VERBOSITY=error $(BIN)/ddpo-trl demo $(FLAGS)  # it warns of a missing torchvision, which nothing here needs
 
-test: $(READY)  ## the test suite; 8 to 13 minutes on two cores, by processor
+test: $(READY)  ## the test suite; 8 to 14 minutes on two cores, depending on the processor
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 $(FLAGS)  # a core each
 
 learning: $(READY)  ## the slow proof that the demo learns, and that its control does not
