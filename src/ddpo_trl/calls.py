@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from ddpo_trl.schedulers import Replay, StepReplayed
-from ddpo_trl.seeding import Stream, derived_seed
+from ddpo_trl.seeding import Stream, derived_seed, forked_generators
 from ddpo_trl.types import Context
 
 
@@ -71,11 +71,12 @@ class BatchCalls:
         Raises:
             `Exception`: Whatever the pipeline raises if it does not take the inputs of a single sample.
         """
+        if len(context) > 1:
+            if self._together is None:
+                self._learn_together(context)
+            if self._together:
+                return [context]
         singles = context.singles()
-        if len(singles) > 1 and self._together is None:
-            self._learn_together(context, singles)
-        if len(singles) > 1 and self._together:
-            return [context]
         self._learn_single(singles[0])
         return singles
 
@@ -120,20 +121,21 @@ class BatchCalls:
         if self._bare is None:
             self._bare = self.run_either_way(single, self._first_step)
 
-    def _learn_together(self, context: Context, singles: list[Context]) -> None:
+    def _learn_together(self, context: Context) -> None:
         what = " and ".join(context.inputs) or "pipeline_kwargs"
         if self._is_plain and not context.inputs:
             self._first_step(context)
             reason = None
         else:
-            reason = self._reason_for_one_by_one(context, singles, what)
+            reason = self._reason_for_one_by_one(context, what)
         if self.draws:
             reason = "it draws random numbers for all samples of a batch from torch's global generator"
         self._together, self.one_by_one_reason = reason is None, reason
         if reason is not None:
             logger.warning(f"Every sample gets its own call of the pipeline: {reason}.")
 
-    def _reason_for_one_by_one(self, context: Context, singles: list[Context], what: str) -> str | None:
+    def _reason_for_one_by_one(self, context: Context, what: str) -> str | None:
+        singles = context.singles()
         self._learn_single(singles[0])
         alone = [self._first_step(single) for single in singles]
         try:
@@ -178,11 +180,10 @@ class BatchCalls:
     def drawing_from(self, context: Context) -> Iterator[None]:
         """Torch's global generators start from the samples' seeds, and are put back at the end."""
         device = self.denoiser.device
-        on_cpu = device.type == "cpu"
         seed = derived_seed(context.seeds[0], Stream.PIPELINE)
-        with torch.random.fork_rng([] if on_cpu else [device], device_type="cuda" if on_cpu else device.type):
+        with forked_generators(device):
             torch.default_generator.manual_seed(seed)
-            if not on_cpu:
+            if device.type != "cpu":
                 torch.get_device_module(device).manual_seed(seed)
             yield
 

@@ -294,8 +294,6 @@ class DDPOConfig(TrainingArguments):
             of each prompt are forgotten then.
     """
 
-    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "pipeline_kwargs"]
-
     # Parameters whose default value differs from TrainingArguments; optimizer values as in TRL 0.23's DDPOConfig
     num_train_epochs: float = field(default=100, metadata={"help": "Rounds of sampling and optimising."})
     learning_rate: float = field(default=3e-4, metadata={"help": "Initial learning rate of AdamW."})

@@ -46,21 +46,23 @@ def described(value: Any) -> Any:
     return f"<{_object(value)}>"
 
 
+def digest(value: Image.Image | np.ndarray | Tensor) -> str:
+    """Return the SHA-256 of the pixels or numbers, in hexadecimal; mode, shape and dtype are not part of it."""
+    if isinstance(value, Tensor):
+        value = value.detach().cpu().reshape(-1).view(torch.uint8).numpy()
+    return hashlib.sha256(value.tobytes()).hexdigest()
+
+
 def _object(value: Any) -> str:
     if isinstance(value, Image.Image):
-        return f"{value.mode} image of {value.width}x{value.height} pixels, hash {_hash(value.tobytes())}"
+        return f"{value.mode} image of {value.width}x{value.height} pixels, hash {digest(value)[:DIGITS]}"
     if isinstance(value, np.ndarray):
-        return f"array of shape {value.shape}, {value.dtype}, hash {_hash(np.ascontiguousarray(value).tobytes())}"
+        return f"array of shape {value.shape}, {value.dtype}, hash {digest(value)[:DIGITS]}"
     if isinstance(value, Tensor):
-        content = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-        return f"tensor of shape {tuple(value.shape)}, {value.dtype}, hash {_hash(content)}"
+        return f"tensor of shape {tuple(value.shape)}, {value.dtype}, hash {digest(value)[:DIGITS]}"
     if isinstance(value, torch.dtype | torch.device):
         return str(value)
     named = isinstance(value, type | types.FunctionType | types.BuiltinFunctionType | types.MethodType)
     return (
         f"{value.__module__}.{value.__qualname__}" if named else f"{type(value).__module__}.{type(value).__qualname__}"
     )
-
-
-def _hash(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()[:DIGITS]

@@ -5,7 +5,6 @@ They are kept in CPU memory. On the GPU are those of one batch.
 
 import copy
 import functools
-import hashlib
 import inspect
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator, Sequence
@@ -19,6 +18,8 @@ from accelerate.utils import recursively_apply
 from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor, nn
+
+from ddpo_trl.descriptions import digest
 
 
 # What the embeddings that are kept may take. In bfloat16 a prompt has 0.1 MiB for Stable Diffusion, 4 for Wan.
@@ -190,9 +191,8 @@ class PromptEncoder:
         if calls is None or (len(calls) > 1 and not self._learn_layout(calls)):
             if not is_known_by_value(bound):
                 return self._encode([(args, kwargs)])[0]
-            calls = [
-                bound
-            ]  # about images too, or of embeddings that can't be joined: the batch is remembered as it is
+            # About images too, or of embeddings that can't be joined: the batch is remembered as it is.
+            calls = [bound]
         keys = [call_key(call) for call in calls]
         missing = {key: call for key, call in zip(keys, calls, strict=True) if key not in self._cache}
         encoded = self._encode([(call.args, call.kwargs) for call in missing.values()])
@@ -328,12 +328,11 @@ def by_value(value: Any) -> Hashable | None:
     """A setting, an image, an array or a tensor as what distinguishes it from others; `None` if nothing does."""
     match value:
         case Tensor():
-            content = value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
-            return ("tensor", value.dtype, value.shape, hashlib.sha256(content).digest())
+            return ("tensor", value.dtype, value.shape, digest(value))
         case np.ndarray():
-            return ("array", value.dtype.str, value.shape, hashlib.sha256(value.tobytes()).digest())
+            return ("array", value.dtype.str, value.shape, digest(value))
         case Image.Image():
-            return ("image", value.mode, value.size, hashlib.sha256(value.tobytes()).digest())
+            return ("image", value.mode, value.size, digest(value))
         case list() | tuple():
             parts = tuple(by_value(part) for part in value)
             return None if None in parts else (type(value).__name__, parts)
@@ -516,7 +515,7 @@ def input_key(value: Any) -> Hashable:
     """A text encoder's argument by value."""
     match value:
         case Tensor():
-            return (value.dtype, value.shape, value.cpu().flatten().view(torch.uint8).numpy().tobytes())
+            return by_value(value)
         case tuple():
             return tuple(input_key(part) for part in value)
         case _:

@@ -1,6 +1,5 @@
 """Evaluation on prompts of their own, with the scheduler that the pipeline's users will run."""
 
-import itertools
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -155,10 +154,8 @@ class Evaluator:
                 made.append(self._make_batch(chunk, pairs, make, scorers))
                 bar.update(len(chunk))
             images, pending = zip(*made, strict=True)
-            for scores in itertools.chain.from_iterable(pending):
-                scores.marked()  # waits
+            rewards = [torch.cat([scores.marked() for scores in batches]) for batches in zip(*pending, strict=True)]
         problem = first_problem([scores for batch in pending for scores in batch], raises=not self.drop_invalid)
-        rewards = [torch.cat([scores.marked() for scores in batches]) for batches in zip(*pending, strict=True)]
         place_of = {index: place for place, index in enumerate(gather(self.accelerator, torch.tensor(share)).tolist())}
         places = [place_of[index] for index in range(len(pairs))]
         all_rewards = [gather(self.accelerator, columns)[places] for columns in rewards]

@@ -121,11 +121,6 @@ def move(pipeline: DiffusionPipeline, device: torch.device, config: DDPOConfig) 
             component.to(device)
 
 
-def call_with_grad(pipeline_class: type[DiffusionPipeline]) -> Callable[..., Any]:
-    """A pipeline's `__call__` without the `torch.no_grad()` that diffusers decorates it with."""
-    return with_grad(pipeline_class.__call__)
-
-
 def with_grad(function: Callable[..., Any]) -> Callable[..., Any]:
     """A function without torch's `no_grad`, wherever it is among its decorators: the others stay."""
     if not isinstance(function, FunctionType) or "__wrapped__" not in vars(function):
@@ -208,7 +203,7 @@ def class_with_grad(pipeline_class: type[DiffusionPipeline]) -> type[DiffusionPi
         for parent in pipeline_class.__mro__[1:]
         if "__call__" in vars(parent) and with_grad(vars(parent)["__call__"]) is not vars(parent)["__call__"]
     ]
-    own = {"__call__": call_with_grad(pipeline_class)}
+    own = {"__call__": with_grad(pipeline_class.__call__)}
     return type(pipeline_class.__name__, (pipeline_class, *parents), own)
 
 

@@ -18,7 +18,7 @@ from ddpo_trl.encoding import OnlyInPlace, PromptEncoder, is_setting
 from ddpo_trl.finite import check_weights
 from ddpo_trl.gaussian import kl_divergence, log_prob
 from ddpo_trl.lora import adapter_layers, adapters_off, denoiser_name, describe_adapter, load_adapter, save_adapter
-from ddpo_trl.pipelines import call_with_grad, check_call, policy_copy, quiet_copy, with_denoiser
+from ddpo_trl.pipelines import check_call, policy_copy, quiet_copy, with_denoiser
 from ddpo_trl.plan import steps_in_range
 from ddpo_trl.processes import is_sharded
 from ddpo_trl.sample_gradients import SampleGradients, TrainedLayer
@@ -563,8 +563,7 @@ class Policy(nn.Module):
             kwargs["guidance_scale"] = self.settings.guidance_scale
         draws = self.calls.drawing_from(context) if self.calls.draws else nullcontext()
         with processors_kept(self._attention_modules), draws:
-            return call_with_grad(type(pipeline))(
-                pipeline,
+            return pipeline(
                 prompt=list(context.prompts),
                 num_inference_steps=self.settings.num_inference_steps,
                 return_dict=False,

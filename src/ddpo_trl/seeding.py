@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from enum import IntEnum
 
 import numpy as np
@@ -47,11 +47,18 @@ def generator(seed: int, stream: Stream, *path: int) -> torch.Generator:
     return torch.Generator().manual_seed(derived_seed(seed, stream, *path))
 
 
+def forked_generators(device: torch.device) -> AbstractContextManager[None]:
+    """Restore torch's global generators, on the CPU and on a device, when the context is left."""
+    if device.type == "cpu":
+        return torch.random.fork_rng([])
+    return torch.random.fork_rng([device], device_type=device.type)
+
+
 @contextmanager
 def randomness_untouched(device: torch.device) -> Iterator[None]:
     """Gives the global random generators back as they were: a reward function may seed them or draw from them."""
     python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    with forked_generators(device):
         try:
             yield
         finally:
@@ -70,5 +77,5 @@ def randomness_lent(device: torch.device) -> Iterator[None]:
     random.random()
     np.random.random()
     torch.rand(())
-    if device.type == "cuda":
+    if device.type != "cpu":
         torch.rand((), device=device)

@@ -19,7 +19,6 @@ from ddpo_trl.guard.trial import (
     REPEATED,
     Trial,
     autocast_as,
-    forked_generators,
     in_evaluation_mode,
     is_dropout,
     named_modules,
@@ -31,6 +30,7 @@ from ddpo_trl.guard.trial import (
     without_option,
 )
 from ddpo_trl.policy import Policy
+from ddpo_trl.seeding import forked_generators
 
 
 MAX_NAMES = 3  # of modules in a sentence
@@ -82,7 +82,7 @@ def global_generator(trial: Trial) -> str | None:
         torch.manual_seed(0)
         return trial.replay()
 
-    with forked_generators(trial):
+    with forked_generators(trial.micro_batch.latents.device):
         if trial.spread_of(replay_from_the_same_seed) > REPEATED * trial.spread:
             return None
     return (

@@ -178,14 +178,6 @@ def without_hooks(policy: Policy) -> Iterator[None]:
                 registry.update(entries)
 
 
-def forked_generators(trial: Trial) -> AbstractContextManager:
-    """Puts torch's global generators back at the end."""
-    device = trial.micro_batch.latents.device
-    if device.type == "cpu":
-        return torch.random.fork_rng([])
-    return torch.random.fork_rng([device], device_type=device.type)
-
-
 def autocast_as(trial: Trial) -> torch.autocast:
     """The autocast of sampling."""
     dtype = trial.conditions.autocast

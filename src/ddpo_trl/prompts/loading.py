@@ -63,11 +63,8 @@ def _readable_files(folder: Path) -> list[Path]:
     """The files of a folder, if all are read here and no split is named; else `datasets` looks through it."""
     files = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
     readable = all(file.is_file() and file.suffix.lower() in READERS for file in files)
-    return (
-        files
-        if readable and not any(split in file.stem for file in files for split in ("test", "valid", "dev"))
-        else []
-    )
+    names_a_split = any(split in file.stem for file in files for split in ("test", "valid", "dev"))
+    return files if readable and not names_a_split else []
 
 
 def _read_file(path: Path, column: str | None) -> Dataset:

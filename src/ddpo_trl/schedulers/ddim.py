@@ -56,6 +56,7 @@ class DDIMPolicyScheduler(PolicyScheduler):
     alphas_cumprod: Tensor
     final_alpha_cumprod: Tensor
     num_inference_steps: int
+    _predicted_original: Tensor  # of the last step, for pipelines that decode it
 
     def begin_schedule(self) -> None:
         timesteps = self.timesteps.tolist()
@@ -91,6 +92,7 @@ class DDIMPolicyScheduler(PolicyScheduler):
     def transition(self, model_output: Tensor, index: int, latents: Tensor, stochastic: bool) -> tuple[Tensor, float]:
         c = self._coefficients[index][stochastic]
         predicted_original, predicted_noise = self._prediction(model_output, latents, c)
+        self._predicted_original = predicted_original.detach()
         return c.next_signal * predicted_original + c.direction * predicted_noise, c.std
 
     def step(
@@ -98,8 +100,7 @@ class DDIMPolicyScheduler(PolicyScheduler):
     ) -> DDIMSchedulerOutput | tuple[Tensor, Tensor]:
         """The next latents, and the image predicted in this step: some pipelines decode it after the last one."""
         (next_latents,) = super().step(model_output, timestep, sample, generator, return_dict=False)
-        c = self._coefficients[self._skipped + self._visits - 1][False]
-        predicted = self._prediction(model_output.detach().float(), sample.float(), c)[0].to(sample.dtype)
+        predicted = self._predicted_original.to(sample.dtype)
         if return_dict:
             return DDIMSchedulerOutput(prev_sample=next_latents, pred_original_sample=predicted)
         return next_latents, predicted
