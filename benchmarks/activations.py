@@ -15,7 +15,7 @@ from diffusers import FluxTransformer2DModel, UNet2DConditionModel
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
-from ddpo_trl.lora import attention_projections
+from ddpo_trl.policy.lora import attention_projections
 
 
 SDXL = {

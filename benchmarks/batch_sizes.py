@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ddpo_trl import load_emoji_pipeline
-from ddpo_trl.lora import put_on_adapter
-from ddpo_trl.policy import Policy
+from ddpo_trl.policy.lora import put_on_adapter
+from ddpo_trl.policy.policy import Policy
 from ddpo_trl.seeding import Stream, derived_seed
 from rounds import PROMPTS, quiet_config
 

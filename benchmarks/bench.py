@@ -120,7 +120,7 @@ def run_theirs(case: str, sizes: Case, rounds: int, turns: Turns) -> None:
 
 def run_floor(case: str, sizes: Case, rounds: int, turns: Turns) -> None:
     """The denoiser with its adapter alone, on batches doubled by guidance."""
-    from ddpo_trl.lora import put_on_adapter
+    from ddpo_trl.policy.lora import put_on_adapter
 
     pipeline = load(case)
     put_on_adapter(pipeline, None)

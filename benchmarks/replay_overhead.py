@@ -12,8 +12,8 @@ from collections.abc import Callable
 
 import torch
 
-from ddpo_trl.lora import put_on_adapter
-from ddpo_trl.policy import Policy
+from ddpo_trl.policy.lora import put_on_adapter
+from ddpo_trl.policy.policy import Policy
 from rounds import PROMPTS, quiet_config
 from sides import CASES, load, save_pipeline
 

@@ -99,7 +99,7 @@ def make_config(point: Point, one_pass: bool, processes: int = 1) -> Any:
 def pipeline_of(rank: int, one_pass: bool) -> Any:
     """Shared by the trainers of other sizes, not by those of the other passes: DDP leaves hooks on the weights."""
     from ddpo_trl import load_emoji_pipeline
-    from ddpo_trl.lora import default_lora_config, put_on_adapter
+    from ddpo_trl.policy.lora import default_lora_config, put_on_adapter
 
     pipeline = load_emoji_pipeline()
     pipeline.set_progress_bar_config(disable=True)

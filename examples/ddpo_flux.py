@@ -23,7 +23,7 @@ from trl import TrlParser
 
 from ddpo_trl import DDPOConfig, DDPOTrainer, load_emoji_pipeline
 from ddpo_trl.emoji import emoji_captions
-from ddpo_trl.lora import attention_projections
+from ddpo_trl.policy.lora import attention_projections
 from ddpo_trl.prompts import animal_activities
 from ddpo_trl.rewards import EmojiAlignment, ImageReward
 from ddpo_trl.types import RewardFunction

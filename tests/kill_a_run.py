@@ -36,12 +36,12 @@ PASSES = {"one pass": 1, "two passes": 2}
 
 # Where a run can be killed: a function of the package, as module and attribute path, when it is called.
 EVENTS: dict[str, tuple[str, str]] = {
-    "sampling": ("ddpo_trl.policy", "Policy.sample"),
-    "sampling with gradients": ("ddpo_trl.policy", "Policy.sample_with_gradients"),
+    "sampling": ("ddpo_trl.policy.policy", "Policy.sample"),
+    "sampling with gradients": ("ddpo_trl.policy.policy", "Policy.sample_with_gradients"),
     "weighting gradients": ("ddpo_trl.trainer", "DDPOTrainer._weigh_gradients"),
     "scoring": ("ddpo_trl.scoring", "score"),
     "training": ("ddpo_trl.trainer", "DDPOTrainer.compute_loss"),
-    "saving weights": ("ddpo_trl.policy", "Policy.save"),
+    "saving weights": ("ddpo_trl.policy.policy", "Policy.save"),
     "saving the rest": ("ddpo_trl.trainer", "DDPOTrainer._save_round"),
     "publishing": ("ddpo_trl.checkpoints", "publish"),
     "synchronising": ("ddpo_trl.checkpoints", "synchronise"),

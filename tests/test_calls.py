@@ -8,9 +8,9 @@ from PIL import Image
 from conformance.image_pipelines import images, stable_diffusion, stable_diffusion_img2img
 from conformance.input_pipelines import INPUT_CASES, cosmos_2, hunyuan_dit_controlnet
 from conformance.newer_pipelines import flux2_klein
-from ddpo_trl.calls import BatchCalls, attention_modules, images_tensor, processors_kept
-from ddpo_trl.lora import put_on_adapter
-from ddpo_trl.policy import Policy
+from ddpo_trl.policy.calls import BatchCalls, attention_modules, images_tensor, processors_kept
+from ddpo_trl.policy.lora import put_on_adapter
+from ddpo_trl.policy.policy import Policy
 from ddpo_trl.types import Context
 
 

@@ -31,7 +31,7 @@ from ddpo_trl.cli.arguments import CommandParser
 from ddpo_trl.cli.launch import PRESETS, config_path, launch, launch_flags
 from ddpo_trl.cli.sample import SampleArguments, load_policy, make_images, make_row, make_rows, put_on_saved_adapter
 from ddpo_trl.emoji import emoji_captions
-from ddpo_trl.lora import LORA_WEIGHTS_NAME, adapter_layers, put_on_adapter, save_adapter
+from ddpo_trl.policy.lora import LORA_WEIGHTS_NAME, adapter_layers, put_on_adapter, save_adapter
 from ddpo_trl.prompts import animal_activities
 
 

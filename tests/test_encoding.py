@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from conformance.image_pipelines import flux, stable_diffusion_3
 from conformance.newer_pipelines import qwen_image, z_image
 from conftest import tiny_pipeline
-from ddpo_trl import encoding
-from ddpo_trl.encoding import PromptEncoder, check_mask, join
+from ddpo_trl.policy import embeddings as encoding
+from ddpo_trl.policy.embeddings import PromptEncoder, check_mask, join
 
 
 PROMPTS = ["cat", "dog", "cat", "owl"]

@@ -23,8 +23,8 @@ from torch import Tensor
 from torch.distributions import Normal
 from torch.distributions.kl import kl_divergence as reference_kl
 
-from ddpo_trl.gaussian import kl_divergence, log_prob
-from ddpo_trl.schedulers import PolicyScheduler, Replay, Sampling, StepReplayed, policy_scheduler
+from ddpo_trl.policy.gaussian import kl_divergence, log_prob
+from ddpo_trl.policy.schedulers import PolicyScheduler, Replay, Sampling, StepReplayed, policy_scheduler
 
 
 SHAPE = (2, 4, 8, 8)

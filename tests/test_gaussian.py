@@ -7,7 +7,7 @@ import torch
 from torch.distributions import Normal
 from torch.distributions.kl import kl_divergence as reference_kl
 
-from ddpo_trl.gaussian import kl_divergence, log_prob, reduce_latents
+from ddpo_trl.policy.gaussian import kl_divergence, log_prob, reduce_latents
 
 
 STD = 0.37

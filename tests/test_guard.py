@@ -17,7 +17,7 @@ from ddpo_trl import DDPOTrainer, check_pipeline
 from ddpo_trl.guard import replay_problem
 from ddpo_trl.guard.suspects import CHANGED_SUSPECTS
 from ddpo_trl.guard.trial import FLOAT32_TOLERANCE, is_dropout
-from ddpo_trl.schedulers import Sampling
+from ddpo_trl.policy.schedulers import Sampling
 
 
 PROMPTS = ["cat", "dog", "owl"]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ddpo_trl.schedulers.layout import WHOLE, learn_layout, numbered
+from ddpo_trl.policy.schedulers.layout import WHOLE, learn_layout, numbered
 
 
 def learned(prepared: Tensor, to_state, batch_size: int = 2):

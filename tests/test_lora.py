@@ -30,7 +30,7 @@ from torch import nn
 from conformance.image_pipelines import PIXART_KWARGS, flux, pixart_sigma, stable_diffusion, stable_diffusion_3
 from conformance.newer_pipelines import flux2_klein, hunyuan_dit, kandinsky, qwen_image, z_image
 from conftest import tiny_pipeline
-from ddpo_trl.lora import (
+from ddpo_trl.policy.lora import (
     ADAPTER_NAME,
     active_adapters,
     adapters_off,

@@ -14,9 +14,9 @@ from peft import LoraConfig
 from conftest import brightness, tiny_pipeline
 from ddpo_trl import DDPOTrainer
 from ddpo_trl.doctor import storage_bytes
-from ddpo_trl.encoding import EmbeddingCache
 from ddpo_trl.loader import RolloutLoader
-from ddpo_trl.sample_gradients import Watch, trained_layers
+from ddpo_trl.policy.embeddings import EmbeddingCache
+from ddpo_trl.policy.per_sample_gradients import Watch, trained_layers
 from ddpo_trl.types import Step, steps_to
 
 
@@ -55,7 +55,7 @@ def test_an_offloaded_rollout_is_on_the_cpu_and_its_micro_batches_where_the_adva
         devices.append(device)
         return steps_to(steps, device)
 
-    monkeypatch.setattr("ddpo_trl.policy.steps_to", to)
+    monkeypatch.setattr("ddpo_trl.policy.policy.steps_to", to)
     trainer = DDPOTrainer(make_config(one_pass=False, offload_rollout=True), brightness, PROMPTS, tiny_pipeline())
     devices.clear()  # the trial at construction
     trainer.train()

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ddpo_trl.gaussian import log_prob
 from ddpo_trl.objectives import importance_sampling, score_function
+from ddpo_trl.policy.gaussian import log_prob
 from ddpo_trl.types import Objective
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from conftest import brightness, tiny_pipeline
 from ddpo_trl import DDPOTrainer
-from ddpo_trl.sample_gradients import row_layout, trained_layers, weight_gradients
+from ddpo_trl.policy.per_sample_gradients import row_layout, trained_layers, weight_gradients
 from test_trainer import PROMPTS, gradients_of_a_round, lora_weights, relative_difference
 
 

@@ -34,9 +34,9 @@ from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
 from torch import Tensor
 from torch.distributions import Normal
 
-from ddpo_trl.gaussian import log_prob
-from ddpo_trl.schedulers import ActionSource, Replay, Sampling, StepReplayed, policy_scheduler
-from ddpo_trl.schedulers.convert import VARIANCE_PRESERVING_SCHEDULERS
+from ddpo_trl.policy.gaussian import log_prob
+from ddpo_trl.policy.schedulers import ActionSource, Replay, Sampling, StepReplayed, policy_scheduler
+from ddpo_trl.policy.schedulers.convert import VARIANCE_PRESERVING_SCHEDULERS
 
 
 # Stable Diffusion's noise

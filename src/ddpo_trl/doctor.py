@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from ddpo_trl.config import DDPOConfig
 from ddpo_trl.guard import log_prob_difference, replay_problem
-from ddpo_trl.lora import (
+from ddpo_trl.plan import steps_in_range
+from ddpo_trl.policy.lora import (
     adapter_layers,
     denoiser_name,
     describe_adapter,
@@ -23,8 +24,7 @@ from ddpo_trl.lora import (
     put_on_adapter,
     take_off_adapter,
 )
-from ddpo_trl.plan import steps_in_range
-from ddpo_trl.policy import Policy
+from ddpo_trl.policy.policy import Policy
 from ddpo_trl.types import SampledBatch, Transition
 
 

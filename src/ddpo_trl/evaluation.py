@@ -14,7 +14,7 @@ from transformers.trainer_utils import IntervalStrategy
 from ddpo_trl.callbacks import RoundProgress
 from ddpo_trl.config import DDPOConfig
 from ddpo_trl.finite import finite_rows
-from ddpo_trl.policy import Policy
+from ddpo_trl.policy.policy import Policy
 from ddpo_trl.processes import gather
 from ddpo_trl.prompts import PromptPair, default_prompt_key, prompt_keys
 from ddpo_trl.scoring import PendingRewards, RewardScorer, first_problem, unique_names
@@ -67,7 +67,7 @@ class Evaluator:
     Makes one image per prompt and measures them. The i-th image has the same seed in every call.
 
     Args:
-        policy ([`~ddpo_trl.policy.Policy`]):
+        policy ([`~ddpo_trl.policy.policy.Policy`]):
             Makes the images.
         scorer ([`~ddpo_trl.scoring.RewardScorer`]):
             The rewards that are trained on.

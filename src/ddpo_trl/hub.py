@@ -20,7 +20,7 @@ from transformers.utils.hub import hf_api
 
 from ddpo_trl.checkpoints import CONFIG_NAME
 from ddpo_trl.config import DDPOConfig
-from ddpo_trl.lora import LORA_WEIGHTS_NAME, PEFT_WEIGHTS_NAME
+from ddpo_trl.policy.lora import LORA_WEIGHTS_NAME, PEFT_WEIGHTS_NAME
 from ddpo_trl.record import SAMPLES_FOLDER
 
 

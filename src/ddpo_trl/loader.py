@@ -15,10 +15,10 @@ from torch import Tensor
 from ddpo_trl.advantages import Normalizer, Populations, fraction_without_spread, normalize_valid, select
 from ddpo_trl.callbacks import RoundProgress
 from ddpo_trl.plan import BatchPlan
-from ddpo_trl.policy import Policy
+from ddpo_trl.policy.per_sample_gradients import TrainedLayer
+from ddpo_trl.policy.policy import Policy
 from ddpo_trl.processes import gather
 from ddpo_trl.prompts import PromptPair, PromptSource
-from ddpo_trl.sample_gradients import TrainedLayer
 from ddpo_trl.scoring import PendingRewards, RewardScorer, first_problem
 from ddpo_trl.seeding import Stream, derived_seed, generator, randomness_lent
 from ddpo_trl.types import Context, Rollout, SampledBatch
@@ -55,7 +55,7 @@ class RolloutLoader:
     Makes a rollout whenever it is iterated over, then yields its micro-batches.
 
     Args:
-        policy ([`~ddpo_trl.policy.Policy`]):
+        policy ([`~ddpo_trl.policy.policy.Policy`]):
             Samples.
         prompts ([`~ddpo_trl.prompts.PromptSource`]):
             The prompts of each round.

@@ -26,10 +26,10 @@ from ddpo_trl import record
 from ddpo_trl.config import DDPOConfig
 from ddpo_trl.emoji import EMOJI_PATH
 from ddpo_trl.environment import PACKAGES
-from ddpo_trl.lora import has_lora_loader
-from ddpo_trl.pipelines import makes_video
-from ddpo_trl.policy import Policy
-from ddpo_trl.schedulers.flow_match import FlowMatchPolicyScheduler
+from ddpo_trl.policy.lora import has_lora_loader
+from ddpo_trl.policy.pipeline import makes_video
+from ddpo_trl.policy.policy import Policy
+from ddpo_trl.policy.schedulers.flow_match import FlowMatchPolicyScheduler
 
 
 logger = logging.get_logger(__name__)
@@ -121,7 +121,7 @@ def write_model_card(
             Heading.
         repo_id (`str`):
             The name it is loaded by.
-        policy ([`~ddpo_trl.policy.Policy`]):
+        policy ([`~ddpo_trl.policy.policy.Policy`]):
             What was trained.
         config ([`DDPOConfig`]):
             Settings of the run.

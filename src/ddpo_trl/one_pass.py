@@ -14,9 +14,7 @@ from torch import Tensor
 
 from ddpo_trl.config import DDPOConfig
 from ddpo_trl.plan import BatchPlan
-from ddpo_trl.policy import Policy
-from ddpo_trl.processes import first_reason
-from ddpo_trl.sample_gradients import (
+from ddpo_trl.policy.per_sample_gradients import (
     Call,
     TrainedLayer,
     Watch,
@@ -26,7 +24,9 @@ from ddpo_trl.sample_gradients import (
     trained_weights,
     weight_gradients,
 )
-from ddpo_trl.schedulers import NoGradient
+from ddpo_trl.policy.policy import Policy
+from ddpo_trl.policy.schedulers import NoGradient
+from ddpo_trl.processes import first_reason
 from ddpo_trl.types import Context, SampledBatch
 
 
@@ -50,7 +50,7 @@ def choose_passes(
     Args:
         config ([`DDPOConfig`]):
             `one_pass` and what may stand against it.
-        policy ([`~ddpo_trl.policy.Policy`]):
+        policy ([`~ddpo_trl.policy.policy.Policy`]):
             Tried on a step, to tell the gradients of single samples apart.
         trial ([`~ddpo_trl.types.Context`]):
             Samples for it: 2, or 1 if that is the batch size.
@@ -137,7 +137,7 @@ def layers_of_samples(policy: Policy, trial: Context, step: int) -> dict[Trained
     other. All rows of a single sample are its own.
 
     Args:
-        policy ([`~ddpo_trl.policy.Policy`]):
+        policy ([`~ddpo_trl.policy.policy.Policy`]):
             The policy.
         trial ([`~ddpo_trl.types.Context`]):
             Two samples, or one if there is never more than one in a batch.

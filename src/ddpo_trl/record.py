@@ -19,8 +19,8 @@ from transformers import TrainingArguments
 
 from ddpo_trl.checkpoints import CONFIG_NAME
 from ddpo_trl.environment import environment
-from ddpo_trl.lora import LORA_WEIGHTS_NAME, PEFT_WEIGHTS_NAME
 from ddpo_trl.plots import ImageRow, Picture, save_comparison, save_reward_curve, save_sheet
+from ddpo_trl.policy.lora import LORA_WEIGHTS_NAME, PEFT_WEIGHTS_NAME
 from ddpo_trl.rewards.model import as_pictures
 
 

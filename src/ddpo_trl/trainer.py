@@ -37,13 +37,14 @@ from ddpo_trl.evaluation import Evaluator, Samples, check_evaluation, reward_nam
 from ddpo_trl.finite import check_update
 from ddpo_trl.guard import replay_problem
 from ddpo_trl.loader import RolloutLoader
-from ddpo_trl.lora import freeze_all_but_denoiser, put_on_adapter
 from ddpo_trl.model_card import write_model_card
 from ddpo_trl.objectives import importance_sampling, score_function
 from ddpo_trl.one_pass import TRIAL_SAMPLES, autocast, choose_passes, policy_gradient
-from ddpo_trl.pipelines import move
 from ddpo_trl.plan import plan_batches
-from ddpo_trl.policy import Policy
+from ddpo_trl.policy.lora import freeze_all_but_denoiser, put_on_adapter
+from ddpo_trl.policy.per_sample_gradients import trained_weights
+from ddpo_trl.policy.pipeline import move
+from ddpo_trl.policy.policy import Policy
 from ddpo_trl.processes import check_alike, check_wrapping
 from ddpo_trl.prompts import (
     PromptFunction,
@@ -57,7 +58,6 @@ from ddpo_trl.prompts import (
     prompt_pairs,
     prompt_source,
 )
-from ddpo_trl.sample_gradients import trained_weights
 from ddpo_trl.scoring import RewardScorer, first_problem
 from ddpo_trl.seeding import Stream, derived_seed, randomness_untouched
 from ddpo_trl.suggestions import checks_names

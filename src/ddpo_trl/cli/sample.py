@@ -21,7 +21,8 @@ from ddpo_trl.cli.sources import first_prompts, load_model, load_prompt_source, 
 from ddpo_trl.cli.train import SETTINGS_NAME
 from ddpo_trl.config import DDPOConfig
 from ddpo_trl.finite import finite_rows
-from ddpo_trl.lora import (
+from ddpo_trl.plots import ImageRow, save_comparison
+from ddpo_trl.policy.lora import (
     ADAPTER_NAME,
     LORA_WEIGHTS_NAME,
     PEFT_WEIGHTS_NAME,
@@ -33,8 +34,7 @@ from ddpo_trl.lora import (
     put_on_adapter,
     quiet,
 )
-from ddpo_trl.plots import ImageRow, save_comparison
-from ddpo_trl.policy import Policy
+from ddpo_trl.policy.policy import Policy
 from ddpo_trl.prompts import PromptPair
 from ddpo_trl.rewards.model import as_pictures
 from ddpo_trl.scoring import RewardScorer

@@ -13,7 +13,7 @@ from ddpo_trl.guard.trial import (
     Trial,
     log_prob_difference,
 )
-from ddpo_trl.policy import Policy
+from ddpo_trl.policy.policy import Policy
 from ddpo_trl.processes import is_sharded
 from ddpo_trl.types import SampledBatch, Transition
 
@@ -25,7 +25,7 @@ def replay_problem(
     The sentence, with its cause, for a replay before any update that is not the sampling it repeats.
 
     Args:
-        policy ([`~ddpo_trl.policy.Policy`]):
+        policy ([`~ddpo_trl.policy.policy.Policy`]):
             As training calls it.
         micro_batch ([`~ddpo_trl.types.Transition`] of length `B`):
             What was replayed.

@@ -12,8 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddpo_trl.conditions import settings_in_use
-from ddpo_trl.encoding import is_setting
 from ddpo_trl.guard.trial import (
     HALF_DTYPES,
     REPEATED,
@@ -29,7 +27,9 @@ from ddpo_trl.guard.trial import (
     without_hooks,
     without_option,
 )
-from ddpo_trl.policy import Policy
+from ddpo_trl.policy.embeddings import is_setting
+from ddpo_trl.policy.fingerprint import settings_in_use
+from ddpo_trl.policy.policy import Policy
 from ddpo_trl.seeding import forked_generators
 
 

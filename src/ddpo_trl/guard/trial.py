@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ddpo_trl.conditions import settings_in_use
 from ddpo_trl.config import DDPOConfig
-from ddpo_trl.policy import Policy
+from ddpo_trl.policy.fingerprint import settings_in_use
+from ddpo_trl.policy.policy import Policy
 from ddpo_trl.processes import is_sharded
 from ddpo_trl.types import Conditions, SampledBatch, Step, Transition
 
@@ -49,7 +49,7 @@ class Trial:
     A transition whose replay has another log-probability than was recorded, to be replayed under other conditions.
 
     Args:
-        policy ([`~ddpo_trl.policy.Policy`]):
+        policy ([`~ddpo_trl.policy.policy.Policy`]):
             As training calls it.
         micro_batch ([`~ddpo_trl.types.Transition`]):
             As training replayed it.

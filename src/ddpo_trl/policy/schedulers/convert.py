@@ -30,9 +30,9 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
-from ddpo_trl.schedulers.ddim import ddim_policy_class
-from ddpo_trl.schedulers.flow_match import SdeType, flow_match_policy_class
-from ddpo_trl.schedulers.policy import PolicyScheduler
+from ddpo_trl.policy.schedulers.base import PolicyScheduler
+from ddpo_trl.policy.schedulers.ddim import ddim_policy_class
+from ddpo_trl.policy.schedulers.flow_match import SdeType, flow_match_policy_class
 
 
 # They hold ᾱ_t of a variance-preserving diffusion, which is all that DDIM's transition needs.

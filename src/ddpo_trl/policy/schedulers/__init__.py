@@ -1,6 +1,6 @@
 """Diffusers schedulers whose steps are a Gaussian policy."""
 
-from ddpo_trl.schedulers.actions import (
+from ddpo_trl.policy.schedulers.actions import (
     ActionSource,
     BeforeSteps,
     DifferentiatedSampling,
@@ -10,9 +10,9 @@ from ddpo_trl.schedulers.actions import (
     Sampling,
     StepReplayed,
 )
-from ddpo_trl.schedulers.convert import policy_scheduler
-from ddpo_trl.schedulers.layout import learn_layout
-from ddpo_trl.schedulers.policy import PolicyScheduler
+from ddpo_trl.policy.schedulers.base import PolicyScheduler
+from ddpo_trl.policy.schedulers.convert import policy_scheduler
+from ddpo_trl.policy.schedulers.layout import learn_layout
 
 
 __all__ = [

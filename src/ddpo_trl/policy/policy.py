@@ -11,18 +11,24 @@ from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 
-from ddpo_trl.calls import BatchCalls, attention_modules, images_tensor, processors_kept
-from ddpo_trl.conditions import SettingOwners, conditions, setting_owners, settings_in_use
 from ddpo_trl.config import DDPOConfig
-from ddpo_trl.encoding import OnlyInPlace, PromptEncoder, is_setting
 from ddpo_trl.finite import check_weights
-from ddpo_trl.gaussian import kl_divergence, log_prob
-from ddpo_trl.lora import adapter_layers, adapters_off, denoiser_name, describe_adapter, load_adapter, save_adapter
-from ddpo_trl.pipelines import check_call, policy_copy, quiet_copy, with_denoiser
 from ddpo_trl.plan import steps_in_range
-from ddpo_trl.processes import is_sharded
-from ddpo_trl.sample_gradients import SampleGradients, TrainedLayer
-from ddpo_trl.schedulers import (
+from ddpo_trl.policy.calls import BatchCalls, attention_modules, images_tensor, processors_kept
+from ddpo_trl.policy.embeddings import OnlyInPlace, PromptEncoder, is_setting
+from ddpo_trl.policy.fingerprint import SettingOwners, conditions, setting_owners, settings_in_use
+from ddpo_trl.policy.gaussian import kl_divergence, log_prob
+from ddpo_trl.policy.lora import (
+    adapter_layers,
+    adapters_off,
+    denoiser_name,
+    describe_adapter,
+    load_adapter,
+    save_adapter,
+)
+from ddpo_trl.policy.per_sample_gradients import SampleGradients, TrainedLayer
+from ddpo_trl.policy.pipeline import check_call, policy_copy, quiet_copy, with_denoiser
+from ddpo_trl.policy.schedulers import (
     BeforeSteps,
     DifferentiatedSampling,
     Numbered,
@@ -32,6 +38,7 @@ from ddpo_trl.schedulers import (
     learn_layout,
     policy_scheduler,
 )
+from ddpo_trl.processes import is_sharded
 from ddpo_trl.types import Conditions, Context, Gradients, SampledBatch, Step, join_samples, steps_to
 
 
@@ -315,7 +322,7 @@ class Policy(nn.Module):
             weights (`Mapping[int, float]`):
                 The denoising steps that are trained on, by index, each with the weight of its log-probability.
             layers (`Mapping[torch.nn.Module, int]`):
-                See [`~ddpo_trl.sample_gradients.SampleGradients`].
+                See [`~ddpo_trl.policy.per_sample_gradients.SampleGradients`].
             stochastic (`Collection[int]`, *optional*):
                 Indices of the steps that get noise, all by default.
         """
@@ -479,7 +486,7 @@ class Policy(nn.Module):
 
     def save(self, directory: str | os.PathLike[str], write: bool = True) -> None:
         """
-        Writes what is trained: the adapter ([`~ddpo_trl.lora.save_adapter`]), or the denoiser in a subfolder.
+        Writes what is trained: the adapter ([`~ddpo_trl.policy.lora.save_adapter`]), or the denoiser in a subfolder.
 
         Args:
             directory (`str` or `os.PathLike`):

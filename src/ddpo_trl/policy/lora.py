@@ -30,7 +30,8 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ddpo_trl.adapter_checks import (
+from ddpo_trl.finite import check_weights
+from ddpo_trl.policy.adapter_checks import (
     check_config,
     check_copies,
     check_initialization,
@@ -41,7 +42,6 @@ from ddpo_trl.adapter_checks import (
     in_words,
     without_dropout,
 )
-from ddpo_trl.finite import check_weights
 from ddpo_trl.processes import sharded_like, whole
 
 

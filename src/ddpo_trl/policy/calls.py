@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from ddpo_trl.schedulers import Replay, StepReplayed
+from ddpo_trl.policy.schedulers import Replay, StepReplayed
 from ddpo_trl.seeding import Stream, derived_seed, forked_generators
 from ddpo_trl.types import Context
 

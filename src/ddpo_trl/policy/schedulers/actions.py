@@ -9,8 +9,8 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from ddpo_trl.finite import finite_rows
-from ddpo_trl.gaussian import Reduction, log_prob
-from ddpo_trl.schedulers.layout import StateLayout, numbered
+from ddpo_trl.policy.gaussian import Reduction, log_prob
+from ddpo_trl.policy.schedulers.layout import StateLayout, numbered
 from ddpo_trl.types import Step
 
 
@@ -55,7 +55,7 @@ class ActionSource(ABC):
         Args:
             prepared (`torch.Tensor`):
                 What its `prepare_latents` returned.
-            layout ([`~ddpo_trl.schedulers.layout.StateLayout`]):
+            layout ([`~ddpo_trl.policy.schedulers.layout.StateLayout`]):
                 Where the state is in it.
         """
         return prepared
@@ -270,7 +270,7 @@ class Numbered(Replay):
 
     Args:
         place (`int`):
-            The digit that they stand for, see [`~ddpo_trl.schedulers.layout.numbered`].
+            The digit that they stand for, see [`~ddpo_trl.policy.schedulers.layout.numbered`].
     """
 
     def __init__(self, place: int):

@@ -10,7 +10,7 @@ from diffusers import DDIMScheduler
 from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from torch import Tensor
 
-from ddpo_trl.schedulers.policy import PolicyScheduler
+from ddpo_trl.policy.schedulers.base import PolicyScheduler
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ class DDIMPolicyScheduler(PolicyScheduler):
     """
     DDIM with η > 0 as a policy, for every variance-preserving diffusion: epsilon, v and sample prediction.
 
-    Build it with [`~ddpo_trl.schedulers.policy_scheduler`], which checks the config; concrete classes come from
+    Build it with [`~ddpo_trl.policy.schedulers.policy_scheduler`], which checks the config; concrete classes come from
     [`ddim_policy_class`].
 
     Attributes:

@@ -13,8 +13,8 @@ from typing import Any
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
-from ddpo_trl.schedulers.actions import ActionSource
-from ddpo_trl.schedulers.layout import WHOLE, StateLayout, is_whole
+from ddpo_trl.policy.schedulers.actions import ActionSource
+from ddpo_trl.policy.schedulers.layout import WHOLE, StateLayout, is_whole
 
 
 class PolicyScheduler(ABC):

@@ -13,9 +13,9 @@ from diffusers.models.autoencoders.vae import AutoencoderMixin
 from torch import nn
 
 from ddpo_trl.config import OWN_PIPELINE_ARGUMENTS, DDPOConfig
-from ddpo_trl.encoding import PER_SAMPLE_PREFIXES, PromptEncoder, text_encoders
-from ddpo_trl.lora import denoiser_name
-from ddpo_trl.schedulers import PolicyScheduler
+from ddpo_trl.policy.embeddings import PER_SAMPLE_PREFIXES, PromptEncoder, text_encoders
+from ddpo_trl.policy.lora import denoiser_name
+from ddpo_trl.policy.schedulers import PolicyScheduler
 
 
 # Without these arguments of `__call__` there is nothing to ask for an image.
@@ -163,7 +163,7 @@ def policy_copy(pipeline: DiffusionPipeline, scheduler: PolicyScheduler, offload
     Args:
         pipeline ([`~diffusers.DiffusionPipeline`]):
             The pipeline, which is left as it is.
-        scheduler ([`~ddpo_trl.schedulers.PolicyScheduler`]):
+        scheduler ([`~ddpo_trl.policy.schedulers.PolicyScheduler`]):
             The copy's scheduler, and that of the part that has the denoiser.
         offload (`bool`):
             Whether text encoders stay off the GPU while they have nothing to encode.

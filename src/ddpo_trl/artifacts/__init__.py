@@ -1,0 +1,1 @@
+"""Files of a run: checkpoints, record, pictures, trackers, report, model card, and pushes to the Hub."""
