@@ -39,7 +39,7 @@ EVENTS: dict[str, tuple[str, str]] = {
     "sampling": ("ddpo_trl.policy.policy", "Policy.sample"),
     "sampling with gradients": ("ddpo_trl.policy.policy", "Policy.sample_with_gradients"),
     "weighting gradients": ("ddpo_trl.trainer", "DDPOTrainer._weigh_gradients"),
-    "scoring": ("ddpo_trl.scoring", "score"),
+    "scoring": ("ddpo_trl.rewards.scoring", "score"),
     "training": ("ddpo_trl.trainer", "DDPOTrainer.compute_loss"),
     "saving weights": ("ddpo_trl.policy.policy", "Policy.save"),
     "saving the rest": ("ddpo_trl.trainer", "DDPOTrainer._save_round"),

@@ -20,7 +20,7 @@ from ddpo_trl import rewards
 from ddpo_trl.cli.sources import load_prompt_source, reward_spec
 from ddpo_trl.cli.train import make_parser
 from ddpo_trl.plan import plan_batches
-from ddpo_trl.reward_server import serve
+from ddpo_trl.rewards.server import serve
 from test_remote_reward import free_port
 from test_rewards_vlm import vlm  # noqa: F401  (a fixture)
 

@@ -16,7 +16,7 @@ from ddpo_trl.advantages import select
 from ddpo_trl.evaluation import diversity
 from ddpo_trl.finite import NotFiniteError, check_update, finite_rows
 from ddpo_trl.rewards import jpeg_compressibility
-from ddpo_trl.scoring import RewardScorer
+from ddpo_trl.rewards.scoring import RewardScorer
 
 
 PROMPTS = ["cat", "dog", "owl"]

@@ -11,8 +11,8 @@ from PIL import Image
 
 from conftest import brightness, tiny_pipeline
 from ddpo_trl import DDPOConfig, DDPOTrainer
-from ddpo_trl.reward_server import Batcher
-from ddpo_trl.scoring import RewardScorer, own_copy
+from ddpo_trl.rewards.scoring import RewardScorer, own_copy
+from ddpo_trl.rewards.server import Batcher
 
 
 IMAGES = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))

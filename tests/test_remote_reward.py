@@ -26,10 +26,10 @@ from safetensors.torch import save
 
 from conftest import tiny_pipeline
 from ddpo_trl import DDPOTrainer, cli
-from ddpo_trl.reward_server import Batcher
 from ddpo_trl.rewards import RemoteReward
 from ddpo_trl.rewards.remote import pack, unpack
-from ddpo_trl.scoring import RewardScorer
+from ddpo_trl.rewards.scoring import RewardScorer
+from ddpo_trl.rewards.server import Batcher
 from launch import PROCESSES
 
 

@@ -15,7 +15,7 @@ from conftest import tiny_pipeline
 from ddpo_trl import DDPOTrainer
 from ddpo_trl.rewards import OCRAccuracy
 from ddpo_trl.rewards.ocr import text_accuracy, text_asked_for
-from ddpo_trl.scoring import RewardScorer
+from ddpo_trl.rewards.scoring import RewardScorer
 
 
 def rendered(*texts: str, size: int = 256) -> torch.Tensor:

@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFilter
 from conftest import tiny_pipeline
 from ddpo_trl import DDPOTrainer
 from ddpo_trl.rewards import NSFWGate
-from ddpo_trl.scoring import RewardScorer
+from ddpo_trl.rewards.scoring import RewardScorer
 
 
 SKIN = [(224, 172, 105), (241, 194, 125), (198, 134, 66), (255, 219, 172), (141, 85, 36)]

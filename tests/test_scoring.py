@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from ddpo_trl.scoring import RewardScorer, as_rewards, first_problem, reward_name, unique_names
+from ddpo_trl.rewards.scoring import RewardScorer, as_rewards, first_problem, reward_name, unique_names
 
 
 IMAGES = torch.zeros(3, 3, 4, 4)

@@ -9,7 +9,7 @@ import weakref
 
 import pytest
 
-from ddpo_trl.workers import CallTimeout, DaemonPool, call_within
+from ddpo_trl.rewards.workers import CallTimeout, DaemonPool, call_within
 
 
 def reward_threads() -> list[threading.Thread]:
@@ -94,7 +94,7 @@ def test_a_calls_own_timeout_error_is_not_mistaken_for_the_limit():
 
 EXIT = """
 import sys, time
-from ddpo_trl.workers import CallTimeout, DaemonPool, call_within
+from ddpo_trl.rewards.workers import CallTimeout, DaemonPool, call_within
 pool = DaemonPool(1, "pool")
 futures = [pool.submit(lambda: call_within({limit}, lambda: time.sleep(600))) for _ in range(3)]
 try:

@@ -17,7 +17,7 @@ from ddpo_trl.finite import finite_rows
 from ddpo_trl.policy.policy import Policy
 from ddpo_trl.processes import gather
 from ddpo_trl.prompts import PromptPair, default_prompt_key, prompt_keys
-from ddpo_trl.scoring import PendingRewards, RewardScorer, first_problem, unique_names
+from ddpo_trl.rewards.scoring import PendingRewards, RewardScorer, first_problem, unique_names
 from ddpo_trl.seeding import Stream, derived_seed, randomness_untouched
 from ddpo_trl.types import Context
 
@@ -69,9 +69,9 @@ class Evaluator:
     Args:
         policy ([`~ddpo_trl.policy.policy.Policy`]):
             Makes the images.
-        scorer ([`~ddpo_trl.scoring.RewardScorer`]):
+        scorer ([`~ddpo_trl.rewards.scoring.RewardScorer`]):
             The rewards that are trained on.
-        held_out ([`~ddpo_trl.scoring.RewardScorer`], *optional*):
+        held_out ([`~ddpo_trl.rewards.scoring.RewardScorer`], *optional*):
             Rewards that are not.
         drop_invalid (`bool`):
             Whether images without a valid reward are left out of the figures, or else are an error.

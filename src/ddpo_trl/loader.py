@@ -19,7 +19,7 @@ from ddpo_trl.policy.per_sample_gradients import TrainedLayer
 from ddpo_trl.policy.policy import Policy
 from ddpo_trl.processes import gather
 from ddpo_trl.prompts import PromptPair, PromptSource
-from ddpo_trl.scoring import PendingRewards, RewardScorer, first_problem
+from ddpo_trl.rewards.scoring import PendingRewards, RewardScorer, first_problem
 from ddpo_trl.seeding import Stream, derived_seed, generator, randomness_lent
 from ddpo_trl.types import Context, Rollout, SampledBatch
 
@@ -59,7 +59,7 @@ class RolloutLoader:
             Samples.
         prompts ([`~ddpo_trl.prompts.PromptSource`]):
             The prompts of each round.
-        scorer ([`~ddpo_trl.scoring.RewardScorer`]):
+        scorer ([`~ddpo_trl.rewards.scoring.RewardScorer`]):
             The rewards.
         keys (`Callable`):
             The pairs of all samples of all processes to what their rewards are compared by.

@@ -58,7 +58,7 @@ from ddpo_trl.prompts import (
     prompt_pairs,
     prompt_source,
 )
-from ddpo_trl.scoring import RewardScorer, first_problem
+from ddpo_trl.rewards.scoring import RewardScorer, first_problem
 from ddpo_trl.seeding import Stream, derived_seed, randomness_untouched
 from ddpo_trl.suggestions import checks_names
 from ddpo_trl.target_kl import TargetKL

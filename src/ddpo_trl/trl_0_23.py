@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline
 from ddpo_trl import checkpoints, trainer
 from ddpo_trl.config import DDPOConfig as OurConfig
 from ddpo_trl.prompts import PromptFunction
-from ddpo_trl.scoring import reward_name
+from ddpo_trl.rewards.scoring import reward_name
 from ddpo_trl.trl_config import TRLConfig as DDPOConfig
 from ddpo_trl.types import RewardFunction, Rollout
 

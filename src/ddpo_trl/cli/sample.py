@@ -37,7 +37,7 @@ from ddpo_trl.policy.lora import (
 from ddpo_trl.policy.policy import Policy
 from ddpo_trl.prompts import PromptPair
 from ddpo_trl.rewards.model import as_pictures
-from ddpo_trl.scoring import RewardScorer
+from ddpo_trl.rewards.scoring import RewardScorer
 
 
 # Settings of a run by which its images are made; the others are those of training.

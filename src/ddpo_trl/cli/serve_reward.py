@@ -6,13 +6,13 @@ from dataclasses import dataclass, field
 from ddpo_trl.cli.arguments import CommandParser
 from ddpo_trl.cli.errors import usage_errors
 from ddpo_trl.cli.sources import reward_spec
-from ddpo_trl.reward_server import serve
+from ddpo_trl.rewards.server import serve
 
 
 @dataclass
 class ServeRewardArguments:
     """
-    What `ddpo-trl serve-reward` takes beside the reward function; see [`~ddpo_trl.reward_server.serve`].
+    What `ddpo-trl serve-reward` takes beside the reward function; see [`~ddpo_trl.rewards.server.serve`].
 
     Args:
         host (`str`, *optional*, defaults to `"127.0.0.1"`):

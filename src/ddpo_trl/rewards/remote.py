@@ -20,7 +20,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from ddpo_trl.rewards.model import as_pictures
-from ddpo_trl.workers import CallTimeout, call_within
+from ddpo_trl.rewards.workers import CallTimeout, call_within
 
 
 logger = logging.getLogger(__name__)

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from ddpo_trl.importing import import_object
 from ddpo_trl.rewards.remote import MEGABYTE, checked_token, unpack
-from ddpo_trl.scoring import RewardScorer, as_rewards, call_as_guest
+from ddpo_trl.rewards.scoring import RewardScorer, as_rewards, call_as_guest
+from ddpo_trl.rewards.workers import DaemonPool
 from ddpo_trl.types import RewardFunction
-from ddpo_trl.workers import DaemonPool
 
 
 if TYPE_CHECKING:

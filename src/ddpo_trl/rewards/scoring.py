@@ -24,8 +24,8 @@ from torch import Tensor
 
 from ddpo_trl.finite import NotFiniteError, finite_rows, image_problem
 from ddpo_trl.rewards import RemoteReward
+from ddpo_trl.rewards.workers import CallTimeout, DaemonPool, call_within
 from ddpo_trl.types import RewardFunction
-from ddpo_trl.workers import CallTimeout, DaemonPool, call_within
 
 
 # Larger rewards would overflow when they are squared for a standard deviation.
@@ -354,7 +354,7 @@ def call_as_guest(
             Seconds that it may take.
 
     Raises:
-        [`~ddpo_trl.workers.CallTimeout`]: If it takes longer. Whatever the function raises, it raises too.
+        [`~ddpo_trl.rewards.workers.CallTimeout`]: If it takes longer. Whatever the function raises, it raises too.
     """
 
     def call() -> Any:
