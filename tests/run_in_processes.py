@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 
 from conftest import brightness, tiny_pipeline
 from ddpo_trl import DDPOConfig, DDPOTrainer
-from ddpo_trl.advantages import PromptStatistics
+from ddpo_trl.rollout.advantages import PromptStatistics
 from ddpo_trl.target_kl import TargetKL
 
 

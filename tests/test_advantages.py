@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from ddpo_trl.advantages import (
+from ddpo_trl.rollout.advantages import (
     Normalizer,
     PromptStatistics,
     fraction_without_spread,

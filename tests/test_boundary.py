@@ -15,7 +15,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 import kill_a_run
 from conftest import brightness, tiny_pipeline
 from ddpo_trl import DDPOTrainer
-from ddpo_trl.boundary import StopSignals
+from ddpo_trl.rollout.boundary import StopSignals
 
 
 PROMPTS = ["cat", "dog"]

@@ -19,8 +19,8 @@ from conftest import brightness
 from ddpo_trl import rewards
 from ddpo_trl.cli.sources import load_prompt_source, reward_spec
 from ddpo_trl.cli.train import make_parser
-from ddpo_trl.plan import plan_batches
 from ddpo_trl.rewards.server import serve
+from ddpo_trl.rollout.plan import plan_batches
 from test_remote_reward import free_port
 from test_rewards_vlm import vlm  # noqa: F401  (a fixture)
 

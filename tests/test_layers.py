@@ -77,7 +77,7 @@ def test_imports_point_downwards():
 
 def test_the_walk_sees_every_form_of_import():
     expected = {
-        "from ddpo_trl.plan import BatchPlan": ["plan"],
+        "from ddpo_trl.rollout.plan import BatchPlan": ["plan"],
         "from ddpo_trl import advantages, DDPOConfig": ["advantages", "__init__"],
         "import ddpo_trl.policy.policy as p, torch": ["policy"],
         "import ddpo_trl": ["__init__"],

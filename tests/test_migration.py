@@ -16,7 +16,7 @@ from diffusers import StableDiffusionPipeline
 
 from conftest import brightness, tiny_pipeline
 from ddpo_trl import DDPOConfig, DDPOTrainer
-from ddpo_trl.plan import plan_batches
+from ddpo_trl.rollout.plan import plan_batches
 from ddpo_trl.trl_0_23 import DDPOConfig as OldConfig
 from ddpo_trl.trl_0_23 import DDPOTrainer as OldTrainer
 

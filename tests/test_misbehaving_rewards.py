@@ -15,7 +15,7 @@ import torch
 import run_misbehaving_rewards
 from conftest import brightness, in_both_passes, tiny_pipeline
 from ddpo_trl import DDPOTrainer
-from ddpo_trl.advantages import PromptStatistics
+from ddpo_trl.rollout.advantages import PromptStatistics
 from launch import fork, launch
 
 
@@ -117,7 +117,7 @@ def test_a_failure_drops_its_samples_and_the_run_goes_on(make_config, kind, capl
     assert last["reward"] == last["rewards/FailsAt/mean"] == pytest.approx(expected.mean().item(), rel=1e-5)
     assert last["reward_std"] == last["rewards/FailsAt/std"] == pytest.approx(expected.std(correction=0).item(), 1e-4)
     assert all(math.isfinite(value) for value in last.values())
-    warnings = [record.getMessage() for record in caplog.records if record.name == "ddpo_trl.loader"]
+    warnings = [record.getMessage() for record in caplog.records if record.name == "ddpo_trl.rollout.loader"]
     assert len(warnings) == 2  # one a round
     for index, warning in enumerate(warnings):
         assert f"{len(lost)} of 8 samples of round {index} have no valid reward" in warning

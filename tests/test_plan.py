@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from ddpo_trl.plan import BatchPlan, plan_batches
+from ddpo_trl.rollout.plan import BatchPlan, plan_batches
 
 
 def plan(**overrides: Any) -> BatchPlan:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from ddpo_trl.plan import plan_batches
+from ddpo_trl.rollout.plan import plan_batches
 from scaling import AXES, BASE, FIGURES, PASSES, SHARED, TEAMS, Point, environments, fit_line, make_config, summary
 
 

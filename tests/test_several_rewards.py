@@ -9,8 +9,8 @@ import torch
 
 from conftest import brightness, tiny_pipeline
 from ddpo_trl import DDPOTrainer
-from ddpo_trl.advantages import PromptStatistics
 from ddpo_trl.rewards import redness
+from ddpo_trl.rollout.advantages import PromptStatistics
 
 
 PROMPTS = ["cat", "dog"]

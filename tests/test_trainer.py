@@ -15,7 +15,7 @@ from conformance.image_pipelines import images as different_images
 from conformance.image_pipelines import inpainting_inputs, stable_diffusion_img2img, stable_diffusion_inpainting
 from conftest import brightness, in_both_passes, tiny_pipeline
 from ddpo_trl import DDPOTrainer
-from ddpo_trl.callbacks import TrainingClock
+from ddpo_trl.rollout.callbacks import TrainingClock
 from ddpo_trl.types import Rollout
 
 
@@ -818,7 +818,7 @@ def test_in_a_log_that_spans_rounds_times_are_sums_and_rewards_means(make_config
 
 def test_the_time_in_training_is_without_evaluation_and_sampling(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr("ddpo_trl.callbacks.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("ddpo_trl.rollout.callbacks.time.perf_counter", lambda: now[0])
     clock, anything = TrainingClock(), cast(Any, None)
     for sampling, training, evaluation in ((10.0, 1.0, 100.0), (20.0, 2.0, 200.0)):
         now[0] += sampling

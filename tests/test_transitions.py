@@ -3,7 +3,7 @@
 import pytest
 
 from ddpo_trl.cli.demo import parse_arguments
-from ddpo_trl.plan import plan_batches
+from ddpo_trl.rollout.plan import plan_batches
 from transitions import CHOICES, COMMON
 
 

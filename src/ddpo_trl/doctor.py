@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from ddpo_trl.config import DDPOConfig
 from ddpo_trl.guard import log_prob_difference, replay_problem
-from ddpo_trl.plan import steps_in_range
 from ddpo_trl.policy.lora import (
     adapter_layers,
     denoiser_name,
@@ -25,6 +24,7 @@ from ddpo_trl.policy.lora import (
     take_off_adapter,
 )
 from ddpo_trl.policy.policy import Policy
+from ddpo_trl.rollout.plan import steps_in_range
 from ddpo_trl.types import SampledBatch, Transition
 
 

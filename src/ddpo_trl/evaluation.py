@@ -11,13 +11,13 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers.trainer_utils import IntervalStrategy
 
-from ddpo_trl.callbacks import RoundProgress
 from ddpo_trl.config import DDPOConfig
 from ddpo_trl.finite import finite_rows
 from ddpo_trl.policy.policy import Policy
 from ddpo_trl.processes import gather
 from ddpo_trl.prompts import PromptPair, default_prompt_key, prompt_keys
 from ddpo_trl.rewards.scoring import PendingRewards, RewardScorer, first_problem, unique_names
+from ddpo_trl.rollout.callbacks import RoundProgress
 from ddpo_trl.seeding import Stream, derived_seed, randomness_untouched
 from ddpo_trl.types import Context
 
@@ -81,7 +81,7 @@ class Evaluator:
             Seed of the run.
         batch_size (`int`):
             Images made at once on one process.
-        progress ([`~ddpo_trl.callbacks.RoundProgress`]):
+        progress ([`~ddpo_trl.rollout.callbacks.RoundProgress`]):
             Shown on the terminal.
     """
 

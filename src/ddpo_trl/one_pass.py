@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from ddpo_trl.config import DDPOConfig
-from ddpo_trl.plan import BatchPlan
 from ddpo_trl.policy.per_sample_gradients import (
     Call,
     TrainedLayer,
@@ -27,6 +26,7 @@ from ddpo_trl.policy.per_sample_gradients import (
 from ddpo_trl.policy.policy import Policy
 from ddpo_trl.policy.schedulers import NoGradient
 from ddpo_trl.processes import first_reason
+from ddpo_trl.rollout.plan import BatchPlan
 from ddpo_trl.types import Context, SampledBatch
 
 
@@ -54,7 +54,7 @@ def choose_passes(
             Tried on a step, to tell the gradients of single samples apart.
         trial ([`~ddpo_trl.types.Context`]):
             Samples for it: 2, or 1 if that is the batch size.
-        plan ([`~ddpo_trl.plan.BatchPlan`]):
+        plan ([`~ddpo_trl.rollout.plan.BatchPlan`]):
             The sizes.
 
     Returns:

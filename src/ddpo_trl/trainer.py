@@ -26,21 +26,17 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, rotat
 from transformers.utils import logging
 from transformers.utils.hub import PushInProgress
 
-from ddpo_trl import advantages, checkpoints, hub, record, resuming
+from ddpo_trl import checkpoints, hub, record, resuming
 from ddpo_trl import optimizers as optimizers_  # the argument's name is Trainer's
-from ddpo_trl.boundary import RoundCallbacks, RoundSchedule, StopSignals, agree, end_round
-from ddpo_trl.callbacks import RoundProgress, TrainingClock
 from ddpo_trl.checkpoints import CONFIG_NAME, PLAN_NAME
 from ddpo_trl.config import DDPOConfig
 from ddpo_trl.descriptions import described
 from ddpo_trl.evaluation import Evaluator, Samples, check_evaluation, reward_names
 from ddpo_trl.finite import check_update
 from ddpo_trl.guard import replay_problem
-from ddpo_trl.loader import RolloutLoader
 from ddpo_trl.model_card import write_model_card
 from ddpo_trl.objectives import importance_sampling, score_function
 from ddpo_trl.one_pass import TRIAL_SAMPLES, autocast, choose_passes, policy_gradient
-from ddpo_trl.plan import plan_batches
 from ddpo_trl.policy.lora import freeze_all_but_denoiser, put_on_adapter
 from ddpo_trl.policy.per_sample_gradients import trained_weights
 from ddpo_trl.policy.pipeline import move
@@ -59,6 +55,11 @@ from ddpo_trl.prompts import (
     prompt_source,
 )
 from ddpo_trl.rewards.scoring import RewardScorer, first_problem
+from ddpo_trl.rollout import advantages
+from ddpo_trl.rollout.boundary import RoundCallbacks, RoundSchedule, StopSignals, agree, end_round
+from ddpo_trl.rollout.callbacks import RoundProgress, TrainingClock
+from ddpo_trl.rollout.loader import RolloutLoader
+from ddpo_trl.rollout.plan import plan_batches
 from ddpo_trl.seeding import Stream, derived_seed, randomness_untouched
 from ddpo_trl.suggestions import checks_names
 from ddpo_trl.target_kl import TargetKL

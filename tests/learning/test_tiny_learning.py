@@ -11,7 +11,7 @@ from torch import Tensor
 
 from conftest import brightness, tiny_pipeline
 from ddpo_trl import DDPOTrainer
-from ddpo_trl.advantages import shuffled
+from ddpo_trl.rollout.advantages import shuffled
 
 
 PROMPTS = ["cat", "dog", "owl", "fox"]

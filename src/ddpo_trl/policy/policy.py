@@ -13,7 +13,6 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 
 from ddpo_trl.config import DDPOConfig
 from ddpo_trl.finite import check_weights
-from ddpo_trl.plan import steps_in_range
 from ddpo_trl.policy.calls import BatchCalls, attention_modules, images_tensor, processors_kept
 from ddpo_trl.policy.embeddings import OnlyInPlace, PromptEncoder, is_setting
 from ddpo_trl.policy.fingerprint import SettingOwners, conditions, setting_owners, settings_in_use
@@ -39,6 +38,7 @@ from ddpo_trl.policy.schedulers import (
     policy_scheduler,
 )
 from ddpo_trl.processes import is_sharded
+from ddpo_trl.rollout.plan import steps_in_range
 from ddpo_trl.types import Conditions, Context, Gradients, SampledBatch, Step, join_samples, steps_to
 
 

@@ -1,1 +1,1 @@
-"""The samples of a round: batch plan, loader, advantages, and what happens at a round's boundary."""
+"""Samples of a round: batch plan, loader, advantages, and the end of a round."""

@@ -12,14 +12,14 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
-from ddpo_trl.advantages import Normalizer, Populations, fraction_without_spread, normalize_valid, select
-from ddpo_trl.callbacks import RoundProgress
-from ddpo_trl.plan import BatchPlan
 from ddpo_trl.policy.per_sample_gradients import TrainedLayer
 from ddpo_trl.policy.policy import Policy
 from ddpo_trl.processes import gather
 from ddpo_trl.prompts import PromptPair, PromptSource
 from ddpo_trl.rewards.scoring import PendingRewards, RewardScorer, first_problem
+from ddpo_trl.rollout.advantages import Normalizer, Populations, fraction_without_spread, normalize_valid, select
+from ddpo_trl.rollout.callbacks import RoundProgress
+from ddpo_trl.rollout.plan import BatchPlan
 from ddpo_trl.seeding import Stream, derived_seed, generator, randomness_lent
 from ddpo_trl.types import Context, Rollout, SampledBatch
 
@@ -75,7 +75,7 @@ class RolloutLoader:
             Whether samples without a valid reward are dropped, or else are an error.
         advantage_clip (`float`):
             Largest magnitude of an advantage; `inf` for none.
-        plan ([`~ddpo_trl.plan.BatchPlan`]):
+        plan ([`~ddpo_trl.rollout.plan.BatchPlan`]):
             The sizes.
         gradient_layers (`Mapping[torch.nn.Module, int]`):
             In one pass, the layers that are trained; see [`~ddpo_trl.one_pass.choose_passes`].
@@ -83,7 +83,7 @@ class RolloutLoader:
             Seed of the run.
         accelerator ([`~accelerate.Accelerator`]):
             The Trainer's.
-        progress ([`~ddpo_trl.callbacks.RoundProgress`]):
+        progress ([`~ddpo_trl.rollout.callbacks.RoundProgress`]):
             Shows how far sampling is.
         before_sampling (`Callable[[], None]`):
             Called when a round begins, so that the rollout before makes way for the next.
