@@ -14,9 +14,9 @@ from rich.table import Table
 
 from ddpo_trl import load_emoji_pipeline
 from ddpo_trl.demo import PROMPTS
-from ddpo_trl.one_pass import layers_of_samples
 from ddpo_trl.policy.lora import put_on_adapter
 from ddpo_trl.policy.policy import Policy
+from ddpo_trl.update.one_pass import layers_of_samples
 from rounds import quiet_config
 
 

@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 from conftest import brightness, tiny_pipeline
 from ddpo_trl import DDPOConfig, DDPOTrainer
 from ddpo_trl.rollout.advantages import PromptStatistics
-from ddpo_trl.target_kl import TargetKL
+from ddpo_trl.update.target_kl import TargetKL
 
 
 SAMPLES_PER_ROUND = 8

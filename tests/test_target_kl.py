@@ -9,7 +9,7 @@ from transformers import TrainerCallback
 
 from conftest import brightness, tiny_pipeline
 from ddpo_trl import DDPOTrainer
-from ddpo_trl.target_kl import TargetKL
+from ddpo_trl.update.target_kl import TargetKL
 
 
 PROMPTS = ["cat", "dog", "owl"]

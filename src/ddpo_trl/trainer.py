@@ -27,7 +27,6 @@ from transformers.utils import logging
 from transformers.utils.hub import PushInProgress
 
 from ddpo_trl import checkpoints, hub, record, resuming
-from ddpo_trl import optimizers as optimizers_  # the argument's name is Trainer's
 from ddpo_trl.checkpoints import CONFIG_NAME, PLAN_NAME
 from ddpo_trl.config import DDPOConfig
 from ddpo_trl.descriptions import described
@@ -35,8 +34,6 @@ from ddpo_trl.evaluation import Evaluator, Samples, check_evaluation, reward_nam
 from ddpo_trl.finite import check_update
 from ddpo_trl.guard import replay_problem
 from ddpo_trl.model_card import write_model_card
-from ddpo_trl.objectives import importance_sampling, score_function
-from ddpo_trl.one_pass import TRIAL_SAMPLES, autocast, choose_passes, policy_gradient
 from ddpo_trl.policy.lora import freeze_all_but_denoiser, put_on_adapter
 from ddpo_trl.policy.per_sample_gradients import trained_weights
 from ddpo_trl.policy.pipeline import move
@@ -62,9 +59,12 @@ from ddpo_trl.rollout.loader import RolloutLoader
 from ddpo_trl.rollout.plan import plan_batches
 from ddpo_trl.seeding import Stream, derived_seed, randomness_untouched
 from ddpo_trl.suggestions import checks_names
-from ddpo_trl.target_kl import TargetKL
 from ddpo_trl.tracking import RunRecorder, fixed_prompts
 from ddpo_trl.types import Context, Objective, RewardFunction, Rollout, Transition
+from ddpo_trl.update import optimizers as optimizers_  # the argument's name is Trainer's
+from ddpo_trl.update.objectives import importance_sampling, score_function
+from ddpo_trl.update.one_pass import TRIAL_SAMPLES, autocast, choose_passes, policy_gradient
+from ddpo_trl.update.target_kl import TargetKL
 
 
 logger = logging.get_logger(__name__)

@@ -30,13 +30,13 @@ from conformance.input_pipelines import INPUT_CASES
 from conformance.more_pipelines import MORE_CASES
 from conformance.newer_pipelines import NEWER_CASES
 from ddpo_trl import DDPOConfig, DDPOTrainer, check_pipeline
-from ddpo_trl.one_pass import layers_of_samples, policy_gradient
 from ddpo_trl.policy.embeddings import text_encoders
 from ddpo_trl.policy.lora import ADAPTER_NAME, denoiser_name, has_lora_loader, put_on_adapter, save_adapter
 from ddpo_trl.policy.per_sample_gradients import trained_weights
 from ddpo_trl.policy.policy import Policy, seeded
 from ddpo_trl.policy.schedulers import Sampling
 from ddpo_trl.types import Context
+from ddpo_trl.update.one_pass import layers_of_samples, policy_gradient
 
 
 CASES = (*IMAGE_CASES, *NEWER_CASES, *MORE_CASES, *INPUT_CASES)

@@ -78,7 +78,7 @@ class RolloutLoader:
         plan ([`~ddpo_trl.rollout.plan.BatchPlan`]):
             The sizes.
         gradient_layers (`Mapping[torch.nn.Module, int]`):
-            In one pass, the layers that are trained; see [`~ddpo_trl.one_pass.choose_passes`].
+            In one pass, the layers that are trained; see [`~ddpo_trl.update.one_pass.choose_passes`].
         seed (`int`):
             Seed of the run.
         accelerator ([`~accelerate.Accelerator`]):

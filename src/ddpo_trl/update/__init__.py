@@ -1,1 +1,1 @@
-"""The update of the policy: objectives, one pass or two, KL limits, optimizers."""
+"""Update of the policy: objectives, one pass or two, KL limits, optimizers."""

@@ -230,7 +230,7 @@ def policy_gradient(batches: Sequence[SampledBatch], advantages: Tensor) -> list
     The gradient of the loss −mean(A · log π) over all samples and steps, from the gradients that were kept.
 
     g = −Σ_i A_i Σ_t w_t ∇log π(a_it | s_it) / (N·T): eq. 6 of https://huggingface.co/papers/2305.13301, averaged as
-    [`~ddpo_trl.objectives.score_function`] averages. The gradients are given back to memory.
+    [`~ddpo_trl.update.objectives.score_function`] averages. The gradients are given back to memory.
 
     Args:
         batches (`Sequence[SampledBatch]`):
