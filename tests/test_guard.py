@@ -14,9 +14,9 @@ from transformers import TrainerCallback
 from conformance.image_pipelines import IMAGE_CASES
 from conftest import brightness, tiny_pipeline
 from ddpo_trl import DDPOTrainer, check_pipeline
-from ddpo_trl.guard import replay_problem
-from ddpo_trl.guard.suspects import CHANGED_SUSPECTS
-from ddpo_trl.guard.trial import FLOAT32_TOLERANCE, is_dropout
+from ddpo_trl.checks import replay_problem
+from ddpo_trl.checks.causes import CHANGED_SUSPECTS
+from ddpo_trl.checks.trial import FLOAT32_TOLERANCE, is_dropout
 from ddpo_trl.policy.schedulers import Sampling
 
 
@@ -366,7 +366,7 @@ def test_a_suspect_that_can_not_be_tried_hides_nothing(make_config, monkeypatch)
     def suspect(trial):
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr("ddpo_trl.guard.replay.CHANGED_SUSPECTS", {"the gardener": suspect, **CHANGED_SUSPECTS})
+    monkeypatch.setattr("ddpo_trl.checks.replay.CHANGED_SUSPECTS", {"the gardener": suspect, **CHANGED_SUSPECTS})
     with pytest.raises(RuntimeError, match=OPENING + "changed weights"):
         make_trainer(make_config(), change_weights).train()
     with pytest.raises(RuntimeError, match=r"Ruled out: the gardener \(not tried: OutOfMemoryError\), gradient mode"):
@@ -434,7 +434,7 @@ def test_in_half_precision_a_small_fault_stops_the_run_and_rounding_of_its_size_
 
 def test_sharded_weights_are_not_replayed_alone(make_config, monkeypatch):
     """The other processes would wait for ever."""
-    monkeypatch.setattr("ddpo_trl.guard.replay.is_sharded", lambda policy: True)
+    monkeypatch.setattr("ddpo_trl.checks.replay.is_sharded", lambda policy: True)
     with pytest.raises(RuntimeError, match="with sharded weights one process can't replay alone"):
         make_trainer(make_config(), change_guidance).train()
 

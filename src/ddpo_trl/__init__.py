@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
+    from ddpo_trl.checks.doctor import PipelineReport, check_pipeline
     from ddpo_trl.config import DDPOConfig
-    from ddpo_trl.doctor import PipelineReport, check_pipeline
     from ddpo_trl.emoji import load_emoji_pipeline
     from ddpo_trl.trainer import DDPOTrainer
 

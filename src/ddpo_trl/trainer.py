@@ -28,11 +28,11 @@ from transformers.utils.hub import PushInProgress
 
 from ddpo_trl import checkpoints, hub, record, resuming
 from ddpo_trl.checkpoints import CONFIG_NAME, PLAN_NAME
+from ddpo_trl.checks import replay_problem
 from ddpo_trl.config import DDPOConfig
 from ddpo_trl.descriptions import described
 from ddpo_trl.evaluation import Evaluator, Samples, check_evaluation, reward_names
 from ddpo_trl.finite import check_update
-from ddpo_trl.guard import replay_problem
 from ddpo_trl.model_card import write_model_card
 from ddpo_trl.policy.lora import freeze_all_but_denoiser, put_on_adapter
 from ddpo_trl.policy.per_sample_gradients import trained_weights

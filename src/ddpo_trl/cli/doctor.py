@@ -8,11 +8,11 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
+from ddpo_trl.checks.doctor import check_pipeline
 from ddpo_trl.cli.arguments import CommandParser
 from ddpo_trl.cli.errors import usage_errors
 from ddpo_trl.cli.sources import load_model
 from ddpo_trl.config import DDPOConfig
-from ddpo_trl.doctor import check_pipeline
 
 
 HELP = {

@@ -13,8 +13,8 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
+from ddpo_trl.checks import log_prob_difference, replay_problem
 from ddpo_trl.config import DDPOConfig
-from ddpo_trl.guard import log_prob_difference, replay_problem
 from ddpo_trl.policy.lora import (
     adapter_layers,
     denoiser_name,

@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from ddpo_trl.guard.suspects import CHANGED_SUSPECTS, LOOP_SUSPECTS, RANDOM_SUSPECTS, Suspect
-from ddpo_trl.guard.trial import (
+from ddpo_trl.checks.causes import CHANGED_SUSPECTS, LOOP_SUSPECTS, RANDOM_SUSPECTS, Suspect
+from ddpo_trl.checks.trial import (
     FLOAT32_ROUNDING,
     FLOAT32_TOLERANCE,
     HALF_DTYPES,

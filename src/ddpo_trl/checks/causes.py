@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddpo_trl.guard.trial import (
+from ddpo_trl.checks.trial import (
     HALF_DTYPES,
     REPEATED,
     Trial,
