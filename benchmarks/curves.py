@@ -18,9 +18,9 @@ from matplotlib.ticker import MaxNLocator
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ddpo_trl import DDPOTrainer
+from ddpo_trl.artifacts.plots import ImageRow, save_comparison
 from ddpo_trl.cli.demo import parse_arguments
 from ddpo_trl.demo import demo_trainer
-from ddpo_trl.plots import ImageRow, save_comparison
 from rounds import ROOT
 
 

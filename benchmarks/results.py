@@ -22,10 +22,10 @@ from typing import Any, NamedTuple
 from matplotlib.figure import Figure
 from PIL import Image
 
+from ddpo_trl.artifacts.plots import ImageRow, save_comparison
+from ddpo_trl.artifacts.record import ENVIRONMENT_NAME, METRICS_NAME, SAMPLES_FOLDER, fixed_images, round_folder
 from ddpo_trl.cli.demo import parse_arguments
 from ddpo_trl.demo import TASKS
-from ddpo_trl.plots import ImageRow, save_comparison
-from ddpo_trl.record import ENVIRONMENT_NAME, METRICS_NAME, SAMPLES_FOLDER, fixed_images, round_folder
 from demo_runs import is_finished, make_all
 from rounds import ROOT
 

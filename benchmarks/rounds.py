@@ -120,7 +120,7 @@ def resident_bytes() -> int:
 
 def machine() -> dict[str, str]:
     """Date, hardware and versions, for figures that are kept."""
-    from ddpo_trl.environment import environment
+    from ddpo_trl.artifacts.environment import environment
 
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]

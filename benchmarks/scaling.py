@@ -405,7 +405,7 @@ COLOURS = {"one pass": "#1a7f37", "two passes": "#1f6feb"}
 def draw(results: dict[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure
 
-    from ddpo_trl.plots import save
+    from ddpo_trl.artifacts.plots import save
 
     figure = Figure(figsize=(6.4, 8), layout="constrained")
     panels = figure.subplots(3, 2).flat

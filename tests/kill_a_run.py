@@ -22,7 +22,7 @@ from transformers import TrainerCallback
 
 from conftest import brightness, tiny_pipeline
 from ddpo_trl import DDPOConfig, DDPOTrainer
-from ddpo_trl import checkpoints as checkpoint_files
+from ddpo_trl.artifacts import checkpoints as checkpoint_files
 from launch import PROCESSES
 
 
@@ -43,8 +43,8 @@ EVENTS: dict[str, tuple[str, str]] = {
     "training": ("ddpo_trl.trainer", "DDPOTrainer.compute_loss"),
     "saving weights": ("ddpo_trl.policy.policy", "Policy.save"),
     "saving the rest": ("ddpo_trl.trainer", "DDPOTrainer._save_round"),
-    "publishing": ("ddpo_trl.checkpoints", "publish"),
-    "synchronising": ("ddpo_trl.checkpoints", "synchronise"),
+    "publishing": ("ddpo_trl.artifacts.checkpoints", "publish"),
+    "synchronising": ("ddpo_trl.artifacts.checkpoints", "synchronise"),
     "rotating": ("ddpo_trl.trainer", "rotate_checkpoints"),
 }
 

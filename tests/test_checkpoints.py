@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from conftest import brightness, tiny_pipeline
-from ddpo_trl import DDPOTrainer, checkpoints
-from ddpo_trl.report.reading import read_run
+from ddpo_trl import DDPOTrainer
+from ddpo_trl.artifacts import checkpoints
+from ddpo_trl.artifacts.report.reading import read_run
 
 
 PROMPTS = ["cat", "dog"]

@@ -9,7 +9,7 @@ import torch
 import transformers
 import trl
 
-from ddpo_trl.environment import environment
+from ddpo_trl.artifacts.environment import environment
 
 
 def test_the_versions_are_those_that_run():

@@ -14,8 +14,9 @@ from PIL import Image
 from conformance import checks
 from conformance.image_pipelines import PIXART_KWARGS, pixart_sigma
 from conftest import brightness, tiny_pipeline
-from ddpo_trl import DDPOConfig, DDPOTrainer, load_emoji_pipeline, record
-from ddpo_trl.model_card import write_model_card, written_arguments
+from ddpo_trl import DDPOConfig, DDPOTrainer, load_emoji_pipeline
+from ddpo_trl.artifacts import record
+from ddpo_trl.artifacts.model_card import write_model_card, written_arguments
 from ddpo_trl.policy.lora import put_on_adapter
 from ddpo_trl.policy.policy import Policy
 

@@ -5,7 +5,7 @@ import pytest
 from matplotlib.font_manager import FontProperties
 from PIL import Image
 
-from ddpo_trl.plots import (
+from ddpo_trl.artifacts.plots import (
     CAPTION_LINES,
     ImageRow,
     Picture,

@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from ddpo_trl import record
-from ddpo_trl.record import LoggedImage
+from ddpo_trl.artifacts import record
+from ddpo_trl.artifacts.record import LoggedImage
 
 
 def logged(kind: record.Kind = "fixed", index: int = 0, colour=(255, 0, 0), **overrides) -> LoggedImage:

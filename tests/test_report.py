@@ -15,11 +15,11 @@ import pytest
 from PIL import Image, ImageSequence
 
 from ddpo_trl import DDPOConfig, DDPOTrainer
-from ddpo_trl.record import write_settings
-from ddpo_trl.report import write_report
-from ddpo_trl.report.charts import evaluation_charts, policy_charts, reward_charts, time_phases
-from ddpo_trl.report.numbers import duration, number, short
-from ddpo_trl.report.settings import compare
+from ddpo_trl.artifacts.record import write_settings
+from ddpo_trl.artifacts.report import write_report
+from ddpo_trl.artifacts.report.charts import evaluation_charts, policy_charts, reward_charts, time_phases
+from ddpo_trl.artifacts.report.numbers import duration, number, short
+from ddpo_trl.artifacts.report.settings import compare
 
 
 COLOURS = {0: (200, 30, 30), 1: (30, 200, 30), 2: (30, 30, 200)}

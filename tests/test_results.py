@@ -12,8 +12,8 @@ from PIL import Image
 
 import demo_runs
 import results
+from ddpo_trl.artifacts.record import LoggedImage, write_samples
 from ddpo_trl.cli.demo import parse_arguments
-from ddpo_trl.record import LoggedImage, write_samples
 from results import Result, Run
 
 

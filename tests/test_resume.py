@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 
 import kill_a_run
 from conftest import brightness, tiny_pipeline
-from ddpo_trl import DDPOConfig, DDPOTrainer, checkpoints, resuming
+from ddpo_trl import DDPOConfig, DDPOTrainer
+from ddpo_trl.artifacts import checkpoints, resuming
 
 
 ROUNDS = 6

@@ -23,7 +23,7 @@ from wandb.proto import wandb_internal_pb2
 import kill_a_run
 from conftest import brightness, in_both_passes, tiny_pipeline
 from ddpo_trl import DDPOConfig, DDPOTrainer
-from ddpo_trl.tracking import places
+from ddpo_trl.artifacts.tracking import places
 
 
 PROMPTS = ["cat", "dog", "owl", "fox"]

@@ -26,14 +26,15 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, rotat
 from transformers.utils import logging
 from transformers.utils.hub import PushInProgress
 
-from ddpo_trl import checkpoints, hub, record, resuming
-from ddpo_trl.checkpoints import CONFIG_NAME, PLAN_NAME
+from ddpo_trl.artifacts import checkpoints, hub, record, resuming
+from ddpo_trl.artifacts.checkpoints import CONFIG_NAME, PLAN_NAME
+from ddpo_trl.artifacts.model_card import write_model_card
+from ddpo_trl.artifacts.tracking import RunRecorder, fixed_prompts
 from ddpo_trl.checks import replay_problem
 from ddpo_trl.config import DDPOConfig
 from ddpo_trl.descriptions import described
 from ddpo_trl.evaluation import Evaluator, Samples, check_evaluation, reward_names
 from ddpo_trl.finite import check_update
-from ddpo_trl.model_card import write_model_card
 from ddpo_trl.policy.lora import freeze_all_but_denoiser, put_on_adapter
 from ddpo_trl.policy.per_sample_gradients import trained_weights
 from ddpo_trl.policy.pipeline import move
@@ -59,7 +60,6 @@ from ddpo_trl.rollout.loader import RolloutLoader
 from ddpo_trl.rollout.plan import plan_batches
 from ddpo_trl.seeding import Stream, derived_seed, randomness_untouched
 from ddpo_trl.suggestions import checks_names
-from ddpo_trl.tracking import RunRecorder, fixed_prompts
 from ddpo_trl.types import Context, Objective, RewardFunction, Rollout, Transition
 from ddpo_trl.update import optimizers as optimizers_  # the argument's name is Trainer's
 from ddpo_trl.update.objectives import importance_sampling, score_function
@@ -949,7 +949,7 @@ class DDPOTrainer(Trainer):
             [`~huggingface_hub.CommitInfo`], a future of it if not `blocking`, or `None` on processes that don't push.
 
         Raises:
-            [`~ddpo_trl.hub.PushError`]: If something did not arrive. It says where the model is on the disk.
+            [`~ddpo_trl.artifacts.hub.PushError`]: If something did not arrive. It says where the model is on the disk.
         """
         self.save_model(_internal_call=True)  # before all else: whatever comes, it is on the disk
         with hub.failures_explained(self.args, self.hub_model_id):

@@ -8,7 +8,8 @@ from accelerate.tracking import GeneralTracker, filter_trackers
 from accelerate.utils import ProjectConfiguration
 from diffusers import DiffusionPipeline
 
-from ddpo_trl import checkpoints, trainer
+from ddpo_trl import trainer
+from ddpo_trl.artifacts import checkpoints
 from ddpo_trl.config import DDPOConfig as OurConfig
 from ddpo_trl.prompts import PromptFunction
 from ddpo_trl.rewards.scoring import reward_name

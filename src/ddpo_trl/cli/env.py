@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
+from ddpo_trl.artifacts.environment import environment
 from ddpo_trl.cli.arguments import CommandParser
-from ddpo_trl.environment import environment
 
 
 def main(argv: Sequence[str]) -> int:

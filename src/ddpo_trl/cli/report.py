@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from ddpo_trl.artifacts.report import write_report
 from ddpo_trl.cli.arguments import CommandParser
 from ddpo_trl.cli.errors import usage_errors
-from ddpo_trl.report import write_report
 
 
 @dataclass

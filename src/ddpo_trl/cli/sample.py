@@ -14,14 +14,14 @@ from peft import PeftConfig, get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ddpo_trl.checkpoints import CONFIG_NAME
+from ddpo_trl.artifacts.checkpoints import CONFIG_NAME
+from ddpo_trl.artifacts.plots import ImageRow, save_comparison
 from ddpo_trl.cli.arguments import CommandParser, Gather
 from ddpo_trl.cli.errors import UsageError, one_line, usage_errors
 from ddpo_trl.cli.sources import first_prompts, load_model, load_prompt_source, load_reward
 from ddpo_trl.cli.train import SETTINGS_NAME
 from ddpo_trl.config import DDPOConfig
 from ddpo_trl.finite import finite_rows
-from ddpo_trl.plots import ImageRow, save_comparison
 from ddpo_trl.policy.lora import (
     ADAPTER_NAME,
     LORA_WEIGHTS_NAME,

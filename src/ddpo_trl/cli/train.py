@@ -10,7 +10,7 @@ import yaml
 from diffusers import DiffusionPipeline
 from peft import LoraConfig
 
-from ddpo_trl import checkpoints
+from ddpo_trl.artifacts import checkpoints
 from ddpo_trl.cli.arguments import CommandParser, Gather
 from ddpo_trl.cli.errors import usage_errors
 from ddpo_trl.cli.launch import LAUNCHED, launch, launch_flags

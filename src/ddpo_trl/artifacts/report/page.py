@@ -11,10 +11,10 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
-from ddpo_trl.report import charts
-from ddpo_trl.report.numbers import duration, finite, number, percent, short, signed
-from ddpo_trl.report.reading import Run, read_run
-from ddpo_trl.report.settings import compare
+from ddpo_trl.artifacts.report import charts
+from ddpo_trl.artifacts.report.numbers import duration, finite, number, percent, short, signed
+from ddpo_trl.artifacts.report.reading import Run, read_run
+from ddpo_trl.artifacts.report.settings import compare
 
 
 REPORT_NAME = "report.html"

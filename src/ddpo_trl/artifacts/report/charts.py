@@ -5,8 +5,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ddpo_trl.report.numbers import finite, number
-from ddpo_trl.report.reading import Row
+from ddpo_trl.artifacts.report.numbers import finite, number
+from ddpo_trl.artifacts.report.reading import Row
 
 
 # Headings and units. A column that is not here is shown under its own name.

@@ -22,10 +22,10 @@ from PIL.Image import Image
 from transformers.utils import logging
 from yaml import YAMLError
 
-from ddpo_trl import record
+from ddpo_trl.artifacts import record
+from ddpo_trl.artifacts.environment import PACKAGES
 from ddpo_trl.config import DDPOConfig
 from ddpo_trl.emoji import EMOJI_PATH
-from ddpo_trl.environment import PACKAGES
 from ddpo_trl.policy.lora import has_lora_loader
 from ddpo_trl.policy.pipeline import makes_video
 from ddpo_trl.policy.policy import Policy
@@ -116,7 +116,7 @@ def write_model_card(
 
     Args:
         directory (`str` or `os.PathLike`):
-            Of the run, see [`~ddpo_trl.record`].
+            Of the run, see [`~ddpo_trl.artifacts.record`].
         model_name (`str`):
             Heading.
         repo_id (`str`):

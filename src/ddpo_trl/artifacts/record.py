@@ -17,9 +17,9 @@ from PIL import Image
 from torch import Tensor
 from transformers import TrainingArguments
 
-from ddpo_trl.checkpoints import CONFIG_NAME
-from ddpo_trl.environment import environment
-from ddpo_trl.plots import ImageRow, Picture, save_comparison, save_reward_curve, save_sheet
+from ddpo_trl.artifacts.checkpoints import CONFIG_NAME
+from ddpo_trl.artifacts.environment import environment
+from ddpo_trl.artifacts.plots import ImageRow, Picture, save_comparison, save_reward_curve, save_sheet
 from ddpo_trl.policy.lora import LORA_WEIGHTS_NAME, PEFT_WEIGHTS_NAME
 from ddpo_trl.rewards.model import as_pictures
 
@@ -286,5 +286,5 @@ def write_settings(directory: str | os.PathLike[str], settings: TrainingArgument
 
 
 def write_environment(directory: str | os.PathLike[str], device: torch.device) -> None:
-    """Writes `environment.json`, see [`~ddpo_trl.environment.environment`]."""
+    """Writes `environment.json`, see [`~ddpo_trl.artifacts.environment.environment`]."""
     Path(directory, ENVIRONMENT_NAME).write_text(json.dumps(environment(device), indent=2) + "\n")

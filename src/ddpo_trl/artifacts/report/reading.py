@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ddpo_trl.record import CONFIG_NAME, ENVIRONMENT_NAME, METRICS_NAME, SAMPLES_FOLDER, SAMPLES_NAME
-from ddpo_trl.report.numbers import finite, number, short
-from ddpo_trl.report.pictures import Picture, longest_side, picture
+from ddpo_trl.artifacts.record import CONFIG_NAME, ENVIRONMENT_NAME, METRICS_NAME, SAMPLES_FOLDER, SAMPLES_NAME
+from ddpo_trl.artifacts.report.numbers import finite, number, short
+from ddpo_trl.artifacts.report.pictures import Picture, longest_side, picture
 
 
 SAMPLES_PATTERN = f"{SAMPLES_FOLDER}/round-*/{SAMPLES_NAME}"

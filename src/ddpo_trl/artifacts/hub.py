@@ -18,10 +18,10 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from transformers.utils import logging
 from transformers.utils.hub import hf_api
 
-from ddpo_trl.checkpoints import CONFIG_NAME
+from ddpo_trl.artifacts.checkpoints import CONFIG_NAME
+from ddpo_trl.artifacts.record import SAMPLES_FOLDER
 from ddpo_trl.config import DDPOConfig
 from ddpo_trl.policy.lora import LORA_WEIGHTS_NAME, PEFT_WEIGHTS_NAME
-from ddpo_trl.record import SAMPLES_FOLDER
 
 
 logger = logging.get_logger(__name__)

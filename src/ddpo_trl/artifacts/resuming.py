@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import TrainerState
 
-from ddpo_trl.checkpoints import CONFIG_NAME, PLAN_NAME, moved_best
+from ddpo_trl.artifacts.checkpoints import CONFIG_NAME, PLAN_NAME, moved_best
 
 
 RUN_NAME = "run.json"  # what the settings don't tell: rewards, prompts, the optimizer

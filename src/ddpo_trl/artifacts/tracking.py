@@ -12,13 +12,13 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
 
-from ddpo_trl import record
+from ddpo_trl.artifacts import record
+from ddpo_trl.artifacts.record import Kind, LoggedImage
+from ddpo_trl.artifacts.report import write_report
 from ddpo_trl.config import DDPOConfig
 from ddpo_trl.evaluation import Evaluator
 from ddpo_trl.processes import gather
 from ddpo_trl.prompts import PromptPair
-from ddpo_trl.record import Kind, LoggedImage
-from ddpo_trl.report import write_report
 from ddpo_trl.seeding import randomness_untouched
 from ddpo_trl.types import Rollout
 
