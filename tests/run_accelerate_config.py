@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 
 from conftest import brightness, tiny_pipeline
 from ddpo_trl import DDPOConfig, DDPOTrainer
-from ddpo_trl.processes import whole
+from ddpo_trl.distributed import whole
 
 
 BATCHES_PER_ROUND = 4

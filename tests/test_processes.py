@@ -20,7 +20,7 @@ import run_accelerate_config
 import run_in_processes
 from conftest import tiny_pipeline
 from ddpo_trl import DDPOConfig
-from ddpo_trl.processes import check_wrapping
+from ddpo_trl.distributed import check_wrapping
 from ddpo_trl.update.one_pass import free_memory
 from launch import fork, launch
 

@@ -12,9 +12,9 @@ from torch import Tensor
 from transformers.trainer_utils import IntervalStrategy
 
 from ddpo_trl.config import DDPOConfig
+from ddpo_trl.distributed import gather
 from ddpo_trl.finite import finite_rows
 from ddpo_trl.policy.policy import Policy
-from ddpo_trl.processes import gather
 from ddpo_trl.prompts import PromptPair, default_prompt_key, prompt_keys
 from ddpo_trl.rewards.scoring import PendingRewards, RewardScorer, first_problem, unique_names
 from ddpo_trl.rollout.callbacks import RoundProgress

@@ -33,13 +33,13 @@ from ddpo_trl.artifacts.tracking import RunRecorder, fixed_prompts
 from ddpo_trl.checks import replay_problem
 from ddpo_trl.config import DDPOConfig
 from ddpo_trl.descriptions import described
+from ddpo_trl.distributed import check_alike, check_wrapping
 from ddpo_trl.evaluation import Evaluator, Samples, check_evaluation, reward_names
 from ddpo_trl.finite import check_update
 from ddpo_trl.policy.lora import freeze_all_but_denoiser, put_on_adapter
 from ddpo_trl.policy.per_sample_gradients import trained_weights
 from ddpo_trl.policy.pipeline import move
 from ddpo_trl.policy.policy import Policy
-from ddpo_trl.processes import check_alike, check_wrapping
 from ddpo_trl.prompts import (
     PromptFunction,
     PromptKeyFunction,

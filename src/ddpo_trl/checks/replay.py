@@ -13,8 +13,8 @@ from ddpo_trl.checks.trial import (
     Trial,
     log_prob_difference,
 )
+from ddpo_trl.distributed import is_sharded
 from ddpo_trl.policy.policy import Policy
-from ddpo_trl.processes import is_sharded
 from ddpo_trl.types import SampledBatch, Transition
 
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ddpo_trl.config import DDPOConfig
+from ddpo_trl.distributed import is_sharded
 from ddpo_trl.policy.fingerprint import settings_in_use
 from ddpo_trl.policy.policy import Policy
-from ddpo_trl.processes import is_sharded
 from ddpo_trl.types import Conditions, SampledBatch, Step, Transition
 
 

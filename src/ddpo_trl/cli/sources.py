@@ -9,8 +9,8 @@ from datasets import Dataset
 from diffusers import DiffusionPipeline
 
 from ddpo_trl import rewards
+from ddpo_trl.cli.importing import import_object
 from ddpo_trl.emoji import emoji_captions, load_emoji_pipeline
-from ddpo_trl.importing import import_object
 from ddpo_trl.prompts import (
     PromptFunction,
     PromptPair,

@@ -30,6 +30,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from ddpo_trl.distributed import sharded_like, whole
 from ddpo_trl.finite import check_weights
 from ddpo_trl.policy.adapter_checks import (
     check_config,
@@ -42,7 +43,6 @@ from ddpo_trl.policy.adapter_checks import (
     in_words,
     without_dropout,
 )
-from ddpo_trl.processes import sharded_like, whole
 
 
 ADAPTER_NAME = "default"

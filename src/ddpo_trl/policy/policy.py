@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 
 from ddpo_trl.config import DDPOConfig
+from ddpo_trl.distributed import is_sharded
 from ddpo_trl.finite import check_weights
 from ddpo_trl.policy.calls import BatchCalls, attention_modules, images_tensor, processors_kept
 from ddpo_trl.policy.embeddings import OnlyInPlace, PromptEncoder, is_setting
@@ -37,7 +38,6 @@ from ddpo_trl.policy.schedulers import (
     learn_layout,
     policy_scheduler,
 )
-from ddpo_trl.processes import is_sharded
 from ddpo_trl.rollout.plan import steps_in_range
 from ddpo_trl.types import Conditions, Context, Gradients, SampledBatch, Step, join_samples, steps_to
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ddpo_trl.importing import import_object
+from ddpo_trl.cli.importing import import_object
 from ddpo_trl.rewards.remote import MEGABYTE, checked_token, unpack
 from ddpo_trl.rewards.scoring import RewardScorer, as_rewards, call_as_guest
 from ddpo_trl.rewards.workers import DaemonPool
@@ -215,7 +215,7 @@ def serve(
 
     Args:
         spec (`str`):
-            See [`~ddpo_trl.importing.import_object`].
+            See [`~ddpo_trl.cli.importing.import_object`].
         host, port:
             Where to listen; port 0 is any that is free.
         token (`str`, *optional*):

@@ -13,7 +13,7 @@ from transformers.trainer_callback import CallbackHandler
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from transformers.utils import logging
 
-from ddpo_trl.processes import on_any_process
+from ddpo_trl.distributed import on_any_process
 
 
 logger = logging.get_logger(__name__)

@@ -12,9 +12,9 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
+from ddpo_trl.distributed import gather
 from ddpo_trl.policy.per_sample_gradients import TrainedLayer
 from ddpo_trl.policy.policy import Policy
-from ddpo_trl.processes import gather
 from ddpo_trl.prompts import PromptPair, PromptSource
 from ddpo_trl.rewards.scoring import PendingRewards, RewardScorer, first_problem
 from ddpo_trl.rollout.advantages import Normalizer, Populations, fraction_without_spread, normalize_valid, select

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ddpo_trl.config import DDPOConfig
+from ddpo_trl.distributed import first_reason
 from ddpo_trl.policy.per_sample_gradients import (
     Call,
     TrainedLayer,
@@ -25,7 +26,6 @@ from ddpo_trl.policy.per_sample_gradients import (
 )
 from ddpo_trl.policy.policy import Policy
 from ddpo_trl.policy.schedulers import NoGradient
-from ddpo_trl.processes import first_reason
 from ddpo_trl.rollout.plan import BatchPlan
 from ddpo_trl.types import Context, SampledBatch
 
