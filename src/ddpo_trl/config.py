@@ -11,9 +11,9 @@ from typing import Any, Literal, Self, TypeVar
 from accelerate.utils import get_int_from_env, parse_flag_from_env
 from transformers import TrainingArguments
 
-from ddpo_trl import trl_config
 from ddpo_trl.descriptions import described
 from ddpo_trl.suggestions import checks_names
+from ddpo_trl.trl_0_23 import config as trl_config
 
 
 T = TypeVar("T")

@@ -13,7 +13,7 @@ from ddpo_trl.artifacts import checkpoints
 from ddpo_trl.config import DDPOConfig as OurConfig
 from ddpo_trl.prompts import PromptFunction
 from ddpo_trl.rewards.scoring import reward_name
-from ddpo_trl.trl_config import TRLConfig as DDPOConfig
+from ddpo_trl.trl_0_23.config import TRLConfig as DDPOConfig
 from ddpo_trl.types import RewardFunction, Rollout
 
 
@@ -44,7 +44,7 @@ class DDPOTrainer(trainer.DDPOTrainer):
     ```
 
     Args:
-        config ([`~ddpo_trl.trl_config.TRLConfig`]):
+        config ([`~ddpo_trl.trl_0_23.config.TRLConfig`]):
             Settings under their old names. Those that have no counterpart give a warning.
         reward_function (`Callable`):
             Returns `(rewards, info)` for `(images, prompts, metadata)`.
