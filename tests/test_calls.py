@@ -11,7 +11,7 @@ from conformance.newer_pipelines import flux2_klein
 from ddpo_trl.policy.calls import BatchCalls, attention_modules, images_tensor, processors_kept
 from ddpo_trl.policy.lora import put_on_adapter
 from ddpo_trl.policy.policy import Policy
-from ddpo_trl.types import Context
+from ddpo_trl.policy.records import Context
 
 
 PROMPTS, SEEDS = ["a cat", "two dogs"], [1, 2]

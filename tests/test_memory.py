@@ -16,8 +16,8 @@ from ddpo_trl import DDPOTrainer
 from ddpo_trl.checks.doctor import storage_bytes
 from ddpo_trl.policy.embeddings import EmbeddingCache
 from ddpo_trl.policy.per_sample_gradients import Watch, trained_layers
+from ddpo_trl.policy.records import Step, steps_to
 from ddpo_trl.rollout.loader import RolloutLoader
-from ddpo_trl.types import Step, steps_to
 
 
 PROMPTS = ["cat", "dog", "owl"]

@@ -5,8 +5,7 @@ import torch
 from torch import Tensor
 
 from ddpo_trl.policy.gaussian import log_prob
-from ddpo_trl.types import Objective
-from ddpo_trl.update.objectives import importance_sampling, score_function
+from ddpo_trl.update.objectives import Objective, importance_sampling, score_function
 
 
 def is_objective(ratios: list[float], advantages: list[float], cliprange: float) -> tuple[Objective, Tensor]:

@@ -35,8 +35,8 @@ from ddpo_trl import DDPOConfig
 from ddpo_trl.emoji import load_emoji_pipeline
 from ddpo_trl.policy.lora import put_on_adapter
 from ddpo_trl.policy.policy import Policy
+from ddpo_trl.policy.records import Context
 from ddpo_trl.policy.schedulers import Replay
-from ddpo_trl.types import Context
 from ddpo_trl.update.one_pass import layers_of_samples
 
 

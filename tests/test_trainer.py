@@ -16,7 +16,7 @@ from conformance.image_pipelines import inpainting_inputs, stable_diffusion_img2
 from conftest import brightness, in_both_passes, tiny_pipeline
 from ddpo_trl import DDPOTrainer
 from ddpo_trl.rollout.callbacks import TrainingClock
-from ddpo_trl.types import Rollout
+from ddpo_trl.rollout.records import Rollout
 
 
 PROMPTS = ["cat", "dog", "owl"]

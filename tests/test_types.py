@@ -6,7 +6,8 @@ import math
 import pytest
 import torch
 
-from ddpo_trl.types import Context, Rollout, SampledBatch, Step
+from ddpo_trl.policy.records import Context, SampledBatch, Step
+from ddpo_trl.rollout.records import Rollout
 
 
 def numbered(first: int) -> SampledBatch:

@@ -15,11 +15,11 @@ from ddpo_trl.config import DDPOConfig
 from ddpo_trl.distributed import gather
 from ddpo_trl.finite import finite_rows
 from ddpo_trl.policy.policy import Policy
+from ddpo_trl.policy.records import Context
 from ddpo_trl.prompts import PromptPair, default_prompt_key, prompt_keys
 from ddpo_trl.rewards.scoring import PendingRewards, RewardScorer, first_problem, unique_names
 from ddpo_trl.rollout.callbacks import RoundProgress
 from ddpo_trl.seeding import Stream, derived_seed, randomness_untouched
-from ddpo_trl.types import Context
 
 
 logger = logging.getLogger(__name__)

@@ -40,6 +40,7 @@ from ddpo_trl.policy.lora import freeze_all_but_denoiser, put_on_adapter
 from ddpo_trl.policy.per_sample_gradients import trained_weights
 from ddpo_trl.policy.pipeline import move
 from ddpo_trl.policy.policy import Policy
+from ddpo_trl.policy.records import Context
 from ddpo_trl.prompts import (
     PromptFunction,
     PromptKeyFunction,
@@ -52,17 +53,17 @@ from ddpo_trl.prompts import (
     prompt_pairs,
     prompt_source,
 )
-from ddpo_trl.rewards.scoring import RewardScorer, first_problem
+from ddpo_trl.rewards.scoring import RewardFunction, RewardScorer, first_problem
 from ddpo_trl.rollout import advantages
 from ddpo_trl.rollout.boundary import RoundCallbacks, RoundSchedule, StopSignals, agree, end_round
 from ddpo_trl.rollout.callbacks import RoundProgress, TrainingClock
 from ddpo_trl.rollout.loader import RolloutLoader
 from ddpo_trl.rollout.plan import plan_batches
+from ddpo_trl.rollout.records import Rollout, Transition
 from ddpo_trl.seeding import Stream, derived_seed, randomness_untouched
 from ddpo_trl.suggestions import checks_names
-from ddpo_trl.types import Context, Objective, RewardFunction, Rollout, Transition
 from ddpo_trl.update import optimizers as optimizers_  # the argument's name is Trainer's
-from ddpo_trl.update.objectives import importance_sampling, score_function
+from ddpo_trl.update.objectives import Objective, importance_sampling, score_function
 from ddpo_trl.update.one_pass import TRIAL_SAMPLES, autocast, choose_passes, policy_gradient
 from ddpo_trl.update.target_kl import TargetKL
 
@@ -127,7 +128,7 @@ class DDPOTrainer(Trainer):
         config ([`DDPOConfig`]):
             Settings. It is copied: a config can serve several trainers.
         reward_fn (`Callable` or `list[Callable]`):
-            See [`~ddpo_trl.types.RewardFunction`]. Several are added up, weighted by `config.reward_weights`. Called
+            See [`~ddpo_trl.rewards.scoring.RewardFunction`]. Several are added up, weighted by `config.reward_weights`. Called
             once at construction, on an image made with a single denoising step and, unless batches have one image, a
             darker copy of it: so a wrong signature or return value is refused before time is spent.
         prompt_fn (`Callable`, `datasets.Dataset` or `list[str]`):

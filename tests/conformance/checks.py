@@ -34,8 +34,8 @@ from ddpo_trl.policy.embeddings import text_encoders
 from ddpo_trl.policy.lora import ADAPTER_NAME, denoiser_name, has_lora_loader, put_on_adapter, save_adapter
 from ddpo_trl.policy.per_sample_gradients import trained_weights
 from ddpo_trl.policy.policy import Policy, seeded
+from ddpo_trl.policy.records import Context
 from ddpo_trl.policy.schedulers import Sampling
-from ddpo_trl.types import Context
 from ddpo_trl.update.one_pass import layers_of_samples, policy_gradient
 
 

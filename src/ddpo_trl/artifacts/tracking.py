@@ -19,8 +19,8 @@ from ddpo_trl.config import DDPOConfig
 from ddpo_trl.distributed import gather
 from ddpo_trl.evaluation import Evaluator
 from ddpo_trl.prompts import PromptPair
+from ddpo_trl.rollout.records import Rollout
 from ddpo_trl.seeding import randomness_untouched
-from ddpo_trl.types import Rollout
 
 
 # Name of the table, and of the images' group in tensorboard.
@@ -44,7 +44,7 @@ class RunRecorder(TrainerCallback):
             The Trainer's callbacks, those of the trackers among them: images go where they send the figures.
 
     Attributes:
-        rollout ([`~ddpo_trl.types.Rollout`], *optional*):
+        rollout ([`~ddpo_trl.rollout.records.Rollout`], *optional*):
             Of the current round; the trainer sets it.
     """
 

@@ -24,8 +24,9 @@ from ddpo_trl.policy.lora import (
     take_off_adapter,
 )
 from ddpo_trl.policy.policy import Policy
+from ddpo_trl.policy.records import SampledBatch
 from ddpo_trl.rollout.plan import steps_in_range
-from ddpo_trl.types import SampledBatch, Transition
+from ddpo_trl.rollout.records import Transition
 
 
 # Images may leave [0, 1] by rounding.

@@ -15,7 +15,8 @@ from ddpo_trl.checks.trial import (
 )
 from ddpo_trl.distributed import is_sharded
 from ddpo_trl.policy.policy import Policy
-from ddpo_trl.types import SampledBatch, Transition
+from ddpo_trl.policy.records import SampledBatch
+from ddpo_trl.rollout.records import Transition
 
 
 def replay_problem(
@@ -27,7 +28,7 @@ def replay_problem(
     Args:
         policy ([`~ddpo_trl.policy.policy.Policy`]):
             As training calls it.
-        micro_batch ([`~ddpo_trl.types.Transition`] of length `B`):
+        micro_batch ([`~ddpo_trl.rollout.records.Transition`] of length `B`):
             What was replayed.
         log_probs (`torch.Tensor` of shape `(B,)`):
             The replayed log-probabilities.

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from ddpo_trl.config import DDPOConfig
 from ddpo_trl.distributed import is_sharded
-from ddpo_trl.policy.fingerprint import settings_in_use
+from ddpo_trl.policy.fingerprint import Conditions, settings_in_use
 from ddpo_trl.policy.policy import Policy
-from ddpo_trl.types import Conditions, SampledBatch, Step, Transition
+from ddpo_trl.policy.records import SampledBatch, Step
+from ddpo_trl.rollout.records import Transition
 
 
 # How far a log-probability, averaged over dimensions, may move between sampling and training before any update. At the
@@ -51,9 +52,9 @@ class Trial:
     Args:
         policy ([`~ddpo_trl.policy.policy.Policy`]):
             As training calls it.
-        micro_batch ([`~ddpo_trl.types.Transition`]):
+        micro_batch ([`~ddpo_trl.rollout.records.Transition`]):
             As training replayed it.
-        batch ([`~ddpo_trl.types.SampledBatch`]):
+        batch ([`~ddpo_trl.policy.records.SampledBatch`]):
             In which its worst sample was drawn. Suspects replay the whole of it, so that its size and composition are
             no further difference.
         difference (`float`):

@@ -21,8 +21,8 @@ from ddpo_trl.prompts import (
     prompt_pairs,
 )
 from ddpo_trl.rewards import RemoteReward
+from ddpo_trl.rewards.scoring import RewardFunction
 from ddpo_trl.suggestions import did_you_mean
-from ddpo_trl.types import RewardFunction
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -13,9 +13,9 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers.utils import logging
 
+from ddpo_trl.policy.records import Context
 from ddpo_trl.policy.schedulers import Replay, StepReplayed
 from ddpo_trl.seeding import Stream, derived_seed, forked_generators
-from ddpo_trl.types import Context
 
 
 logger = logging.get_logger(__name__)
@@ -62,7 +62,7 @@ class BatchCalls:
         The contexts of the calls that make a batch, in order.
 
         Args:
-            context ([`~ddpo_trl.types.Context`] of length `B`):
+            context ([`~ddpo_trl.policy.records.Context`] of length `B`):
                 The batch.
 
         Returns:
@@ -93,7 +93,7 @@ class BatchCalls:
         Run a call for one sample with its inputs in lists; if it is refused, with the inputs themselves.
 
         Args:
-            single ([`~ddpo_trl.types.Context`] of length 1):
+            single ([`~ddpo_trl.policy.records.Context`] of length 1):
                 The sample.
             run (`Callable[[Context], Any]`):
                 Makes the call.

@@ -6,6 +6,7 @@ device: nothing waits for them unless they are compared.
 
 import copy
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,7 +18,37 @@ from torch.distributed.tensor import DTensor
 from ddpo_trl.config import DDPOConfig
 from ddpo_trl.policy.embeddings import is_setting
 from ddpo_trl.policy.lora import adapter_layers
-from ddpo_trl.types import Conditions
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conditions:
+    """
+    Under which conditions a batch was sampled. They are looked at if a replay turns out to be another policy.
+
+    Args:
+        autocast (`torch.dtype`, *optional*):
+            The dtype of autocast, `None` if it was off.
+        settings (`Mapping[str, Mapping]`):
+            The sampler's settings by owner and name.
+        denoiser_dtype (`torch.dtype`):
+            In which the denoiser was.
+        adapter (`tuple`):
+            How each adapter layer was switched.
+        weights (`Mapping[str, torch.Tensor]`):
+            The sum of each trained parameter.
+        embeddings (`tuple[torch.Tensor, ...]`):
+            Weighted sums over the prompt embeddings; empty if the pipeline's are not known.
+        stochastic (`Collection[int]`, *optional*):
+            Indices of the steps that got noise, `None` for all.
+    """
+
+    autocast: torch.dtype | None
+    settings: Mapping[str, Mapping[str, Any]]
+    denoiser_dtype: torch.dtype
+    adapter: tuple[Any, ...]
+    weights: Mapping[str, Tensor]
+    embeddings: tuple[Tensor, ...]
+    stochastic: Collection[int] | None
 
 
 # Fields of DDPOConfig that are read in every run of the pipeline. Others, like eta, are read once.

@@ -16,7 +16,7 @@ from ddpo_trl.distributed import is_sharded
 from ddpo_trl.finite import check_weights
 from ddpo_trl.policy.calls import BatchCalls, attention_modules, images_tensor, processors_kept
 from ddpo_trl.policy.embeddings import OnlyInPlace, PromptEncoder, is_setting
-from ddpo_trl.policy.fingerprint import SettingOwners, conditions, setting_owners, settings_in_use
+from ddpo_trl.policy.fingerprint import Conditions, SettingOwners, conditions, setting_owners, settings_in_use
 from ddpo_trl.policy.gaussian import kl_divergence, log_prob
 from ddpo_trl.policy.lora import (
     adapter_layers,
@@ -28,6 +28,7 @@ from ddpo_trl.policy.lora import (
 )
 from ddpo_trl.policy.per_sample_gradients import SampleGradients, TrainedLayer
 from ddpo_trl.policy.pipeline import check_call, policy_copy, quiet_copy, with_denoiser
+from ddpo_trl.policy.records import Context, Gradients, SampledBatch, Step, join_samples, steps_to
 from ddpo_trl.policy.schedulers import (
     BeforeSteps,
     DifferentiatedSampling,
@@ -39,7 +40,6 @@ from ddpo_trl.policy.schedulers import (
     policy_scheduler,
 )
 from ddpo_trl.rollout.plan import steps_in_range
-from ddpo_trl.types import Conditions, Context, Gradients, SampledBatch, Step, join_samples, steps_to
 
 
 class Survey(NamedTuple):
@@ -169,7 +169,7 @@ class Policy(nn.Module):
         Runs the pipeline up to its first step, and no further: what its timesteps are, only its `__call__` knows.
 
         Args:
-            context ([`~ddpo_trl.types.Context`]):
+            context ([`~ddpo_trl.policy.records.Context`]):
                 One sample is enough.
 
         Returns:
@@ -211,7 +211,7 @@ class Policy(nn.Module):
         Has prompts encoded beforehand, as many as are going to be kept, so that offloaded text encoders come once.
 
         Args:
-            contexts (`Iterable[~ddpo_trl.types.Context]`):
+            contexts (`Iterable[~ddpo_trl.policy.records.Context]`):
                 The batches.
             device (`torch.device`):
                 Where the pipeline is going to run.
@@ -271,7 +271,7 @@ class Policy(nn.Module):
         Draws images from the policy.
 
         Args:
-            context ([`~ddpo_trl.types.Context`] of length `B`):
+            context ([`~ddpo_trl.policy.records.Context`] of length `B`):
                 What they are made from.
             record (`Collection[int]`):
                 Indices of the denoising steps whose transitions are kept; deterministic ones never are.
@@ -317,7 +317,7 @@ class Policy(nn.Module):
         Draws the images that [`~Policy.sample`] draws, and takes the gradients of their log-probabilities meanwhile.
 
         Args:
-            context ([`~ddpo_trl.types.Context`] of length `B`):
+            context ([`~ddpo_trl.policy.records.Context`] of length `B`):
                 What they are made from.
             weights (`Mapping[int, float]`):
                 The denoising steps that are trained on, by index, each with the weight of its log-probability.
@@ -368,7 +368,7 @@ class Policy(nn.Module):
         Samples as [`~Policy.sample_with_gradients`] does up to one step, and leaves: no image is made.
 
         Args:
-            context ([`~ddpo_trl.types.Context`] of length `B`):
+            context ([`~ddpo_trl.policy.records.Context`] of length `B`):
                 What the samples are made from, in a single call: one of `calls.split`.
             step (`int`):
                 Index of a step in the sampler's schedule.
@@ -425,7 +425,7 @@ class Policy(nn.Module):
         Draws images as the pipeline's users will, with its own scheduler.
 
         Args:
-            context ([`~ddpo_trl.types.Context`] of length `B`):
+            context ([`~ddpo_trl.policy.records.Context`] of length `B`):
                 What they are made from.
 
         Returns:
@@ -445,7 +445,7 @@ class Policy(nn.Module):
                 Its index in the sampler's schedule.
             latents, next_latents (`torch.Tensor` of shape `(B, ...)`):
                 State x_t and action x_{t-1} as recorded.
-            context ([`~ddpo_trl.types.Context`] of length `B`):
+            context ([`~ddpo_trl.policy.records.Context`] of length `B`):
                 What they were sampled from.
             with_reference (`bool`, *optional*, defaults to `False`):
                 Whether to take the KL divergence to the reference policy too, at the cost of one more forward pass.

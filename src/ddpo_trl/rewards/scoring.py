@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from numbers import Number
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -25,7 +25,26 @@ from torch import Tensor
 from ddpo_trl.finite import NotFiniteError, finite_rows, image_problem
 from ddpo_trl.rewards import RemoteReward
 from ddpo_trl.rewards.workers import CallTimeout, DaemonPool, call_within
-from ddpo_trl.types import RewardFunction
+
+
+class RewardFunction(Protocol):
+    """
+    Any callable that scores a batch of images. It may be an `async def`, and it runs in a worker thread.
+
+    Args:
+        images (`torch.Tensor` of shape `(B, 3, H, W)`, or `(B, F, 3, H, W)` for video):
+            Float32 in [0, 1], on the sampling device.
+        prompts (`tuple[str, ...]` of length `B`):
+            The prompts.
+        metadata (`tuple[Any, ...]` of length `B`):
+            What `prompt_fn` returned beside each prompt; a dataset's other columns as a dict.
+
+    Returns:
+        B numbers as list, array or tensor (any device, integers too), or a pair `(rewards, info)` as reward functions
+        written for TRL ≤ 0.23 and ddpo-pytorch return; `info` is ignored.
+    """
+
+    def __call__(self, images: Tensor, prompts: tuple[str, ...], metadata: tuple[Any, ...], /) -> Any: ...
 
 
 # Larger rewards would overflow when they are squared for a standard deviation.
@@ -179,7 +198,7 @@ class RewardScorer:
 
     Args:
         reward_fn (`Callable` or `Sequence[Callable]`):
-            See [`~ddpo_trl.types.RewardFunction`].
+            See [`~ddpo_trl.rewards.scoring.RewardFunction`].
         weights (`Sequence[float]`, *optional*):
             One per function, 1 each by default.
         max_workers (`int`):
@@ -347,7 +366,7 @@ def call_as_guest(
 
     Args:
         function (`Callable`):
-            See [`~ddpo_trl.types.RewardFunction`].
+            See [`~ddpo_trl.rewards.scoring.RewardFunction`].
         images, prompts, metadata:
             Its arguments.
         timeout (`float`, *optional*):

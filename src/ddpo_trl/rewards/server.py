@@ -20,9 +20,8 @@ from torch import Tensor
 
 from ddpo_trl.cli.importing import import_object
 from ddpo_trl.rewards.remote import MEGABYTE, checked_token, unpack
-from ddpo_trl.rewards.scoring import RewardScorer, as_rewards, call_as_guest
+from ddpo_trl.rewards.scoring import RewardFunction, RewardScorer, as_rewards, call_as_guest
 from ddpo_trl.rewards.workers import DaemonPool
-from ddpo_trl.types import RewardFunction
 
 
 if TYPE_CHECKING:
@@ -60,7 +59,7 @@ class Batcher:
 
     Args:
         function (`Callable`):
-            See [`~ddpo_trl.types.RewardFunction`].
+            See [`~ddpo_trl.rewards.scoring.RewardFunction`].
         batch_size (`int`):
             Images scored at once, at most.
         device (`str` or `torch.device`):

@@ -15,13 +15,14 @@ from torch import Tensor
 from ddpo_trl.distributed import gather
 from ddpo_trl.policy.per_sample_gradients import TrainedLayer
 from ddpo_trl.policy.policy import Policy
+from ddpo_trl.policy.records import Context, SampledBatch
 from ddpo_trl.prompts import PromptPair, PromptSource
 from ddpo_trl.rewards.scoring import PendingRewards, RewardScorer, first_problem
 from ddpo_trl.rollout.advantages import Normalizer, Populations, fraction_without_spread, normalize_valid, select
 from ddpo_trl.rollout.callbacks import RoundProgress
 from ddpo_trl.rollout.plan import BatchPlan
+from ddpo_trl.rollout.records import Rollout
 from ddpo_trl.seeding import Stream, derived_seed, generator, randomness_lent
-from ddpo_trl.types import Context, Rollout, SampledBatch
 
 
 logger = logging.getLogger(__name__)

@@ -4,11 +4,26 @@ They return what to minimise and what to log; they never log, gather or hold sta
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ddpo_trl.types import Objective
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """
+    What an objective returns: the scalar to minimise and detached statistics to log.
+
+    Args:
+        loss (`torch.Tensor` of shape `()`):
+            Mean over the micro-batch.
+        metrics (`dict[str, torch.Tensor]`):
+            Scalars without gradient, named as they are logged.
+    """
+
+    loss: Tensor
+    metrics: dict[str, Tensor]
 
 
 def score_function(log_probs: Tensor, advantages: Tensor) -> Objective:

@@ -25,9 +25,9 @@ from ddpo_trl.policy.per_sample_gradients import (
     weight_gradients,
 )
 from ddpo_trl.policy.policy import Policy
+from ddpo_trl.policy.records import Context, SampledBatch
 from ddpo_trl.policy.schedulers import NoGradient
 from ddpo_trl.rollout.plan import BatchPlan
-from ddpo_trl.types import Context, SampledBatch
 
 
 # A wrong layout of the rows is off by the size of the gradient itself; bfloat16 rounds by a few percent.
@@ -52,7 +52,7 @@ def choose_passes(
             `one_pass` and what may stand against it.
         policy ([`~ddpo_trl.policy.policy.Policy`]):
             Tried on a step, to tell the gradients of single samples apart.
-        trial ([`~ddpo_trl.types.Context`]):
+        trial ([`~ddpo_trl.policy.records.Context`]):
             Samples for it: 2, or 1 if that is the batch size.
         plan ([`~ddpo_trl.rollout.plan.BatchPlan`]):
             The sizes.
@@ -139,7 +139,7 @@ def layers_of_samples(policy: Policy, trial: Context, step: int) -> dict[Trained
     Args:
         policy ([`~ddpo_trl.policy.policy.Policy`]):
             The policy.
-        trial ([`~ddpo_trl.types.Context`]):
+        trial ([`~ddpo_trl.policy.records.Context`]):
             Two samples, or one if there is never more than one in a batch.
         step (`int`):
             Index of a denoising step that is trained on.

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ddpo_trl.finite import finite_rows
 from ddpo_trl.policy.gaussian import Reduction, log_prob
+from ddpo_trl.policy.records import Step
 from ddpo_trl.policy.schedulers.layout import StateLayout, numbered
-from ddpo_trl.types import Step
 
 
 class StepReplayed(Exception):
