@@ -73,8 +73,10 @@ def test_what_has_no_counterpart_is_refused_with_what_to_do():
         TypeError, match="no image_samples_hook. Use log_images_rounds; `ddpo_trl.trl_0_23.DDPOTrainer`"
     ):
         DDPOTrainer(None, None, None, None, image_samples_hook=print)  # type: ignore
-    with pytest.raises(TypeError, match="DDPOConfig has no sample_num_steps. It is TRL's: DDPOConfig.from_trl"):
+    with pytest.raises(TypeError, match="DDPOConfig has no sample_num_steps. Did you mean num_inference_steps?"):
         DDPOConfig(sample_num_steps=3)
+    with pytest.raises(TypeError, match="DDPOConfig has no tracker_kwargs. .*ddpo_trl.trl_0_23.convert_config"):
+        DDPOConfig(tracker_kwargs={})
     with pytest.raises(TypeError, match="DDPOConfig has no lr. Did you mean learning_rate?"):
         DDPOConfig(lr=3)
 

@@ -19,6 +19,7 @@ from ddpo_trl import DDPOConfig, DDPOTrainer
 from ddpo_trl.rollout.plan import plan_batches
 from ddpo_trl.trl_0_23 import DDPOConfig as OldConfig
 from ddpo_trl.trl_0_23 import DDPOTrainer as OldTrainer
+from ddpo_trl.trl_0_23 import convert_config
 
 
 ROOT = Path(__file__).parents[1]
@@ -163,10 +164,10 @@ def test_no_field_is_forgotten():
 
 @pytest.mark.filterwarnings("error::UserWarning:test_migration")
 def test_every_field_becomes_ours_without_a_warning():
-    default = vars(DDPOConfig.from_trl(**CPU))
+    default = vars(convert_config(**CPU))
     found, without_effect = {}, set()
     for name, (given, expected) in CONVERSIONS.items():
-        config = vars(DDPOConfig.from_trl(**{**CPU, **given}))
+        config = vars(convert_config(**{**CPU, **given}))
         found[name] = {ours: config[ours] for ours in expected}
         if {ours: default[ours] for ours in expected} == expected:
             without_effect.add(name)
@@ -178,12 +179,12 @@ def test_every_field_without_counterpart_gives_a_warning_that_tells_what_to_do()
     for name, (given, remedy) in WARNINGS.items():
         message = re.escape(f"TRL's {name} has no counterpart: ") + f".*{remedy}"
         with pytest.warns(UserWarning, match=message) as warned:
-            DDPOConfig.from_trl(**CPU, **given)
+            convert_config(**CPU, **given)
         assert warned[0].filename == __file__
 
 
 def test_what_is_left_out_has_trls_default():
-    config = DDPOConfig.from_trl(use_cpu=True)
+    config = convert_config(use_cpu=True)
     assert (config.seed, config.fp16, config.per_device_sample_batch_size, config.num_sample_batches) == (
         0,
         True,
@@ -195,7 +196,7 @@ def test_what_is_left_out_has_trls_default():
 
 
 def test_our_own_fields_are_taken_too_and_win():
-    config = DDPOConfig.from_trl(**CPU, num_epochs=5, use_lora=False, output_dir="out", num_train_epochs=3)
+    config = convert_config(**CPU, num_epochs=5, use_lora=False, output_dir="out", num_train_epochs=3)
     assert (config.use_lora, config.output_dir, config.num_train_epochs) == (False, "out", 3)
 
 
@@ -211,7 +212,7 @@ def test_our_own_fields_are_taken_too_and_win():
 )
 def test_what_trl_never_had_is_refused(given, message):
     with pytest.raises(ValueError, match=message):
-        DDPOConfig.from_trl(**{**CPU, **given})
+        convert_config(**{**CPU, **given})
 
 
 # (sample_batch_size, sample_num_batches_per_epoch, train_batch_size, train_gradient_accumulation_steps,
@@ -232,7 +233,7 @@ def config_of(sizes: tuple[float, ...], **ours: Any) -> DDPOConfig:
         "sample_batch_size", "sample_num_batches_per_epoch", "train_batch_size", "train_gradient_accumulation_steps",
         "train_num_inner_epochs", "sample_num_steps", "train_timestep_fraction",
     )  # fmt: skip
-    return DDPOConfig.from_trl(**dict(zip(names, sizes, strict=True)), **CPU, num_epochs=1, **ours)
+    return convert_config(**dict(zip(names, sizes, strict=True)), **CPU, num_epochs=1, **ours)
 
 
 @pytest.mark.parametrize(("sizes", "updates", "timesteps"), COUNTED_IN_TRL)

@@ -16,8 +16,8 @@ __all__ = ["DDPOConfig", "DDPOTrainer", "PipelineReport", "check_pipeline", "loa
 _MODULES = {
     "DDPOConfig": "config",
     "DDPOTrainer": "trainer",
-    "PipelineReport": "doctor",
-    "check_pipeline": "doctor",
+    "PipelineReport": "checks.doctor",
+    "check_pipeline": "checks.doctor",
     "load_emoji_pipeline": "emoji",
 }
 

@@ -4,19 +4,14 @@ import dataclasses
 import json
 import math
 import signal
-import warnings
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal
 
 from accelerate.utils import get_int_from_env, parse_flag_from_env
 from transformers import TrainingArguments
 
 from ddpo_trl.descriptions import described
 from ddpo_trl.suggestions import checks_names
-from ddpo_trl.trl_0_23 import config as trl_config
-
-
-T = TypeVar("T")
 
 
 WindowStrategy = Literal["fixed", "progressive", "random"]
@@ -77,17 +72,6 @@ WITHOUT_EFFECT = {
 }
 
 
-def suggests_names(config: type[T]) -> type[T]:
-    """Class decorator: an unknown field is answered with what was probably meant."""
-
-    def foreign(name: str) -> str:
-        return f"It is TRL's: DDPOConfig.from_trl({name}=...) takes it." if name in trl_config.NAMES else ""
-
-    config.__init__ = checks_names("DDPOConfig", foreign)(config.__init__)  # type: ignore[method-assign]
-    return config
-
-
-@suggests_names
 @dataclass
 class DDPOConfig(TrainingArguments):
     r"""
@@ -477,39 +461,10 @@ class DDPOConfig(TrainingArguments):
         self._check_round_boundaries()
         self._check_signals()
 
-    @classmethod
-    def from_trl(cls, **old: Any) -> Self:
-        """
-        The config that does what TRL 0.23's `DDPOConfig(**old)` did.
-
-        TRL's names have TRL's meanings, and TRL's defaults where they are left out: among them fp16, one image at a
-        time and seed 0. `docs/migration.md` has all of them. A name for which there is nothing here gives a warning.
-
-        Args:
-            old:
-                Fields of TRL's config, and of ours that TRL's did not have (`output_dir`, `use_lora`, ...). The latter
-                win where they mean the same.
-
-        Raises:
-            `ValueError`: For names that are neither, and for values that TRL refused as well.
-
-        Example:
-
-        ```python
-        from ddpo_trl import DDPOConfig
-
-        config = DDPOConfig.from_trl(
-            sample_batch_size=6, sample_num_batches_per_epoch=4, train_batch_size=3, mixed_precision="no"
-        )
-        assert config.num_mini_batches == 8  # 24 images a round, an optimizer step for every 3
-        ```
-        """
-        trl_config.check_names(old, [field.name for field in dataclasses.fields(cls)])
-        theirs = {name: value for name, value in old.items() if name in trl_config.NAMES}
-        ours = {name: value for name, value in old.items() if name not in trl_config.NAMES}
-        for name, remedy in trl_config.without_counterpart(theirs):
-            warnings.warn(f"TRL's {name} has no counterpart: {remedy}.", stacklevel=2)
-        return cls(**{**trl_config.converted(trl_config.TRLConfig(**theirs)), **ours})
+    def steps_in_range(self, steps: int) -> range:
+        """Indices of the denoising steps in `train_timestep_range`, out of `steps`."""
+        first, last = (round(bound * steps) for bound in self.train_timestep_range)
+        return range(first, last)
 
     def to_dict(self) -> dict[str, Any]:
         """
@@ -795,3 +750,6 @@ class DDPOConfig(TrainingArguments):
             )
         if self.num_train_epochs != int(self.num_train_epochs):
             raise ValueError(f"num_train_epochs is {self.num_train_epochs}; a run has a whole number of rounds.")
+
+
+DDPOConfig.__init__ = checks_names("DDPOConfig")(DDPOConfig.__init__)  # type: ignore[method-assign]

@@ -88,6 +88,10 @@ ELSEWHERE = {
     "ref_model": "The reference is the pipeline without its adapter.",
     "reward_processing_classes": "A reward function prepares its inputs itself.",
     "value_model": "DDPO has no value model.",
+    **dict.fromkeys(
+        ("tracker_kwargs", "accelerator_kwargs", "project_kwargs", "train_cfg", "async_reward_computation"),
+        "It is TRL 0.23's: `ddpo_trl.trl_0_23.convert_config` takes all of its settings.",
+    ),
 }
 
 
@@ -115,15 +119,13 @@ def plain(name: str) -> str:
     return name.lstrip("-").replace("-", "_").lower()
 
 
-def checks_names(owner: str, foreign: Callable[[str], str] = lambda name: "") -> Callable[[F], F]:
+def checks_names(owner: str) -> Callable[[F], F]:
     """
     Decorator of an `__init__` that answers an unknown keyword argument with what was probably meant.
 
     Args:
         owner (`str`):
             What it makes, for the message.
-        foreign (`Callable`, *optional*):
-            Gives a remedy for a name of another library, or else an empty string.
 
     Returns:
         `Callable`: A decorator. What it gives raises a `TypeError` for names that are not the function's.
@@ -136,8 +138,8 @@ def checks_names(owner: str, foreign: Callable[[str], str] = lambda name: "") ->
         def checked(*args: Any, **kwargs: Any) -> Any:
             for name in kwargs:
                 if name not in names:
-                    remedy = ELSEWHERE.get(name) or foreign(name)
-                    raise TypeError(f"{owner} has no {name}.{f' {remedy}' if remedy else did_you_mean(name, names)}")
+                    remedy = f" {ELSEWHERE[name]}" if name in ELSEWHERE else did_you_mean(name, names)
+                    raise TypeError(f"{owner} has no {name}.{remedy}")
             return function(*args, **kwargs)
 
         return checked  # type: ignore[return-value]

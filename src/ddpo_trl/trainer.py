@@ -128,9 +128,10 @@ class DDPOTrainer(Trainer):
         config ([`DDPOConfig`]):
             Settings. It is copied: a config can serve several trainers.
         reward_fn (`Callable` or `list[Callable]`):
-            See [`~ddpo_trl.rewards.scoring.RewardFunction`]. Several are added up, weighted by `config.reward_weights`. Called
-            once at construction, on an image made with a single denoising step and, unless batches have one image, a
-            darker copy of it: so a wrong signature or return value is refused before time is spent.
+            See [`~ddpo_trl.rewards.scoring.RewardFunction`]. Several are added up, weighted by
+            `config.reward_weights`. Called once at construction, on an image made with a single denoising step and,
+            unless batches have one image, a darker copy of it: so a wrong signature or return value is refused before
+            time is spent.
         prompt_fn (`Callable`, `datasets.Dataset` or `list[str]`):
             A function that returns `(prompt, metadata)`; a dataset with a `prompt` column, whose other columns are the
             metadata; or a list of strings.

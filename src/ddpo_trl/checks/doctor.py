@@ -25,7 +25,6 @@ from ddpo_trl.policy.lora import (
 )
 from ddpo_trl.policy.policy import Policy
 from ddpo_trl.policy.records import SampledBatch
-from ddpo_trl.rollout.plan import steps_in_range
 from ddpo_trl.rollout.records import Transition
 
 
@@ -180,7 +179,7 @@ def _examine(
     report.stds = policy.survey(context).stds
     if policy.calls.one_by_one_reason is not None:
         report.notes.append(f"one call of the pipeline per sample: {policy.calls.one_by_one_reason}")
-    trained = steps_in_range(config, len(report.stds))
+    trained = config.steps_in_range(len(report.stds))
     batch = policy.sample(context, record=trained)
     _examine_samples(report, batch, trained)
     if report.problem is None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from ddpo_trl.cli.arguments import CommandParser
 from ddpo_trl.cli.errors import usage_errors
+from ddpo_trl.cli.importing import import_object
 from ddpo_trl.cli.sources import reward_spec
 from ddpo_trl.rewards.server import serve
 
@@ -50,5 +51,5 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("reward", metavar="REWARD", help="module:function, or the name of a built-in reward.")
     arguments, rest = parser.parse(argv)
     with usage_errors():
-        serve(reward_spec(rest.reward), **vars(arguments))
+        serve(import_object(reward_spec(rest.reward)), **vars(arguments))
     return 0

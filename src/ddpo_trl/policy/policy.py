@@ -39,7 +39,6 @@ from ddpo_trl.policy.schedulers import (
     learn_layout,
     policy_scheduler,
 )
-from ddpo_trl.rollout.plan import steps_in_range
 
 
 class Survey(NamedTuple):
@@ -181,7 +180,7 @@ class Policy(nn.Module):
         latents = self._first_state(context)
         steps = len(self.scheduler.stds)
         windowed = self.settings.sde_window_size is not None
-        self.scheduler.check_noise(steps_in_range(self.settings, steps) if windowed else range(steps))
+        self.scheduler.check_noise(self.settings.steps_in_range(steps) if windowed else range(steps))
         encoder = vars(self.policy_pipeline).get("encode_prompt")
         embedding_bytes = 0 if encoder is None else encoder.largest
         return Survey(self.scheduler.stds, latents.nbytes // len(context), embedding_bytes)

@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from ddpo_trl.finite import NotFiniteError, finite_rows, image_problem
-from ddpo_trl.rewards import RemoteReward
+from ddpo_trl.rewards.remote import RemoteReward
 from ddpo_trl.rewards.workers import CallTimeout, DaemonPool, call_within
 
 

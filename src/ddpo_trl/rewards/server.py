@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ddpo_trl.cli.importing import import_object
 from ddpo_trl.rewards.remote import MEGABYTE, checked_token, unpack
 from ddpo_trl.rewards.scoring import RewardFunction, RewardScorer, as_rewards, call_as_guest
 from ddpo_trl.rewards.workers import DaemonPool
@@ -200,7 +199,7 @@ def create_app(batcher: Batcher, token: str | None = None, max_request_bytes: in
 
 
 def serve(
-    spec: str,
+    function: RewardFunction,
     *,
     host: str = "127.0.0.1",
     port: int = 8000,
@@ -213,8 +212,8 @@ def serve(
     Serves a reward function until it is told to stop.
 
     Args:
-        spec (`str`):
-            See [`~ddpo_trl.cli.importing.import_object`].
+        function (`Callable`):
+            See [`~ddpo_trl.rewards.scoring.RewardFunction`].
         host, port:
             Where to listen; port 0 is any that is free.
         token (`str`, *optional*):
@@ -238,7 +237,7 @@ def serve(
     if not max_request_mb > 0:
         raise ValueError(f"max_request_mb is {max_request_mb}; give a number above 0.")
     token = checked_token(token)
-    batcher = Batcher(import_object(spec), batch_size, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    batcher = Batcher(function, batch_size, device or ("cuda" if torch.cuda.is_available() else "cpu"))
     app = create_app(batcher, token, round(max_request_mb * MEGABYTE))
     if token is None and host not in ("127.0.0.1", "localhost", "::1"):
         logger.warning("No token: whoever reaches this machine can use `%s`.", batcher.name)

@@ -268,12 +268,6 @@ class BatchPlan:
         return "\n".join(f"  {what:<32} {how}" for what, how in self.rows())
 
 
-def steps_in_range(config: DDPOConfig, steps: int) -> range:
-    """Indices of the denoising steps in `train_timestep_range`, of so many."""
-    first, last = (round(bound * steps) for bound in config.train_timestep_range)
-    return range(first, last)
-
-
 def plan_batches(config: DDPOConfig, stds: list[float], state_bytes: int = 0, embedding_bytes: int = 0) -> BatchPlan:
     """
     The plan of a run.
@@ -292,7 +286,7 @@ def plan_batches(config: DDPOConfig, stds: list[float], state_bytes: int = 0, em
     Raises:
         `ValueError`: If no step can be trained on, or the sizes do not divide.
     """
-    trainable_steps = tuple(index for index in steps_in_range(config, len(stds)) if stds[index] > 0)
+    trainable_steps = tuple(index for index in config.steps_in_range(len(stds)) if stds[index] > 0)
     if not trainable_steps:
         raise ValueError(
             f"train_timestep_range is {config.train_timestep_range}, which holds no stochastic step of the "

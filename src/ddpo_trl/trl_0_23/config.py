@@ -1,12 +1,15 @@
-"""The settings of TRL 0.23's DDPOConfig, and what becomes of each: all that is known here about its names."""
+"""The settings of TRL 0.23's DDPOConfig, and their conversion to ours."""
 
 import dataclasses
 import difflib
+import warnings
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from transformers.utils import is_torch_tf32_available
+
+from ddpo_trl.config import DDPOConfig
 
 
 MIXED_PRECISION: dict[str, dict[str, bool]] = {"no": {}, "fp16": {"fp16": True}, "bf16": {"bf16": True}}
@@ -82,6 +85,43 @@ class TRLConfig:
 
 
 NAMES = frozenset(field.name for field in dataclasses.fields(TRLConfig)) - {"output_dir"}
+
+
+def convert_config(**old: Any) -> DDPOConfig:
+    """
+    Convert the settings of TRL 0.23's `DDPOConfig(**old)` to ours.
+
+    TRL's names have TRL's meanings, and TRL's defaults where they are left out: among them fp16, one image at a time
+    and seed 0. `docs/migration.md` has all of them. A name that has no counterpart gives a warning.
+
+    Args:
+        old:
+            Fields of TRL's config, and of ours that TRL's did not have (`output_dir`, `use_lora`, ...). The latter
+            win where they mean the same.
+
+    Returns:
+        [`DDPOConfig`]
+
+    Raises:
+        `ValueError`: For names that are neither, and for values that TRL refused as well.
+
+    Example:
+
+    ```python
+    from ddpo_trl.trl_0_23 import convert_config
+
+    config = convert_config(
+        sample_batch_size=6, sample_num_batches_per_epoch=4, train_batch_size=3, mixed_precision="no"
+    )
+    assert config.num_mini_batches == 8  # 24 images per round, an optimizer step for every 3
+    ```
+    """
+    check_names(old, [field.name for field in dataclasses.fields(DDPOConfig)])
+    theirs = {name: value for name, value in old.items() if name in NAMES}
+    ours = {name: value for name, value in old.items() if name not in NAMES}
+    for name, remedy in without_counterpart(theirs):
+        warnings.warn(f"TRL's {name} has no counterpart: {remedy}.", stacklevel=2)
+    return DDPOConfig(**{**converted(TRLConfig(**theirs)), **ours})
 
 
 def check_names(names: Collection[str], ours: Collection[str]) -> None:

@@ -15,9 +15,8 @@ from ddpo_trl.prompts import PromptFunction
 from ddpo_trl.rewards.scoring import RewardFunction, reward_name
 from ddpo_trl.rollout.records import Rollout
 from ddpo_trl.trl_0_23.config import TRLConfig as DDPOConfig
+from ddpo_trl.trl_0_23.config import convert_config
 
-
-__all__ = ["DDPOConfig", "DDPOTrainer"]
 
 # [images, prompts, metadata, rewards, what the reward function returned beside them] of each batch of an epoch; the
 # number of optimizer steps made; an accelerate tracker.
@@ -31,7 +30,7 @@ def our_settings(config: DDPOConfig, use_lora: bool, with_hook: bool) -> OurConf
         own["log_images_rounds"] = 0  # wandb refuses the hook's steps once other images have been logged in between
     given = {name: value for name, value in config.given().items() if not name.startswith("tracker_")}
     project = {name: value for name, value in config.project_kwargs.items() if name != "logging_dir"}
-    return OurConfig.from_trl(**{**given, "project_kwargs": project}, **own)
+    return convert_config(**{**given, "project_kwargs": project}, **own)
 
 
 class DDPOTrainer(trainer.DDPOTrainer):

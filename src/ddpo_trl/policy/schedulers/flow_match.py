@@ -109,7 +109,8 @@ class FlowMatchPolicyScheduler(PolicyScheduler):
     Flow matching as a policy over the schedule of any diffusers scheduler that has `sigmas`: the timesteps, shifts and
     custom sigmas stay that scheduler's own, and only its step is replaced.
 
-    Build it with [`~ddpo_trl.policy.schedulers.policy_scheduler`]; concrete classes come from [`flow_match_policy_class`].
+    Build it with [`~ddpo_trl.policy.schedulers.policy_scheduler`]; concrete classes come from
+    [`flow_match_policy_class`].
 
     Attributes:
         noise_level (`float`):
