@@ -130,7 +130,7 @@ class Rounds:
         config, pipeline = make_config(point, one_pass, processes), pipeline_of(point.rank, one_pass)
         self.trainer = DDPOTrainer(config, brightness, PROMPTS, pipeline, callbacks=[self.stopwatch])
         if self.trainer.plan.one_pass != one_pass:
-            raise RuntimeError(f"{point} is not trained in {passes}: {self.trainer.plan.two_passes_because}")
+            raise RuntimeError(f"{point} is not trained in {passes}: {self.trainer.plan.one_pass_disabled_reason}")
 
     def planned(self) -> float:
         """MiB that the plan says are kept of a round on this process."""

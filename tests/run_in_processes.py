@@ -134,7 +134,7 @@ def unequal_processes(output_dir: str) -> dict[str, Any]:
 
     return {
         "one_pass": chosen.plan.one_pass,
-        "because": chosen.plan.two_passes_because,
+        "because": chosen.plan.one_pass_disabled_reason,
         "weights": weights(chosen),
         "insisting": insisting,
         "other settings": refusal(lambda: trainer(learning_rate=1e-2 * (1 + process))),

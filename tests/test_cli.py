@@ -139,7 +139,7 @@ def test_all_of_the_help_has_every_field(capsys):
         (["train", *WHAT, "--rewrd=redness"], "there is no --rewrd. Did you mean --reward?"),
         (["train", *WHAT, "--loss_type", "ppo"], "invalid choice: 'ppo'"),
         (["train", *WHAT, "--num_inference_steps", "ten"], "invalid int value: 'ten'"),
-        (["train", *WHAT, "--eta", "0"], "eta is 0.0: a step without noise is no policy"),
+        (["train", *WHAT, "--eta", "0"], "eta is 0.0: a step without noise is not a policy"),
         (["train", *WHAT, "--seed", "1", "2"], "'2' is the value of no flag"),
         (["train", *WHAT, "--config"], "--config is '', and there is no such file"),
         (["train", *WHAT, "--config=nowhere.yaml"], "--config is 'nowhere.yaml', and there is no such file"),

@@ -17,7 +17,7 @@ from trl import TrlParser
 
 from conftest import brightness, tiny_pipeline
 from ddpo_trl import DDPOConfig, DDPOTrainer
-from ddpo_trl.config import WITHOUT_EFFECT
+from ddpo_trl.config_checks import WITHOUT_EFFECT, check_relations
 
 
 OWN_FIELDS = [field for field in dataclasses.fields(DDPOConfig) if field.name in inspect.get_annotations(DDPOConfig)]
@@ -111,12 +111,12 @@ NAN = float("nan")
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"eta": 0.0}, r"eta is 0\.0: a step without noise is no policy\. Set eta above 0"),
+        ({"eta": 0.0}, r"eta is 0\.0: a step without noise is not a policy\. Set eta above 0"),
         ({"eta": -1.0}, r"eta is -1\.0"),
         ({"eta": NAN}, r"eta is nan"),
         (
             {"noise_level": 0.0},
-            r"noise_level is 0\.0: a step without noise is no policy\. Set noise_level above 0",
+            r"noise_level is 0\.0: a step without noise is not a policy\. Set noise_level above 0",
         ),
         ({"noise_level": -0.7}, r"noise_level is -0\.7"),
         ({"noise_level": NAN}, r"noise_level is nan"),
@@ -133,22 +133,22 @@ NAN = float("nan")
         ({"cliprange": NAN}, r"cliprange is nan"),
         ({"advantage_clip": -5.0}, r"advantage_clip is -5\.0; it must be above 0"),
         ({"on_invalid_reward": "ignore"}, r"on_invalid_reward is 'ignore'; choose one of 'raise', 'drop'"),
-        ({"reward_timeout": 0}, r"reward_timeout is 0; it must be a number of seconds above 0, or None for no limit"),
+        ({"reward_timeout": 0}, r"reward_timeout is 0; it must be above 0, finite or None"),
         ({"reward_timeout": -1.5}, r"reward_timeout is -1\.5; it must be"),
         ({"reward_timeout": NAN}, r"reward_timeout is nan; it must be"),
-        ({"reward_timeout": float("inf")}, r"reward_timeout is inf; .*None for no limit"),
-        ({"total_episodes": 0}, r"total_episodes is 0; it must be at least 1, or None"),
-        ({"kl_coef": -0.1}, r"kl_coef is -0\.1; it must be a finite number, 0 or above"),
-        ({"learning_rate": float("nan")}, "learning_rate is nan; it must be a finite number, 0 or above"),
-        ({"weight_decay": float("inf")}, "weight_decay is inf; it must be a finite number, 0 or above"),
+        ({"reward_timeout": float("inf")}, r"reward_timeout is inf; .* finite or None"),
+        ({"total_episodes": 0}, r"total_episodes is 0; it must be at least 1 or None"),
+        ({"kl_coef": -0.1}, r"kl_coef is -0\.1; it must be at least 0, finite"),
+        ({"learning_rate": float("nan")}, "learning_rate is nan; it must be at least 0, finite"),
+        ({"weight_decay": float("inf")}, "weight_decay is inf; it must be at least 0, finite"),
         (
             {"auto_find_batch_size": True},
             "auto_find_batch_size is True, which would do nothing here: the batch plan is made once.*Leave it out",
         ),
         ({"max_grad_norm": float("nan")}, "max_grad_norm is nan; it must be above 0, or 0 for no clipping"),
-        ({"log_images_rounds": -1}, r"log_images_rounds is -1; it must be 0 \(no pictures\) or above"),
-        ({"timestep_fraction": 0.0}, r"timestep_fraction is 0\.0; it must be in \(0, 1\]"),
-        ({"timestep_fraction": 1.5}, r"timestep_fraction is 1\.5; it must be in \(0, 1\]"),
+        ({"log_images_rounds": -1}, r"log_images_rounds is -1; it must be at least 0"),
+        ({"timestep_fraction": 0.0}, r"timestep_fraction is 0\.0; it must be above 0, at most 1"),
+        ({"timestep_fraction": 1.5}, r"timestep_fraction is 1\.5; it must be above 0, at most 1"),
         ({"timestep_fraction": NAN}, r"timestep_fraction is nan"),
         ({"train_timestep_range": [0.5, 0.5]}, r"train_timestep_range is \[0\.5, 0\.5\]; .*0 <= first < second <= 1"),
         ({"train_timestep_range": [0.8, 0.2]}, r"train_timestep_range is \[0\.8, 0\.2\]"),
@@ -199,7 +199,7 @@ NAN = float("nan")
             {"max_steps": 6, "num_mini_batches": 4},
             r"max_steps is 6, which ends inside a round of 4 optimizer steps .*Set a multiple",
         ),
-        ({"target_kl": 0.0, "num_mini_batches": 2}, r"target_kl is 0\.0; it must be above 0, or None"),
+        ({"target_kl": 0.0, "num_mini_batches": 2}, r"target_kl is 0\.0; it must be above 0 or None"),
         ({"target_kl": -1e-8, "num_mini_batches": 2}, r"target_kl is -1e-08; it must be above 0"),
         ({"target_kl": NAN, "num_mini_batches": 2}, r"target_kl is nan; it must be above 0"),
         (
@@ -219,7 +219,10 @@ NAN = float("nan")
         ),
         ({"enable_jit_checkpoint": True}, r"enable_jit_checkpoint is True: .*inside a round.*stop_on_signal"),
         ({"stop_on_signal": ["SIGNAL"]}, r"stop_on_signal holds 'SIGNAL', .*'SIGTERM' or 'SIGUSR1'"),
-        ({"stop_on_signal": "SIGKILL"}, r"stop_on_signal holds 'SIGKILL', which is no signal that can be waited for"),
+        (
+            {"stop_on_signal": "SIGKILL"},
+            r"stop_on_signal holds 'SIGKILL', which is not a signal that can be waited for",
+        ),
         (
             {"logging_steps": 10},
             r"logging_steps is 10, which does nothing with logging_strategy='epoch': set logging_str",
@@ -508,4 +511,4 @@ def test_target_kl_is_refused_under_deepspeed(make_config):
     config = make_config(target_kl=1e-8, num_mini_batches=2)
     config.deepspeed_plugin = object()  # as TrainingArguments sets it, which needs the package
     with pytest.raises(ValueError, match="target_kl is set, but DeepSpeed makes the optimizer step"):
-        config._check_target_kl()
+        check_relations(config)

@@ -14,7 +14,8 @@ ROOT = Path(ddpo_trl.__file__).parent
 
 # From the ground up. Rooms of one layer do not import each other.
 LAYERS = [
-    {"descriptions", "distributed", "emoji", "finite", "seeding", "suggestions"},
+    {"descriptions", "distributed", "emoji", "finite", "seeding", "settings", "suggestions"},
+    {"config_checks"},
     {"config"},
     {"policy"},
     {"prompts", "rewards"},

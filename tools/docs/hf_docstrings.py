@@ -1,6 +1,7 @@
 """Hugging Face docstrings as Markdown: mkdocstrings itself knows the formats of Google, NumPy and Sphinx only."""
 
 import inspect
+import pydoc
 import re
 import textwrap
 from typing import Any
@@ -29,8 +30,12 @@ class HuggingFaceDocstrings(Extension):
     """Rewrites every docstring that is loaded."""
 
     def on_object(self, *, obj: Object, loader: GriffeLoader, **kwargs: Any) -> None:
-        if obj.docstring is not None:
-            obj.docstring.value = to_markdown(obj.docstring.value, obj)
+        if obj.docstring is None:
+            return
+        value = obj.docstring.value
+        if obj.is_class and obj.path.startswith("ddpo_trl."):  # settings append the texts of their fields
+            value = pydoc.locate(obj.path).__doc__ or value  # type: ignore[union-attr]
+        obj.docstring.value = to_markdown(value, obj)
 
 
 def to_markdown(docstring: str, scope: Object) -> str:

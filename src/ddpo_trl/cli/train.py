@@ -33,13 +33,13 @@ HELP = {
         "lora_target_modules",
     ],
     "length of the run": ["total_episodes", "num_train_epochs", "resume"],
-    "sampler": [
+    "sampling": [
         "num_inference_steps", "guidance_scale", "pipeline_kwargs", "per_device_sample_batch_size",
         "num_sample_batches", "num_images_per_prompt",
     ],
     "rewards and advantages": ["advantage_normalization", "on_invalid_reward"],
     "objective": ["loss_type", "cliprange", "kl_coef", "train_timestep_range"],
-    "optimisation": ["learning_rate", "num_mini_batches", "per_device_train_batch_size", "bf16", "use_cpu", "seed"],
+    "optimization": ["learning_rate", "num_mini_batches", "per_device_train_batch_size", "bf16", "use_cpu", "seed"],
     "evaluation, logging and saving": ["output_dir", "eval_strategy", "report_to", "push_to_hub"],
     "several processes": ["accelerate_config"],
 }  # fmt: skip

@@ -12,7 +12,8 @@ from diffusers import CacheMixin, DiffusionPipeline, ModelMixin
 from diffusers.models.autoencoders.vae import AutoencoderMixin
 from torch import nn
 
-from ddpo_trl.config import OWN_PIPELINE_ARGUMENTS, DDPOConfig
+from ddpo_trl.config import DDPOConfig
+from ddpo_trl.config_checks import OWN_PIPELINE_ARGUMENTS
 from ddpo_trl.policy.embeddings import PER_SAMPLE_PREFIXES, PromptEncoder, text_encoders
 from ddpo_trl.policy.lora import denoiser_name
 from ddpo_trl.policy.schedulers import PolicyScheduler

@@ -46,7 +46,7 @@ class BatchPlan:
             Memory of one sample's state x_t.
         one_pass (`bool`):
             Whether gradients are taken while sampling.
-        two_passes_because (`str`, *optional*):
+        one_pass_disabled_reason (`str`, *optional*):
             Why not.
         gradient_bytes (`int`):
             Memory of one sample's gradient.
@@ -73,7 +73,7 @@ class BatchPlan:
     transition_weighting: TransitionWeighting = "uniform"
     state_bytes: int = 0
     one_pass: bool = False
-    two_passes_because: str | None = None
+    one_pass_disabled_reason: str | None = None
     gradient_bytes: int = 0
     image_bytes: int = 0
     embedding_bytes: int = 0
@@ -247,7 +247,7 @@ class BatchPlan:
                 ("passes", "one: gradients are taken while sampling"),
                 ("memory of the samples' gradients", f"{memory} = {each}"),
             ]
-        because = f", because {self.two_passes_because}" if self.two_passes_because else ""
+        because = f", because {self.one_pass_disabled_reason}" if self.one_pass_disabled_reason else ""
         return [
             ("passes", f"two: sampling and training{because}"),
             (

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ddpo_trl.config import DDPOConfig
+from ddpo_trl.config_checks import one_pass_disabled_reason
 from ddpo_trl.distributed import first_reason
 from ddpo_trl.policy.per_sample_gradients import (
     Call,
@@ -63,7 +64,7 @@ def choose_passes(
     Raises:
         `ValueError`: If `one_pass` is `True` and it is not possible.
     """
-    reason = "one_pass is False" if config.one_pass is False else config.reason_for_two_passes
+    reason = "one_pass is False" if config.one_pass is False else one_pass_disabled_reason(config)
     layers: dict[TrainedLayer, int] = {}
     weights = sum(parameter.numel() for parameter in policy.parameters() if parameter.requires_grad)
     plan = dataclasses.replace(plan, one_pass=True, gradient_bytes=4 * weights)
@@ -72,7 +73,9 @@ def choose_passes(
         reason = first_reason(own_reason)
         if reason and config.one_pass:
             raise ValueError(f"one_pass is True, but {reason}. Leave one_pass out to take two passes.")
-    return dataclasses.replace(plan, one_pass=reason is None, two_passes_because=reason), {} if reason else layers
+    return dataclasses.replace(
+        plan, one_pass=reason is None, one_pass_disabled_reason=reason
+    ), {} if reason else layers
 
 
 def _try_one_pass(
