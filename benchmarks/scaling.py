@@ -22,6 +22,7 @@ import os
 import socket
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -29,7 +30,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from rounds import LEARNING_RATE, PROMPTS, ROOT, Child, machine, quiet_config, resident_bytes
+from rounds import LEARNING_RATE, PROMPTS, ROOT, Child, machine, quiet_config, resident_bytes, runs_folder
 
 
 PASSES = ("one pass", "two passes")
@@ -83,6 +84,7 @@ TEAMS = {
 def make_config(point: Point, one_pass: bool, processes: int = 1) -> Any:
     """Of one round, of which each process has its share."""
     return quiet_config(
+        output_dir=os.path.join(os.environ["RUNS_FOLDER"], f"{'-'.join(map(str, point))}-{one_pass}"),
         use_cpu=True,
         num_train_epochs=1,
         num_inference_steps=point.steps,
@@ -218,12 +220,13 @@ def environments(team: Team) -> list[dict[str, str]]:
         "TORCH_CPP_LOG_LEVEL": "ERROR",
         "KINETO_LOG_LEVEL": "99",  # the profiler tells of each start and stop
     }
+    folders = [{"RUNS_FOLDER": tempfile.mkdtemp(dir=runs_folder().name)} for _ in range(team.processes)]
     if team.processes == 1 or not team.together:
-        return [common] * team.processes
+        return [{**common, **folder} for folder in folders]
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = str(server.getsockname()[1])
     together = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(team.processes)}
-    together["ACCELERATE_USE_CPU"] = "true"
+    together |= {"ACCELERATE_USE_CPU": "true", **folders[0]}  # processes of a run have one folder
     return [{**common, **together, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(team.processes)]
 
 
