@@ -78,7 +78,7 @@ class FusedAttention(torch.autograd.Function):
         return gradients * 3
 
 
-def put_on_adapter(network: nn.Module, rank: int) -> int:
+def add_adapter(network: nn.Module, rank: int) -> int:
     """A float32 adapter on the frozen network; the number of its parameters."""
     network.requires_grad_(False)
     inject_adapter_in_model(LoraConfig(r=rank, target_modules=attention_projections(network)), network)
@@ -115,7 +115,7 @@ def main() -> None:
     for name, (make, inputs, rank) in NETWORKS.items():
         network = make().train()
         parameters = sum(parameter.numel() for parameter in network.parameters())
-        adapter = put_on_adapter(network, rank)
+        adapter = add_adapter(network, rank)
         plain = kept_bytes(network, inputs(1)) / 2**30
         network.enable_gradient_checkpointing()
         checkpointed = kept_bytes(network, inputs(1)) / 2**30

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ddpo_trl import load_emoji_pipeline
-from ddpo_trl.policy.lora import put_on_adapter
+from ddpo_trl.policy.lora import add_adapter
 from ddpo_trl.policy.policy import Policy
 from ddpo_trl.seeding import Stream, derived_seed
 from rounds import PROMPTS, quiet_config
@@ -38,7 +38,7 @@ def main() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         pipeline = load_emoji_pipeline(torch_dtype=dtype)
         config = quiet_config(use_cpu=True, num_inference_steps=arguments.steps)
-        policy = Policy(pipeline, config, put_on_adapter(pipeline, None))
+        policy = Policy(pipeline, config, add_adapter(pipeline, None))
         reference, *others = (images(policy, arguments.images, size) for size in arguments.batch_sizes)
         for size, other in zip(arguments.batch_sizes[1:], others, strict=True):
             difference = (other - reference).abs()

@@ -120,10 +120,10 @@ def run_theirs(case: str, sizes: Case, rounds: int, turns: Turns) -> None:
 
 def run_floor(case: str, sizes: Case, rounds: int, turns: Turns) -> None:
     """The denoiser with its adapter alone, on batches doubled by guidance."""
-    from ddpo_trl.policy.lora import put_on_adapter
+    from ddpo_trl.policy.lora import add_adapter
 
     pipeline = load(case)
-    put_on_adapter(pipeline, None)
+    add_adapter(pipeline, None)
     with torch.no_grad():
         prompts = [PROMPTS[0]] * sizes.batch_size
         embeds = torch.cat(pipeline.encode_prompt(prompts, "cpu", 1, True)[::-1])

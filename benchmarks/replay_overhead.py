@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import torch
 
-from ddpo_trl.policy.lora import put_on_adapter
+from ddpo_trl.policy.lora import add_adapter
 from ddpo_trl.policy.policy import Policy
 from rounds import PROMPTS, quiet_config
 from sides import CASES, load, save_pipeline
@@ -30,7 +30,7 @@ def measure(case: str, repeats: int) -> tuple[list[float], list[float]]:
     config = quiet_config(use_cpu=True, num_inference_steps=sizes.steps)
     save_pipeline(case)
     pipeline = load(case)
-    policy = Policy(pipeline, config, put_on_adapter(pipeline, None))
+    policy = Policy(pipeline, config, add_adapter(pipeline, None))
     prompts = (PROMPTS * sizes.batch_size)[: sizes.batch_size]
     context = policy.context(prompts, [{}] * len(prompts), list(range(len(prompts))))
     state = policy.sample(context, record={0}, max_steps=1).steps[0]

@@ -101,13 +101,13 @@ def make_config(point: Point, one_pass: bool, processes: int = 1) -> Any:
 def pipeline_of(rank: int, one_pass: bool) -> Any:
     """Shared by the trainers of other sizes, not by those of the other passes: DDP leaves hooks on the weights."""
     from ddpo_trl import load_emoji_pipeline
-    from ddpo_trl.policy.lora import default_lora_config, put_on_adapter
+    from ddpo_trl.policy.lora import add_adapter, default_lora_config
 
     pipeline = load_emoji_pipeline()
     pipeline.set_progress_bar_config(disable=True)
     lora = default_lora_config(pipeline.unet)
     lora.r = lora.lora_alpha = rank
-    put_on_adapter(pipeline, lora)
+    add_adapter(pipeline, lora)
     return pipeline
 
 

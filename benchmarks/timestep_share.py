@@ -14,7 +14,7 @@ from rich.table import Table
 
 from ddpo_trl import load_emoji_pipeline
 from ddpo_trl.demo import PROMPTS
-from ddpo_trl.policy.lora import put_on_adapter
+from ddpo_trl.policy.lora import add_adapter
 from ddpo_trl.policy.policy import Policy
 from ddpo_trl.update.one_pass import layers_of_samples
 from rounds import quiet_config
@@ -25,7 +25,7 @@ def shares(steps: int, samples: int, guidance_scale: float) -> tuple[list[float]
     config = quiet_config(use_cpu=True, num_inference_steps=steps, guidance_scale=guidance_scale)
     torch.manual_seed(0)
     pipeline = load_emoji_pipeline()
-    policy = Policy(pipeline, config, put_on_adapter(pipeline, None))
+    policy = Policy(pipeline, config, add_adapter(pipeline, None))
     prompts = (PROMPTS * samples)[:samples]
     context = policy.context(prompts, [{}] * samples, list(range(samples)))
     stds = policy.survey(context).stds

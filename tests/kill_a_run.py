@@ -99,7 +99,7 @@ def result(trainer: DDPOTrainer) -> dict[str, Any]:
         "learning rate": trainer.lr_scheduler.get_last_lr(),
         "random states": [random.getstate()[1], torch.get_rng_state(), str(np.random.get_state())],
         "prompt function": trainer.prompts.state_dict(),
-        "prompt statistics": trainer.normalize.state_dict(),  # type: ignore[attr-defined]
+        "prompt statistics": trainer.advantages.normalize.state_dict(),  # type: ignore[attr-defined]
         "logs": [
             {name: value for name, value in log.items() if not any(part in name for part in OF_THE_CALL)}
             for log in trainer.state.log_history

@@ -78,12 +78,12 @@ def plain_run(output_dir: str, num_processes: int, one_pass: bool) -> dict[str, 
     recorder.trainer = trainer
     trainer.train()
     samples = trainer.generate_samples()
-    assert isinstance(trainer.normalize, PromptStatistics)
+    assert isinstance(trainer.advantages.normalize, PromptStatistics)
     return {
         "gradients": recorder.gradients,
         "advantages": recorder.advantages,
         "weights": weights(trainer),
-        "statistics": trainer.normalize.state_dict(),
+        "statistics": trainer.advantages.normalize.state_dict(),
         "rewards": [log["reward"] for log in trainer.state.log_history if "reward" in log],
         "images": trainer.rollout.images,
         "evaluation": (samples.prompts, samples.images),
@@ -158,13 +158,13 @@ def dropped_run(output_dir: str, one_pass: bool, spoilt: bool) -> dict[str, Any]
     if spoilt:
         pipeline.unet.conv_in.register_forward_hook(lambda *args: args[-1] * torch.nan if spoil else None)
     trainer = DDPOTrainer(config, brightness if spoilt else reward, PROMPTS, pipeline)
-    begin = trainer._start_optimising
+    begin = trainer._start_updates
 
     def begin_sound(rollout: Any) -> None:
         spoil.clear()
         begin(rollout)
 
-    trainer._start_optimising = begin_sound  # type: ignore[method-assign]
+    trainer._start_updates = begin_sound  # type: ignore[method-assign]
     spoil.extend([True] * is_second)
     trainer.train()
     return {"weights": weights(trainer), "logs": [log for log in trainer.state.log_history if "reward" in log]}

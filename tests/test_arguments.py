@@ -1,6 +1,5 @@
 """What a trainer is given: of another kind or under another name, it is refused with what makes the right one."""
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -37,8 +36,6 @@ def refusal(make_config: Any, **given: Any) -> str:
             {"prompt_fn": Dataset.from_dict({"prompt": ["cat", None, "owl"]})},
             "prompt_fn[1]['prompt'] is None; the prompt column must hold texts",
         ),
-        ({"pipeline": "owner/model"}, "`diffusers.DiffusionPipeline.from_pretrained('owner/model')`"),
-        ({"pipeline": Path("folder")}, "`diffusers.DiffusionPipeline.from_pretrained('folder')`"),
         ({"pipeline": StableDiffusionPipeline}, "`StableDiffusionPipeline.from_pretrained(...)`"),
         ({"pipeline": torch.nn.Linear(1, 1)}, "pipeline is Linear; give a pipeline of diffusers"),
         ({"config": {"eta": 1.0}}, "config is dict; give a DDPOConfig"),
@@ -53,6 +50,17 @@ def refusal(make_config: Any, **given: Any) -> str:
 )  # fmt: skip
 def test_an_argument_of_another_kind_is_refused_with_the_remedy(make_config, given, said):
     assert said in refusal(make_config, **given)
+
+
+def test_a_pipeline_may_be_given_as_the_folder_it_is_loaded_from(make_config, tmp_path):
+    tiny_pipeline().save_pretrained(tmp_path)
+    trainer = DDPOTrainer(make_config(), brightness, ["cat"], tmp_path)
+    own = tiny_pipeline().unet.state_dict()
+    assert all(
+        torch.equal(own[name], value) for name, value in trainer.pipeline.unet.state_dict().items() if name in own
+    )
+    with pytest.raises(OSError, match="no/such-model"):
+        DDPOTrainer(make_config(), brightness, ["cat"], "no/such-model")
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from conformance.image_pipelines import images, stable_diffusion, stable_diffusi
 from conformance.input_pipelines import INPUT_CASES, cosmos_2, hunyuan_dit_controlnet
 from conformance.newer_pipelines import flux2_klein
 from ddpo_trl.policy.calls import BatchCalls, attention_modules, images_tensor, processors_kept
-from ddpo_trl.policy.lora import put_on_adapter
+from ddpo_trl.policy.lora import add_adapter
 from ddpo_trl.policy.policy import Policy
 from ddpo_trl.policy.records import Context
 
@@ -20,7 +20,7 @@ CASES = {case.name: case for case in INPUT_CASES}
 
 def policy_of(pipeline, make_config, **settings):
     config = make_config(num_inference_steps=4, **settings)
-    return Policy(pipeline, config, put_on_adapter(pipeline, None))
+    return Policy(pipeline, config, add_adapter(pipeline, None))
 
 
 # ---- How many calls ----

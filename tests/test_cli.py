@@ -31,7 +31,7 @@ from ddpo_trl.cli.arguments import CommandParser
 from ddpo_trl.cli.launch import PRESETS, config_path, launch, launch_flags
 from ddpo_trl.cli.sample import SampleArguments, load_policy, make_images, make_row, make_rows, put_on_saved_adapter
 from ddpo_trl.emoji import emoji_captions
-from ddpo_trl.policy.lora import LORA_WEIGHTS_NAME, adapter_layers, put_on_adapter, save_adapter
+from ddpo_trl.policy.lora import LORA_WEIGHTS_NAME, adapter_layers, add_adapter, save_adapter
 from ddpo_trl.prompts import animal_activities
 
 
@@ -485,7 +485,7 @@ def test_weights_in_pefts_format_are_put_on_as_well(tmp_path):
     """Where diffusers has no LoRA loader for a pipeline."""
     case = next(case for case in IMAGE_CASES if case.name == "PixArt-Sigma")
     trained, fresh = case.build(0), case.build(0)
-    adapter = put_on_adapter(trained, None)
+    adapter = add_adapter(trained, None)
     for layer in adapter_layers(trained.transformer):
         torch.nn.init.normal_(layer.lora_B[adapter].weight)
     save_adapter(trained, adapter, tmp_path)
@@ -518,7 +518,7 @@ def as_kohya(name: str) -> str:
 def weights() -> dict[str, torch.Tensor]:
     """LoRA weights of the tiny pipeline that change its images, as diffusers names them."""
     pipeline = tiny_pipeline()
-    adapter = put_on_adapter(pipeline, None)
+    adapter = add_adapter(pipeline, None)
     torch.manual_seed(1)
     for layer in adapter_layers(pipeline.unet):
         torch.nn.init.normal_(layer.lora_B[adapter].weight, std=0.3)

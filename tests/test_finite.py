@@ -248,7 +248,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_weights_and_checkpoi
     trainer = DDPOTrainer(config, brightness, PROMPTS, pipeline)
     rounds: list[dict[str, torch.Tensor]] = []
 
-    begin = trainer._start_optimising
+    begin = trainer._start_updates
 
     def overflow_in_round_one(rollout: Any) -> None:
         rounds.append(trained_weights(trainer))
@@ -256,7 +256,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_weights_and_checkpoi
             armed.append(1)
         begin(rollout)
 
-    trainer._start_optimising = overflow_in_round_one  # type: ignore[method-assign]
+    trainer._start_updates = overflow_in_round_one  # type: ignore[method-assign]
     if one_pass:  # gradients are taken while sampling, so the round is known before its rollout
         sample = trainer._policy.sample_with_gradients
 

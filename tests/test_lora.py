@@ -34,15 +34,15 @@ from ddpo_trl.policy.lora import (
     ADAPTER_NAME,
     active_adapters,
     adapters_off,
+    add_adapter,
     attention_projections,
     default_lora_config,
     denoiser_name,
     freeze_all_but_denoiser,
     has_lora_loader,
     load_adapter,
-    put_on_adapter,
+    remove_adapters,
     save_adapter,
-    take_off_adapter,
 )
 
 
@@ -67,7 +67,7 @@ def adapter_weights(pipeline: DiffusionPipeline) -> dict[str, nn.Parameter]:
 def trained(build: Build, peft_config: LoraConfig | None = None) -> DiffusionPipeline:
     """A pipeline whose adapter is not the identity, as after some training."""
     pipeline = build(0)
-    put_on_adapter(pipeline, peft_config)
+    add_adapter(pipeline, peft_config)
     torch.manual_seed(1)
     with torch.no_grad():
         for name, weight in adapter_weights(pipeline).items():
@@ -130,7 +130,7 @@ def test_the_default_adapter_is_on_all_attention_projections_and_on_nothing_else
     linear = {name for name, module in denoiser_of(pipeline).named_modules() if isinstance(module, nn.Linear)}
     expected = {name for name in linear if name.endswith(tuple(f".{name}" for name in PROJECTIONS))}
     assert expected and expected < linear
-    put_on_adapter(pipeline, None)
+    add_adapter(pipeline, None)
     assert layers_with_adapter(denoiser_of(pipeline)) == expected
     weights = adapter_weights(pipeline)
     assert len(weights) == 2 * len(expected)
@@ -161,10 +161,10 @@ def test_the_default_adapter_is_that_of_trl():
 def test_an_adapter_starts_as_the_identity_and_trains_in_float32(build):
     plain = images(build(0))
     pipeline = build(0)
-    put_on_adapter(pipeline, None)
+    add_adapter(pipeline, None)
     assert torch.equal(images(pipeline), plain)
     half = build(0).to(torch.bfloat16)
-    put_on_adapter(half, None)
+    add_adapter(half, None)
     assert all(weight.dtype == torch.float32 for weight in adapter_weights(half).values())
 
 
@@ -173,10 +173,10 @@ def test_a_second_adapter_is_refused_and_the_one_that_is_there_goes_on(build):
     pipeline = trained(build)
     for weight in adapter_weights(pipeline).values():
         weight.requires_grad_(False)
-    assert put_on_adapter(pipeline, None) == ADAPTER_NAME
+    assert add_adapter(pipeline, None) == ADAPTER_NAME
     assert all(weight.requires_grad for weight in adapter_weights(pipeline).values())
     with pytest.raises(ValueError, match="the pipeline carries the adapter default already"):
-        put_on_adapter(pipeline, LoraConfig(target_modules=["to_q"]))
+        add_adapter(pipeline, LoraConfig(target_modules=["to_q"]))
 
 
 # ---- Off and away ----
@@ -200,10 +200,10 @@ def test_switched_off_the_adapter_changes_nothing_and_afterwards_it_is_on_again(
 @pytest.mark.parametrize("build", [stable_diffusion, pixart_sigma])
 def test_taken_off_the_adapter_leaves_the_denoiser_as_it_was(build):
     pipeline, plain = trained(build), build(0)
-    take_off_adapter(denoiser_of(pipeline))
+    remove_adapters(denoiser_of(pipeline))
     assert denoiser_of(pipeline).state_dict().keys() == denoiser_of(plain).state_dict().keys()
     assert torch.equal(images(pipeline), images(plain))
-    assert put_on_adapter(pipeline, LoraConfig(r=2, target_modules=["to_q"])) == ADAPTER_NAME  # as if never there
+    assert add_adapter(pipeline, LoraConfig(r=2, target_modules=["to_q"])) == ADAPTER_NAME  # as if never there
     assert all(name.endswith(".to_q") for name in layers_with_adapter(denoiser_of(pipeline)))
 
 
@@ -243,7 +243,7 @@ def test_a_saved_adapter_is_loaded_into_the_parameters_that_are_there(tmp_path, 
     save_adapter(pipeline, ADAPTER_NAME, tmp_path)
     assert (tmp_path / file).is_file()
     other = build(0)
-    put_on_adapter(other, None)
+    add_adapter(other, None)
     parameters = adapter_weights(other)
     assert any(not torch.equal(weight, expected[name]) for name, weight in parameters.items())
     load_adapter(other, ADAPTER_NAME, tmp_path)
@@ -288,28 +288,28 @@ def carrying(weight: float = 1.0, use_rslora: bool = False) -> Any:
 
 @pytest.mark.parametrize("use_rslora", [False, True])
 def test_an_adapter_of_weight_one_is_taken(use_rslora):
-    assert put_on_adapter(carrying(use_rslora=use_rslora), None) == "mine"
+    assert add_adapter(carrying(use_rslora=use_rslora), None) == "mine"
 
 
 def test_an_adapter_with_another_weight_is_refused():
     with pytest.raises(ValueError, match=r"mine has the weight 0\.3, .*set_adapters\('mine'\)"):
-        put_on_adapter(carrying(0.3), None)
+        add_adapter(carrying(0.3), None)
 
 
 def test_an_adapter_that_is_switched_off_is_refused():
     pipeline = carrying()
     pipeline.disable_lora()
     with pytest.raises(ValueError, match=r"mine of pipeline\.unet is switched off.*enable_lora"):
-        put_on_adapter(pipeline, None)
+        add_adapter(pipeline, None)
 
 
 def test_a_fused_adapter_is_refused_with_the_remedy():
     pipeline = carrying()
     pipeline.fuse_lora()
     with pytest.raises(ValueError, match=r"mine of pipeline\.unet is fused into the weights.*unfuse_lora\(\)"):
-        put_on_adapter(pipeline, None)
+        add_adapter(pipeline, None)
     pipeline.unfuse_lora()
-    assert put_on_adapter(pipeline, None) == "mine"
+    assert add_adapter(pipeline, None) == "mine"
 
 
 @pytest.mark.parametrize("target", ["to_q", "to_qkv"])
@@ -318,9 +318,9 @@ def test_fused_projections_are_refused_with_the_remedy(target):
     pipeline: Any = tiny_pipeline()
     pipeline.fuse_qkv_projections(vae=False)
     with pytest.raises(ValueError, match=r"projections of pipeline\.unet are fused.*unfuse_qkv_projections\(\)"):
-        put_on_adapter(pipeline, LoraConfig(r=2, target_modules=[target]))
+        add_adapter(pipeline, LoraConfig(r=2, target_modules=[target]))
     pipeline.unfuse_qkv_projections(vae=False)
-    assert put_on_adapter(pipeline, None) == ADAPTER_NAME
+    assert add_adapter(pipeline, None) == ADAPTER_NAME
 
 
 def test_weights_of_the_denoiser_that_would_not_be_loaded_again_are_refused():
@@ -338,7 +338,7 @@ def test_an_adapter_on_another_network_is_refused():
     pipeline: Any = tiny_pipeline()
     inject_adapter_in_model(LoraConfig(r=2, target_modules=["q_proj"]), pipeline.text_encoder, "words")
     with pytest.raises(ValueError, match=r"pipeline\.text_encoder carries an adapter.*missing from what is saved"):
-        put_on_adapter(pipeline, None)
+        add_adapter(pipeline, None)
 
 
 # ---- Every kind of adapter comes back from its file, or is refused ----
@@ -389,7 +389,7 @@ def check_round_trip(build: Build, config: PeftConfig, directory: Path) -> None:
     """
     pipeline, fresh = build(0), build(0)
     plain = images(fresh, 1)
-    adapter = put_on_adapter(pipeline, config)
+    adapter = add_adapter(pipeline, config)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for weight in denoiser_of(pipeline).parameters():
@@ -417,7 +417,7 @@ def check_refusal(build: Build, config: PeftConfig, message: str) -> None:
     pipeline = build(0)
     names = denoiser_of(pipeline).state_dict().keys()
     with pytest.raises(ValueError, match=message):
-        put_on_adapter(pipeline, config)
+        add_adapter(pipeline, config)
     assert denoiser_of(pipeline).state_dict().keys() == names
     assert active_adapters(denoiser_of(pipeline)) == []  # for another try
 
@@ -522,7 +522,7 @@ def test_an_adapter_that_came_with_the_pipeline_is_held_to_the_same(config, mess
     pipeline: Any = tiny_pipeline()
     inject_adapter_in_model(config, pipeline.unet, "mine")
     with pytest.raises(ValueError, match=rf"The adapter mine of pipeline\.unet {message}"):
-        put_on_adapter(pipeline, None)
+        add_adapter(pipeline, None)
 
 
 @pytest.mark.parametrize("came_with_the_pipeline", [False, True])
@@ -531,7 +531,7 @@ def test_dropout_is_taken_out_with_a_word(came_with_the_pipeline, tmp_path, capl
     config = LoraConfig(r=2, lora_dropout=0.3, target_modules=["to_q"])
     if came_with_the_pipeline:
         pipeline.unet.add_adapter(config, "mine")
-    adapter = put_on_adapter(pipeline, None if came_with_the_pipeline else config)
+    adapter = add_adapter(pipeline, None if came_with_the_pipeline else config)
     assert "lora_dropout is 0.3, and is set to 0" in caplog.text
     assert config.lora_dropout == 0.3  # the user's own
     save_adapter(pipeline, adapter, tmp_path)

@@ -287,14 +287,14 @@ def test_the_plan_counts_what_is_held_once_a_round_is_sampled(make_config, monke
     encoder.last = None
     before = set(storages())
     held = []
-    start = DDPOTrainer._start_optimising
+    start = DDPOTrainer._start_updates
 
     def measured(self: DDPOTrainer, rollout: Any) -> None:
         encoder.last = None  # one batch, joined: it is where the denoiser is
         start(self, rollout)
         held.append(sum(size for place, size in storages().items() if place not in before))
 
-    monkeypatch.setattr(DDPOTrainer, "_start_optimising", measured)
+    monkeypatch.setattr(DDPOTrainer, "_start_updates", measured)
     trainer.train()
     plan = trainer.plan
     stated = plan.rollout_bytes + plan.images_bytes

@@ -149,8 +149,8 @@ def test_the_other_samples_have_the_advantages_that_they_would_have_alone(make_c
     }[normalization]
     torch.testing.assert_close(advantages[first + second], expected, rtol=1e-5, atol=1e-6)
     assert advantages[[3, 7]].tolist() == [0.0, 0.0]
-    if isinstance(trainer.normalize, PromptStatistics):
-        remembered = trainer.normalize.state_dict()
+    if isinstance(trainer.advantages.normalize, PromptStatistics):
+        remembered = trainer.advantages.normalize.state_dict()
         assert remembered[trainer.rollout.prompts[0]] == rewards[first].tolist()
         assert remembered[trainer.rollout.prompts[4]] == rewards[second].tolist()
 

@@ -17,7 +17,7 @@ from conftest import brightness, tiny_pipeline
 from ddpo_trl import DDPOConfig, DDPOTrainer, load_emoji_pipeline
 from ddpo_trl.artifacts import record
 from ddpo_trl.artifacts.model_card import write_model_card, written_arguments
-from ddpo_trl.policy.lora import put_on_adapter
+from ddpo_trl.policy.lora import add_adapter
 from ddpo_trl.policy.policy import Policy
 
 
@@ -28,7 +28,7 @@ def write_card(directory: Any, pipeline: Any, config: Any, **arguments: Any) -> 
         **{
             "model_name": "ours",
             "repo_id": "me/ours",
-            "policy": Policy(pipeline, config, put_on_adapter(pipeline, None) if config.use_lora else None),
+            "policy": Policy(pipeline, config, add_adapter(pipeline, None) if config.use_lora else None),
             "config": config,
             "prompt": "a cat",
             "inputs": {},
@@ -155,7 +155,7 @@ def test_the_example_of_the_embedded_pipeline_runs(make_config, tmp_path):
     config = make_config(num_inference_steps=2)
     pipeline = load_emoji_pipeline()
     card = write_card(tmp_path, pipeline, config, repo_id=str(tmp_path))
-    Policy(pipeline, config, put_on_adapter(pipeline, None)).save(tmp_path)
+    Policy(pipeline, config, add_adapter(pipeline, None)).save(tmp_path)
     names: dict[str, Any] = {}
     exec(example(card), names)
     assert names["image"].size == (64, 64)
@@ -167,7 +167,7 @@ def image_of_example(directory: Any, build: Any, config: Any, inputs: dict[str, 
     base.save_pretrained(directory / "base")
     pipeline = type(base).from_pretrained(directory / "base")
     change(pipeline)
-    policy = Policy(pipeline, config, put_on_adapter(pipeline, None) if config.use_lora else None)
+    policy = Policy(pipeline, config, add_adapter(pipeline, None) if config.use_lora else None)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for weight in policy.parameters():

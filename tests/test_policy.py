@@ -33,7 +33,7 @@ from conformance.newer_pipelines import kandinsky
 from conftest import in_both_passes, tiny_pipeline
 from ddpo_trl import DDPOConfig
 from ddpo_trl.emoji import load_emoji_pipeline
-from ddpo_trl.policy.lora import put_on_adapter
+from ddpo_trl.policy.lora import add_adapter
 from ddpo_trl.policy.policy import Policy
 from ddpo_trl.policy.records import Context
 from ddpo_trl.policy.schedulers import Replay
@@ -47,7 +47,7 @@ CONTEXT = Context(prompts=PROMPTS, seeds=SEEDS)
 
 def make_policy(pipeline, config: DDPOConfig) -> Policy:
     torch.manual_seed(1)
-    policy = Policy(pipeline, config, put_on_adapter(pipeline, None))
+    policy = Policy(pipeline, config, add_adapter(pipeline, None))
     with torch.no_grad():  # an adapter starts as the identity; a trained one does not
         for name, parameter in policy.named_parameters():
             if "lora_B" in name:

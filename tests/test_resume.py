@@ -251,7 +251,7 @@ def test_another_reward_is_refused_without_a_word_and_named_with_it(make_config,
     assert "is other_reward, but the checkpoint was written with brightness: from here on this is another" in said
     assert "{'brightness': 1.0}, and this run has {'other_reward': 1.0}: they are forgotten" in said
     assert "The prompts are 2 prompts with the hash" in said
-    remembered = new.normalize.state_dict()  # type: ignore[attr-defined]
+    remembered = new.advantages.normalize.state_dict()  # type: ignore[attr-defined]
     assert {numpy.sign(reward) for rewards in remembered.values() for reward in rewards} == {-1.0}
     _, said = resumed(other_reward, num_train_epochs=3, reward_weights=[2.0], prompts=["cat", "owl"])
     assert "weights of the rewards are {'other_reward': 2.0} and were {'other_reward': 1.0}" in said
@@ -266,7 +266,7 @@ def test_prompts_and_statistics_of_another_kind_begin_anew(tmp_path):
     trainer = DDPOTrainer(config, brightness, ["a", "b"], tiny_pipeline(), eval_prompts=["cat", "dog"])
     trainer.train(resume_from_checkpoint=True)
     assert trainer.state.global_step == 4
-    remembered = trainer.normalize.state_dict()  # type: ignore[attr-defined]
+    remembered = trainer.advantages.normalize.state_dict()  # type: ignore[attr-defined]
     assert sum(map(len, remembered.values())) == 8  # of the second round
 
 

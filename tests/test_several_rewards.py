@@ -10,7 +10,6 @@ import torch
 from conftest import brightness, tiny_pipeline
 from ddpo_trl import DDPOTrainer
 from ddpo_trl.rewards import redness
-from ddpo_trl.rollout.advantages import PromptStatistics
 
 
 PROMPTS = ["cat", "dog"]
@@ -130,13 +129,13 @@ def test_each_function_has_prompt_statistics_of_its_own_and_a_checkpoint_holds_t
         }
 
     first = trained(make_config, [brightness, large], **settings(1))
-    remembered = [one.state_dict() for one in first.normalize_each if isinstance(one, PromptStatistics)]
+    remembered = first.advantages.state_dict()
     assert len(remembered) == 2 and remembered[0] != remembered[1]
     assert json.loads((tmp_path / "checkpoint-1" / "prompt_statistics.json").read_text()) == remembered
     config = make_config(reward_weights=WEIGHTS, num_images_per_prompt=4, **settings(2))
     resumed = DDPOTrainer(config, [brightness, large], PROMPTS, tiny_pipeline())
     resumed._load_round(str(tmp_path / "checkpoint-1"))
-    assert [one.state_dict() for one in resumed.normalize_each if isinstance(one, PromptStatistics)] == remembered
+    assert resumed.advantages.state_dict() == remembered
 
 
 def test_statistics_of_other_reward_functions_are_forgotten_with_a_word(make_config, tmp_path, caplog):

@@ -189,9 +189,9 @@ class RecordingTrainer(DDPOTrainer):
         self.rollouts: list[Rollout] = []
         super().__init__(*args, **kwargs)
 
-    def _start_optimising(self, rollout):
+    def _start_updates(self, rollout):
         self.rollouts.append(rollout)
-        super()._start_optimising(rollout)
+        super()._start_updates(rollout)
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         self.seen.append(inputs)
@@ -373,8 +373,8 @@ def test_rounding_beyond_the_cliprange_is_warned_of(make_config, caplog, setting
     trainer = DDPOTrainer(make_config(**settings), brightness, PROMPTS, pipeline)
     with caplog.at_level("WARNING", logger="ddpo_trl"):
         trainer.train()
-    messages = [record.getMessage() for record in caplog.records if record.name == "ddpo_trl.trainer"]
-    assert sum("clipping goes by rounding" in message for message in messages) == warns
+    messages = [record.getMessage() for record in caplog.records if record.name == "ddpo_trl.checks.replay"]
+    assert sum("clipping depends on rounding" in message for message in messages) == warns
 
 
 def test_the_images_of_a_round_do_not_depend_on_the_sample_batch_size_and_their_noise_to_the_bit(make_config):
@@ -809,11 +809,11 @@ def test_a_run_that_failed_has_no_part_in_the_figures_of_the_next(make_config):
 
 def test_in_a_log_that_spans_rounds_times_are_sums_and_rewards_means(make_config):
     trainer = DDPOTrainer(make_config(), brightness, ["cat"], tiny_pipeline())
-    trainer._metrics |= {"time/sampling": [2.0, 3.0], "reward": [1.0, 2.0], "val/ratio_deviation": [0.25, 0.5]}
-    trainer._episodes = 16
-    metrics = trainer._take_metrics()
-    assert metrics["time/sampling"] == 5.0 and metrics["reward"] == 1.5 and metrics["val/ratio_deviation"] == 0.5
-    assert metrics["episode"] == 16 and not trainer._metrics
+    trainer.metrics.add({"time/sampling": 2.0, "reward": 1.0, "val/ratio_deviation": 0.25})
+    trainer.metrics.add({"time/sampling": 3.0, "reward": 2.0, "val/ratio_deviation": 0.5})
+    metrics = trainer.metrics.take(trainer.accelerator)
+    assert metrics == {"time/sampling": 5.0, "reward": 1.5, "val/ratio_deviation": 0.5}
+    assert trainer.metrics.take(trainer.accelerator) == {}
 
 
 def test_the_time_in_training_is_without_evaluation_and_sampling(monkeypatch):

@@ -230,7 +230,7 @@ def run_demo(arguments: DemoArguments, config: DDPOConfig) -> dict[str, Any]:
     task = TASKS[arguments.reward]
     trainer = demo_trainer(arguments, config, [StopAtGain(arguments.stop_at_gain)])
     if arguments.shuffle_rewards:
-        trainer.normalize = shuffled(trainer.normalize, generator(config.seed, Stream.CONTROL))
+        trainer.advantages.normalize = shuffled(trainer.advantages.normalize, generator(config.seed, Stream.CONTROL))
     before = trainer.generate_samples()
     start = time.perf_counter()
     trainer.train()

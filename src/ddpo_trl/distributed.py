@@ -78,6 +78,24 @@ def as_json(value: Any) -> str:
         return ""
 
 
+def check_devices(config: Any) -> None:
+    """
+    Refuses several GPUs in one process.
+
+    Args:
+        config ([`DDPOConfig`]):
+            Settings.
+
+    Raises:
+        `ValueError`: With the remedy.
+    """
+    if config.n_gpu > 1:
+        raise ValueError(
+            f"{config.n_gpu} GPUs are visible to one process, and DataParallel can't drive a pipeline. Start the "
+            "script with `accelerate launch`, or make one GPU visible (CUDA_VISIBLE_DEVICES=0)."
+        )
+
+
 def check_wrapping(accelerator: Accelerator) -> None:
     """
     Refuses ways to wrap the policy under which training would not be the sampling that it repeats.

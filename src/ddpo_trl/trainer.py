@@ -8,12 +8,11 @@ import math
 import os
 import textwrap
 import time
-from collections import defaultdict
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list, save_fsdp_optimizer
+from accelerate.utils import save_fsdp_optimizer
 from datasets import Dataset
 from diffusers import DiffusionPipeline
 from peft import PeftConfig
@@ -30,13 +29,12 @@ from ddpo_trl.artifacts import checkpoints, hub, record, resuming
 from ddpo_trl.artifacts.checkpoints import CONFIG_NAME, PLAN_NAME
 from ddpo_trl.artifacts.model_card import write_model_card
 from ddpo_trl.artifacts.tracking import RunRecorder, fixed_prompts
-from ddpo_trl.checks import replay_problem
+from ddpo_trl.checks import ReplayCheck
 from ddpo_trl.config import DDPOConfig
 from ddpo_trl.descriptions import described
-from ddpo_trl.distributed import check_alike, check_wrapping
+from ddpo_trl.distributed import check_alike, check_devices, check_wrapping
 from ddpo_trl.evaluation import Evaluator, Samples, check_evaluation, reward_names
 from ddpo_trl.finite import check_update
-from ddpo_trl.policy.lora import freeze_all_but_denoiser, put_on_adapter
 from ddpo_trl.policy.per_sample_gradients import trained_weights
 from ddpo_trl.policy.pipeline import move
 from ddpo_trl.policy.policy import Policy
@@ -53,18 +51,19 @@ from ddpo_trl.prompts import (
     prompt_pairs,
     prompt_source,
 )
-from ddpo_trl.rewards.scoring import RewardFunction, RewardScorer, first_problem
-from ddpo_trl.rollout import advantages
+from ddpo_trl.rewards.scoring import RewardFunction, RewardScorer
+from ddpo_trl.rollout.advantages import Advantages
 from ddpo_trl.rollout.boundary import RoundCallbacks, RoundSchedule, StopSignals, agree, end_round
 from ddpo_trl.rollout.callbacks import RoundProgress, TrainingClock
 from ddpo_trl.rollout.loader import RolloutLoader
+from ddpo_trl.rollout.metrics import Metrics
 from ddpo_trl.rollout.plan import plan_batches
-from ddpo_trl.rollout.records import Rollout, Transition
-from ddpo_trl.seeding import Stream, derived_seed, randomness_untouched
+from ddpo_trl.rollout.records import Rollout
+from ddpo_trl.rollout.trial import TRIAL_SAMPLES, known_prompts, preview, trial_samples, try_reward_functions
 from ddpo_trl.suggestions import checks_names
 from ddpo_trl.update import optimizers as optimizers_  # the argument's name is Trainer's
-from ddpo_trl.update.objectives import Objective, importance_sampling, score_function
-from ddpo_trl.update.one_pass import TRIAL_SAMPLES, autocast, choose_passes, policy_gradient
+from ddpo_trl.update.objectives import objective
+from ddpo_trl.update.one_pass import autocast, choose_passes, policy_gradient
 from ddpo_trl.update.target_kl import TargetKL
 
 
@@ -72,35 +71,6 @@ logger = logging.get_logger(__name__)
 
 PROMPT_STATISTICS_NAME = "prompt_statistics.json"
 PROMPTS_NAME = "prompts.pt"
-
-# So many prompts of a list are encoded at construction, where text encoders are offloaded.
-MAX_PROMPTS_AHEAD = 1024
-
-
-def check_arguments(config: Any, pipeline: Any, peft_config: Any) -> None:
-    """
-    Refuses arguments of another kind, with what makes the right one of them.
-
-    Raises:
-        `TypeError`: With the argument, its type and the remedy.
-    """
-    if not isinstance(config, DDPOConfig):
-        raise TypeError(
-            f"config is {type(config).__name__}; give a DDPOConfig, which has the fields of TrainingArguments and "
-            "those of DDPO."
-        )
-    if not isinstance(pipeline, DiffusionPipeline):
-        remedy = "give a pipeline of diffusers, with all of its models"
-        if isinstance(pipeline, str | os.PathLike):
-            remedy = f"load it: `diffusers.DiffusionPipeline.from_pretrained({str(pipeline)!r})`"
-        elif isinstance(pipeline, type):
-            remedy = f"load it: `{pipeline.__name__}.from_pretrained(...)`"
-        what = repr(pipeline) if isinstance(pipeline, str | type) else type(pipeline).__name__
-        raise TypeError(f"pipeline is {what}; {remedy}.")
-    if not isinstance(peft_config, PeftConfig | None):
-        raise TypeError(
-            f"peft_config is {type(peft_config).__name__}; give a `peft.LoraConfig(...)`, or leave it out."
-        )
 
 
 class DDPOTrainer(Trainer):
@@ -135,8 +105,8 @@ class DDPOTrainer(Trainer):
         prompt_fn (`Callable`, `datasets.Dataset` or `list[str]`):
             A function that returns `(prompt, metadata)`; a dataset with a `prompt` column, whose other columns are the
             metadata; or a list of strings.
-        pipeline ([`~diffusers.DiffusionPipeline`]):
-            A text-to-image or text-to-video pipeline. If it carries a LoRA adapter, that is trained; else one is
+        pipeline ([`~diffusers.DiffusionPipeline`], `str` or `os.PathLike`):
+            A text-to-image or text-to-video pipeline, or the Hub id or folder to load it from (safetensors only). If it carries a LoRA adapter, that is trained; else one is
             added. It is moved to the training device; its scheduler is left alone. `ddpo-trl doctor` and
             [`~ddpo_trl.check_pipeline`] tell whether it can be trained.
         peft_config ([`~peft.PeftConfig`], *optional*):
@@ -190,7 +160,7 @@ class DDPOTrainer(Trainer):
         config: DDPOConfig,
         reward_fn: RewardFunction | Sequence[RewardFunction],
         prompt_fn: PromptFunction | Dataset | Sequence[str],
-        pipeline: DiffusionPipeline,
+        pipeline: DiffusionPipeline | str | os.PathLike[str],
         *,
         peft_config: PeftConfig | None = None,
         eval_prompts: Dataset | Sequence[str] | None = None,
@@ -200,52 +170,20 @@ class DDPOTrainer(Trainer):
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LRScheduler | None] = (None, None),
         optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
     ):
-        check_arguments(config, pipeline, peft_config)
+        if not isinstance(config, DDPOConfig):
+            raise TypeError(
+                f"config is {type(config).__name__}; give a DDPOConfig, which has the fields of TrainingArguments and "
+                "those of DDPO."
+            )
+        if isinstance(pipeline, str | os.PathLike):
+            pipeline = DiffusionPipeline.from_pretrained(pipeline, use_safetensors=True)
         args = copy.copy(config)
-        if args.n_gpu > 1:
-            raise ValueError(
-                f"{args.n_gpu} GPUs are visible to one process, and DataParallel can't drive a pipeline. Start the "
-                "script with `accelerate launch`, or make one GPU visible (CUDA_VISIBLE_DEVICES=0)."
-            )
-        set_seed(args.seed)  # the adapter is initialised at random
-        self.scorer = RewardScorer(reward_fn, args.reward_weights, args.max_workers, args.reward_timeout)
-        self.prompts = prompt_source(prompt_fn, args.seed)
-        self.eval_prompts = None if eval_prompts is None else prompt_pairs(eval_prompts, "eval_prompts")
-        self.eval_scorer = None
-        if eval_reward_fns is not None:
-            self.eval_scorer = RewardScorer(
-                eval_reward_fns, None, args.max_workers, args.reward_timeout, argument="eval_reward_fns"
-            )
-        self._check_alike(args)
-        if type(self).evaluate is DDPOTrainer.evaluate:  # another one may measure something else
-            check_evaluation(args, self.eval_prompts, reward_names(self.scorer, self.eval_scorer))
-        if args.use_lora:
-            adapter = put_on_adapter(pipeline, peft_config)
-        else:
-            adapter = None
-            freeze_all_but_denoiser(pipeline, peft_config)
-        policy = Policy(pipeline, args, adapter)
+        check_devices(args)
+        set_seed(args.seed)  # the adapter is initialized at random
+        self._set_sources(args, reward_fn, prompt_fn, eval_prompts, eval_reward_fns, prompt_key_fn)
+        policy = Policy.from_pipeline(pipeline, args, peft_config)
         optimizers_.check_given(optimizers, policy)
-        self._check_inputs(policy)
-        self.prompt_key_fn = default_prompt_key if prompt_key_fn is None else prompt_key_fn
-        ((prompt, metadata),) = self._preview(1)
-        prompt_keys([(prompt, metadata)], self.prompt_key_fn)
-        if args.offload_text_encoders:  # before the denoiser is beside them
-            with autocast(args):
-                policy.encode(self._known_prompts(policy), args.device)
-        move(pipeline, args.device, args)
-        batches = self._trial(policy)
-        trial_size = min(TRIAL_SAMPLES, args.per_device_sample_batch_size)
-        trial = batches.rows(range(trial_size))
-        with autocast(args):
-            plan = plan_batches(args, *policy.survey(batches))
-            self.plan, self._gradient_layers = choose_passes(args, policy, trial, plan)
-        args.gradient_accumulation_steps = self.plan.micro_batches_per_update
-        if args.save_total_limit == 1 and args.metric_for_best_model is not None:
-            args.save_total_limit = 2  # at the end Trainer would delete the last one, which a stopped run goes on from
-        if args.total_episodes is not None:
-            args.num_train_epochs = self.plan.rounds_for(args.total_episodes)
-
+        trial = self._plan_round(policy, pipeline, args)
         super().__init__(
             model=policy,
             args=args,
@@ -260,30 +198,88 @@ class DDPOTrainer(Trainer):
             # Autocast decides on precision, as in sampling. This would round recorded states and log-probabilities.
             self.accelerator.state.fsdp_plugin.mixed_precision_policy = None
         self.pipeline = pipeline
-        self.progress = RoundProgress(disable=args.disable_tqdm or not self.is_world_process_zero())
-        self.remove_callback(ProgressCallback)
-        self.add_callback(self.progress)
-        self.normalize = self._normalizer()
-        self.normalize_each: list[advantages.Normalizer] = []
-        if args.multi_objective_aggregation == "normalize_then_sum":
-            self.normalize_each = [self._normalizer() for _ in self.scorer.names]
-            self.normalize = advantages.normalize_by_batch
         self.rollout: Rollout  # of the current round
-        self._metrics: defaultdict[str, list[Tensor | float]] = defaultdict(list)
-        self.clock = TrainingClock()
-        self.add_callback(self.clock)
-        self._episodes = 0  # reward queries of the run
+        self.metrics = Metrics()
+        self.episodes = 0  # reward queries of the run
         self._update_loss = torch.zeros((), device=args.device)  # of the update's micro-batches so far
         self._target_kl = TargetKL(math.inf if args.target_kl is None else args.target_kl)
-        self._warned_of_rounding = False
-        self._staging: str | None = None  # where a checkpoint is being written
+        self._replay_check = ReplayCheck(args)
         self._signals = StopSignals(args.stop_on_signal)
+        self._staging: str | None = None  # where a checkpoint is being written
         self._trained_in: str | None = None  # output_dir of an earlier call of `train`
         self._own_optimizer = optimizers[0] is not None or optimizer_cls_and_kwargs is not None
-        self._example_prompt = prompt
         self._example_inputs = {name: values[0] for name, values in trial.inputs.items()}
-        self._try_reward_function(prompt, metadata, trial_size)
-        fixed = fixed_prompts(args, self.eval_prompts, self._preview, self.plan.prompts_per_round)
+        self._try_reward_functions(len(trial))
+        self._add_own_callbacks()
+
+    def _set_sources(
+        self,
+        args: DDPOConfig,
+        reward_fn: Any,
+        prompt_fn: Any,
+        eval_prompts: Any,
+        eval_reward_fns: Any,
+        prompt_key_fn: PromptKeyFunction | None,
+    ) -> None:
+        """Rewards and prompts, checked as far as that is possible without the pipeline, and alike on all processes."""
+        self.scorer = RewardScorer(reward_fn, args.reward_weights, args.max_workers, args.reward_timeout)
+        self.eval_scorer = None
+        if eval_reward_fns is not None:
+            self.eval_scorer = RewardScorer(
+                eval_reward_fns, None, args.max_workers, args.reward_timeout, argument="eval_reward_fns"
+            )
+        self.prompts = prompt_source(prompt_fn, args.seed)
+        self.eval_prompts = None if eval_prompts is None else prompt_pairs(eval_prompts, "eval_prompts")
+        given: dict[str, Any] = {**args.shared_settings, "reward_fn": self.scorer.names}
+        if isinstance(self.prompts, ShuffledPrompts) and args.world_size > 1:
+            given["prompt_fn"] = fingerprint(self.prompts.pairs)
+        if self.eval_prompts is not None and args.world_size > 1:
+            given["eval_prompts"] = fingerprint(self.eval_prompts)
+        check_alike(given)
+        if type(self).evaluate is DDPOTrainer.evaluate:  # another one may measure something else
+            check_evaluation(args, self.eval_prompts, reward_names(self.scorer, self.eval_scorer))
+        self.prompt_key_fn = default_prompt_key if prompt_key_fn is None else prompt_key_fn
+        (self._example,) = preview(self.prompts, 1)
+        prompt_keys([self._example], self.prompt_key_fn)
+        self.advantages = Advantages(args, self.scorer.weight_of, self.prompt_key_fn)
+
+    def _plan_round(self, policy: Policy, pipeline: DiffusionPipeline, args: DDPOConfig) -> Context:
+        """Moves the pipeline, tries it, and sets the sizes of a round. Returns the samples that were tried."""
+        if isinstance(self.prompts, ShuffledPrompts):
+            check_inputs(self.prompts.pairs, policy.input_names, "prompt_fn")
+        if self.eval_prompts is not None:
+            check_inputs(self.eval_prompts, policy.input_names, "eval_prompts")
+        if args.offload_text_encoders:  # before the denoiser is beside them
+            with autocast(args):
+                policy.encode(known_prompts(policy, self.prompts, self.eval_prompts or ()), args.device)
+        move(pipeline, args.device, args)
+        batches = trial_samples(policy, self.prompts)
+        trial = batches.rows(range(min(TRIAL_SAMPLES, args.per_device_sample_batch_size)))
+        with autocast(args):
+            plan = plan_batches(args, *policy.survey(batches))
+            self.plan, self._gradient_layers = choose_passes(args, policy, trial, plan)
+        args.gradient_accumulation_steps = self.plan.micro_batches_per_update
+        if args.save_total_limit == 1 and args.metric_for_best_model is not None:
+            args.save_total_limit = 2  # at the end Trainer would delete the last one, which a stopped run goes on from
+        if args.total_episodes is not None:
+            args.num_train_epochs = self.plan.rounds_for(args.total_episodes)
+        return trial
+
+    def _try_reward_functions(self, size: int) -> None:
+        scorers = [self.scorer] if self.eval_scorer is None else [self.scorer, self.eval_scorer]
+        with self.accelerator.autocast():
+            image_bytes = try_reward_functions(self._policy, scorers, self._example, size)
+        self.plan = dataclasses.replace(self.plan, image_bytes=image_bytes)
+
+    def _add_own_callbacks(self) -> None:
+        """Progress bars, the clock and the record of the run, in this order and after the user's callbacks."""
+        self.progress = RoundProgress(disable=self.args.disable_tqdm or not self.is_world_process_zero())
+        self.remove_callback(ProgressCallback)
+        self.add_callback(self.progress)
+        self.clock = TrainingClock()
+        self.add_callback(self.clock)
+        first = functools.partial(preview, self.prompts)
+        fixed = fixed_prompts(self.args, self.eval_prompts, first, self.plan.prompts_per_round)
         self.recorder = RunRecorder(lambda: self._evaluator, fixed, self.callback_handler.callbacks)
         self.add_callback(self.recorder)
 
@@ -295,19 +291,15 @@ class DDPOTrainer(Trainer):
             policy=self._policy,
             prompts=self.prompts,
             scorer=self.scorer,
-            keys=self._keys,
-            normalize=self.normalize,
-            normalize_each=self.normalize_each,
-            populations=[self._populations(normalizer) for normalizer in self.normalize_each or [self.normalize]],
+            advantages=self.advantages,
             drop_invalid=self.args.on_invalid_reward == "drop",
-            advantage_clip=math.inf if self.args.advantage_normalization == "none" else self.args.advantage_clip,
             plan=self.plan,
             gradient_layers=self._gradient_layers,
             seed=self.args.seed,
             accelerator=self.accelerator,
             progress=self.progress,
             before_sampling=self._forget_rollout,
-            on_rollout=self._start_optimising,
+            on_rollout=self._start_updates,
         )
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -328,10 +320,10 @@ class DDPOTrainer(Trainer):
         self._make_room(checkpoint)
         if self.is_world_process_zero() and not self.args.disable_tqdm:
             print(f"Batch plan\n{self.plan}\nTrained\n  {self._policy.describe()}")
-        self._episodes = 0  # a checkpoint brings its own count
+        self.episodes = 0  # a checkpoint brings its own count
         # Without what a run that failed has left, or one whose last rounds were not logged.
         self._update_loss = torch.zeros((), device=self.args.device)
-        self._metrics.clear()
+        self.metrics.clear()
         try:
             with self._signals.handled():
                 return super().train(checkpoint, *args, **kwargs)
@@ -374,10 +366,9 @@ class DDPOTrainer(Trainer):
         dropped = rollout.rewards.isnan().to(rollout.log_probs.device)
         log_probs = rollout.log_probs.masked_fill(dropped[:, None], 0.0)  # may be NaN, and so would 0 · NaN
         weights = log_probs.new_tensor(list(self.plan.weights(rollout.round, self.args.seed).values()))  # of the steps
-        objective = self._objective(log_probs, log_probs, rollout.advantages[:, None] * weights)
-        for name, value in objective.metrics.items():
-            self._metrics[name].append(value)
-        return objective.loss
+        result = objective(self.args, log_probs, log_probs, rollout.advantages[:, None] * weights)
+        self.metrics.add(result.metrics)
+        return result.loss
 
     def _end_update(self, model: nn.Module) -> None:
         """Check the gradient, and leave the update out if it goes beyond `target_kl`. Trainer counts the step."""
@@ -387,7 +378,7 @@ class DDPOTrainer(Trainer):
         if self.args.target_kl is None:
             return
         self._target_kl.end_update(self.accelerator)
-        self._metrics["policy/updates_skipped"].append(float(self._target_kl.reached))
+        self.metrics.add({"policy/updates_skipped": float(self._target_kl.reached)})
         if self._target_kl.reached:
             model.zero_grad()
             # Accelerate's optimizer goes by this: its step does nothing now, not even decay momenta or weights.
@@ -413,14 +404,18 @@ class DDPOTrainer(Trainer):
         # Before any update π_θ is π_old. Taking it from this very pass keeps the ratio at 1 where other kernels or
         # half precision would move it.
         old_log_probs = log_probs.detach() if batch.on_policy or not batch.share_counted else batch.log_probs
-        objective = self._objective(
+        result = objective(
+            self.args,
             batch.counted(log_probs),
             batch.counted(old_log_probs),
             batch.counted(batch.advantages) * self.plan.weight(batch.step),
         )
-        loss, metrics = objective.loss, dict(objective.metrics)
+        loss, metrics = result.loss, dict(result.metrics)
         if batch.on_policy:
-            metrics["val/ratio_deviation"] = self._ratio_deviation(log_probs.detach(), batch)
+            is_first = self.state.global_step == self._initial_global_step
+            metrics["val/ratio_deviation"] = self._replay_check.deviation(
+                self._policy, batch, log_probs.detach(), self.rollout, is_first
+            )
         if kl is not None:
             loss = loss + self.args.kl_coef * batch.counted(kl).mean()
             metrics["objective/kl"] = batch.counted(kl).detach().mean()
@@ -429,8 +424,7 @@ class DDPOTrainer(Trainer):
             raise RuntimeError(self._policy.no_gradient(batch.step, batch.latents, batch.next_latents, batch.context))
         if self.args.target_kl is not None:
             self._target_kl.add(metrics["policy/approxkl_avg"])
-        for name, value in metrics.items():
-            self._metrics[name].append(value)
+        self.metrics.add(metrics)
         return (loss, {"log_probs": log_probs}) if return_outputs else loss
 
     @property
@@ -441,125 +435,12 @@ class DDPOTrainer(Trainer):
         self.recorder.rollout = None
         self.__dict__.pop("rollout", None)
 
-    def _start_optimising(self, rollout: Rollout) -> None:
+    def _start_updates(self, rollout: Rollout) -> None:
         self.rollout = self.recorder.rollout = rollout
         self._target_kl.begin_round()
-        self._episodes += self.plan.samples_per_round
-        for name, value in rollout.metrics.items():
-            self._metrics[name].append(value)
+        self.episodes += self.plan.samples_per_round
+        self.metrics.add(rollout.metrics)
         self.clock.start()
-
-    def _keys(self, pairs: Sequence[PromptPair]) -> Sequence[Hashable]:
-        """What the samples of a round are compared by: the draw of their prompt, or what it asks for."""
-        if self.args.advantage_normalization == "prompt":
-            return prompt_keys(pairs, self.prompt_key_fn)
-        return [index // self.plan.num_images_per_prompt for index in range(len(pairs))]
-
-    def _normalizer(self) -> advantages.Normalizer:
-        match self.args.advantage_normalization:
-            case "prompt":
-                return advantages.PromptStatistics(
-                    self.args.per_prompt_stat_tracking_buffer_size, self.args.per_prompt_stat_tracking_min_count
-                )
-            case "group":
-                return advantages.normalize_by_group
-            case "none":
-                return advantages.keep_raw
-            case _:
-                return advantages.normalize_by_batch
-
-    def _populations(self, normalizer: advantages.Normalizer) -> advantages.Populations:
-        if isinstance(normalizer, advantages.PromptStatistics):
-            return normalizer.populations
-        return advantages.groups if self.args.advantage_normalization == "group" else advantages.whole_round
-
-    def _objective(self, log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor) -> Objective:
-        if self.args.loss_type == "sf":
-            return score_function(log_probs, advantages)
-        return importance_sampling(log_probs, old_log_probs, advantages, self.args.cliprange)
-
-    def _ratio_deviation(self, log_probs: Tensor, batch: Transition) -> Tensor:
-        """Largest |ratio − 1| of replay to rollout before any update; in the first round a large one is an error."""
-        if not batch.share_counted:
-            return torch.zeros_like(log_probs[0])
-        if self.state.global_step == self._initial_global_step:
-            origins = [self.rollout.origin(sample) for sample in batch.samples]
-            if problem := replay_problem(self._policy, batch, log_probs, origins):
-                raise RuntimeError(problem)
-        return (torch.exp(log_probs - batch.log_probs) - 1).abs().max()
-
-    def _warn_of_rounding(self, deviation: float) -> None:
-        """The first update starts from ratios of 1, whatever the rounding. Those after it are clipped with it."""
-        args = self.args
-        if self.plan.updates_per_round > 1 and deviation > args.cliprange and not self._warned_of_rounding:
-            self._warned_of_rounding = True
-            logger.warning(
-                f"Replayed ratios differ from 1 by {deviation:.1e} before any update, more than cliprange "
-                f"({args.cliprange:g}): in the later updates of a round clipping goes by rounding. It vanishes if "
-                f"per_device_train_batch_size ({args.per_device_train_batch_size}) is per_device_sample_batch_size "
-                f"({args.per_device_sample_batch_size})."
-            )
-
-    def _check_alike(self, args: DDPOConfig) -> None:
-        """Refuses processes that were given other settings, prompts or reward functions than the first."""
-        given: dict[str, Any] = {**args.shared_settings, "reward_fn": self.scorer.names}
-        if isinstance(self.prompts, ShuffledPrompts) and args.world_size > 1:
-            given["prompt_fn"] = fingerprint(self.prompts.pairs)
-        if self.eval_prompts is not None and args.world_size > 1:
-            given["eval_prompts"] = fingerprint(self.eval_prompts)
-        check_alike(given)
-
-    def _check_inputs(self, policy: Policy) -> None:
-        """Refuses prompts without what `pipeline_inputs` names, all that are known by now."""
-        if isinstance(self.prompts, ShuffledPrompts):
-            check_inputs(self.prompts.pairs, policy.input_names, "prompt_fn")
-        if self.eval_prompts is not None:
-            check_inputs(self.eval_prompts, policy.input_names, "eval_prompts")
-
-    def _known_prompts(self, policy: Policy) -> Iterator[Context]:
-        """Batches of the prompts that are known before training begins, those of the first rounds first."""
-        pairs = self._preview(1)
-        if isinstance(self.prompts, ShuffledPrompts) and not policy.input_names:  # these may be large
-            pairs = self._preview(min(len(self.prompts.pairs), MAX_PROMPTS_AHEAD))
-        own = list({prompt: (prompt, metadata) for prompt, metadata in [*pairs, *(self.eval_prompts or ())]}.values())
-        size = policy.settings.per_device_sample_batch_size
-        for first in range(0, len(own), size):
-            prompts, metadata = zip(*own[first : first + size], strict=True)
-            yield policy.context(prompts, metadata, range(len(prompts)))
-
-    def _trial(self, policy: Policy) -> Context:
-        """
-        The samples that are tried at construction: two, unless all batches have one. With inputs they are different
-        ones, which show whether a sample depends on those next to it.
-        """
-        settings = policy.settings
-        size = min(TRIAL_SAMPLES, max(settings.per_device_sample_batch_size, settings.per_device_train_batch_size))
-        pairs = self._preview(size) if policy.input_names else self._preview(1) * size
-        prompts, metadata = zip(*pairs, strict=True)
-        seeds = [derived_seed(settings.seed, Stream.EVALUATION, index) for index in range(size)]
-        return policy.context(prompts, metadata, seeds)
-
-    def _preview(self, count: int) -> list[PromptPair]:
-        """The first prompts of a run that starts at round 0, those of the first process on all."""
-        pairs = self.prompts.preview(count)
-        return pairs if self.prompts.alike_on_all_processes else broadcast_object_list(pairs)
-
-    def _try_reward_function(self, prompt: str, metadata: Any, size: int) -> None:
-        """
-        Scores an image made in one denoising step: a faulty reward function is refused at construction. Where batches
-        have more than one, it comes a second time, darker, since what a function makes of one image tells little of
-        what it makes of two.
-        """
-        seed = derived_seed(self.args.seed, Stream.EVALUATION, 0)
-        with self.accelerator.autocast():
-            image = self._policy.sample(self._policy.context([prompt], [metadata], [seed]), max_steps=1).images
-        self.plan = dataclasses.replace(self.plan, image_bytes=image.nbytes)
-        images = torch.cat([image, image / 2])[:size]
-        scorers = [self.scorer] if self.eval_scorer is None else [self.scorer, self.eval_scorer]
-        when = "trial at construction"
-        with randomness_untouched(self.args.device):
-            scores = [scorer.submit(images, [prompt] * size, [metadata] * size, when) for scorer in scorers]
-            first_problem(scores, raises=True)  # whatever on_invalid_reward says: here it is a mistake
 
     # ---- Wrapped models ----
 
@@ -575,34 +456,18 @@ class DDPOTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds what has gathered since the last call to the training logs."""
         if "loss" in logs:
-            logs = {**logs, **self._take_metrics()}
-            self._warn_of_rounding(logs.get("val/ratio_deviation", 0.0))
+            self.metrics.add({"time/training": self.clock.take()})
+            logs = {**logs, **self.metrics.take(self.accelerator), "episode": self.episodes}
+            self._replay_check.warn_of_rounding(logs.get("val/ratio_deviation", 0.0))
             if start_time is not None:
                 rounds = (self.state.global_step - self._initial_global_step) / self.plan.updates_per_round
                 logs["eps"] = rounds * self.plan.samples_per_round / (time.time() - start_time)
         is_evaluation = any(name.startswith("eval_") for name in logs)
         if is_evaluation:
-            logs["episode"] = self._episodes  # for `metrics.csv`
+            logs["episode"] = self.episodes  # for `metrics.csv`
         super().log(logs, start_time)
         if is_evaluation:
             del logs["episode"]  # `evaluate` returns these very logs, and it is not a measurement
-
-    def _take_metrics(self) -> dict[str, float]:
-        """
-        Combine what has gathered since the last log, over micro-batches, rounds and processes, and empty the store.
-
-        Means, except for a deviation (the largest) and times (the sum over the rounds of the log). `episode` is the
-        count so far.
-        """
-        self._metrics["time/training"].append(self.clock.take())
-        metrics = {}
-        for name, values in self._metrics.items():
-            local = torch.tensor([float(value) for value in values], device=self.args.device)
-            combine = torch.max if name == "val/ratio_deviation" else torch.mean
-            own = torch.sum(local) if name.startswith("time/") else combine(local)
-            metrics[name] = combine(self.accelerator.gather(own)).item()
-        self._metrics.clear()
-        return {**metrics, "episode": self._episodes}
 
     # ---- Evaluation ----
 
@@ -755,7 +620,7 @@ class DDPOTrainer(Trainer):
         with open(os.path.join(directory, PLAN_NAME), "w") as file:
             json.dump(dataclasses.asdict(self.plan), file)
         run = {
-            "episodes": self._episodes,
+            "episodes": self.episodes,
             **self._what_is_run(),
             **self._optimizer_record(),
             **self.recorder.state_dict(),
@@ -763,9 +628,9 @@ class DDPOTrainer(Trainer):
         with open(os.path.join(directory, resuming.RUN_NAME), "w") as file:
             json.dump(run, file)
         torch.save(self.prompts.state_dict(), os.path.join(directory, PROMPTS_NAME))
-        if self._prompt_statistics:
+        if self.advantages.statistics:
             with open(os.path.join(directory, PROMPT_STATISTICS_NAME), "w") as file:
-                json.dump([statistics.state_dict() for statistics in self._prompt_statistics], file)
+                json.dump(self.advantages.state_dict(), file)
 
     def _get_output_dir(self, trial: Any) -> str:
         return self._staging or super()._get_output_dir(trial)
@@ -793,15 +658,10 @@ class DDPOTrainer(Trainer):
     def _optimizer_record(self) -> dict[str, Any]:
         return optimizers_.record(self.optimizer, self.lr_scheduler, self._hyperparameters)
 
-    @property
-    def _rewards(self) -> dict[str, float]:
-        """Weights of the reward functions, by name."""
-        return dict(zip(self.scorer.names, self.scorer.weights.tolist(), strict=True))
-
     def _what_is_run(self) -> dict[str, Any]:
         """Rewards and prompts, as a checkpoint holds them."""
         return {
-            "rewards": self._rewards,
+            "rewards": self.scorer.weight_of,
             "prompts": self.prompts.fingerprint,
             "eval_prompts": None if self.eval_prompts is None else fingerprint(self.eval_prompts),
             "prompt_key_fn": described(self.prompt_key_fn),
@@ -870,33 +730,27 @@ class DDPOTrainer(Trainer):
         saved = resuming.read(checkpoint)
         # Before checkpoints held the count, the rounds of a run were all of one size.
         rounds = self.state.global_step // self.plan.updates_per_round
-        self._episodes = (saved.run or {}).get("episodes", rounds * self.plan.samples_per_round)
+        self.episodes = (saved.run or {}).get("episodes", rounds * self.plan.samples_per_round)
         prompts = torch.load(os.path.join(checkpoint, PROMPTS_NAME), weights_only=True)
         if saved.run is None or saved.run["prompts"] == self.prompts.fingerprint:
             self.prompts.load_state_dict(prompts)
-        if self._prompt_statistics and saved.settings.get("advantage_normalization", "prompt") == "prompt":
+        if self.advantages.statistics and saved.settings.get("advantage_normalization", "prompt") == "prompt":
             self._load_prompt_statistics(os.path.join(checkpoint, PROMPT_STATISTICS_NAME), saved.run)
         self.recorder.load_state_dict(saved.run or {"earlier_logs": [], "earlier_steps": 0})
         resuming.find_best(self.state, checkpoint, saved.settings, vars(self.args))
         self._load_rng_state(checkpoint)  # Trainer does so in the next round, which a finished run does not have
 
-    @property
-    def _prompt_statistics(self) -> list[advantages.PromptStatistics]:
-        """Those of the sum, or of each reward function; none if advantages don't go by prompt."""
-        normalizers = [self.normalize, *self.normalize_each]
-        return [one for one in normalizers if isinstance(one, advantages.PromptStatistics)]
-
     def _load_prompt_statistics(self, path: str, run: dict[str, Any] | None) -> None:
         with open(path) as file:
             states = json.load(file)
-        own, before = self._rewards, self._rewards if run is None else run["rewards"]
+        own, before = self.scorer.weight_of, self.scorer.weight_of if run is None else run["rewards"]
         key_fn = described(self.prompt_key_fn)
-        if len(states) != len(self._prompt_statistics):
+        if len(states) != len(self.advantages.statistics):
             logger.warning(
                 f"{path} has the remembered rewards of {len(states)} sums or reward functions, and this run has "
-                f"{len(self._prompt_statistics)}: they are forgotten."
+                f"{len(self.advantages.statistics)}: they are forgotten."
             )
-        elif [*own] != [*before] if self.normalize_each else own != before:
+        elif [*own] != [*before] if self.advantages.normalize_each else own != before:
             logger.warning(
                 f"{path} has the remembered rewards of {before}, and this run has {own}: they are forgotten."
             )
@@ -906,8 +760,7 @@ class DDPOTrainer(Trainer):
                 "forgotten."
             )
         else:
-            for statistics, state in zip(self._prompt_statistics, states, strict=True):
-                statistics.load_state_dict(state)
+            self.advantages.load_state_dict(states)
 
     def _load_best_model(self) -> None:
         self._policy.load(self.state.best_model_checkpoint)
@@ -1008,12 +861,12 @@ class DDPOTrainer(Trainer):
                 repo_id=name,
                 policy=self._policy,
                 config=self.args,
-                prompt=self._example_prompt,
+                prompt=self._example[0],
                 inputs=self._example_inputs,
                 tags=[*self._tag_names, *self._policy.model_tags, *given],
                 dataset_name=dataset_name,
                 rewards={
-                    **self._rewards,
+                    **self.scorer.weight_of,
                     **dict.fromkeys(held_out),
                 },
                 log_history=self.state.log_history,

@@ -31,7 +31,7 @@ from conformance.more_pipelines import MORE_CASES
 from conformance.newer_pipelines import NEWER_CASES
 from ddpo_trl import DDPOConfig, DDPOTrainer, check_pipeline
 from ddpo_trl.policy.embeddings import text_encoders
-from ddpo_trl.policy.lora import ADAPTER_NAME, denoiser_name, has_lora_loader, put_on_adapter, save_adapter
+from ddpo_trl.policy.lora import ADAPTER_NAME, add_adapter, denoiser_name, has_lora_loader, save_adapter
 from ddpo_trl.policy.per_sample_gradients import trained_weights
 from ddpo_trl.policy.policy import Policy, seeded
 from ddpo_trl.policy.records import Context
@@ -88,7 +88,7 @@ def config(case: Case, **overrides: Any) -> DDPOConfig:
 def make_policy(case: Case) -> Policy:
     """A policy whose adapter is not the identity, as after some training."""
     pipeline = case.build(0)
-    policy = Policy(pipeline, config(case), put_on_adapter(pipeline, None))
+    policy = Policy(pipeline, config(case), add_adapter(pipeline, None))
     randomise_adapter(policy.denoiser)
     return policy
 
@@ -180,7 +180,7 @@ def brightness(images: Tensor, prompts: tuple[str, ...], metadata: tuple[Any, ..
 def saved_adapter_is_reloaded(case: Case) -> None:
     """The saved adapter, loaded by the pipeline's own loader (or peft's), gives the same images."""
     trained, fresh = case.build(0), case.build(0)
-    adapter = put_on_adapter(trained, None)
+    adapter = add_adapter(trained, None)
     randomise_adapter(Policy(trained, config(case), adapter).denoiser)
     plain = images(fresh, case)
     with tempfile.TemporaryDirectory() as directory:
@@ -420,7 +420,7 @@ def the_networks_are_as_they_were(case: Case) -> None:
     """After sampling and replay the user's pipeline has its attention processors, hooks, weights and random state."""
     pipeline = case.build(0)
     images(pipeline, case)  # some text encoders put hooks on their layers the first time they run
-    policy = Policy(pipeline, config(case), put_on_adapter(pipeline, None)).eval()
+    policy = Policy(pipeline, config(case), add_adapter(pipeline, None)).eval()
     before = states(policy)
     random_state = torch.get_rng_state()
     batch = policy.sample(context(policy, case), record=range(STEPS))
@@ -458,7 +458,7 @@ def an_input_in_pipeline_kwargs_serves_all(case: Case) -> str | None:
         return f"{NOT_APPLICABLE}: there are only prompts"
     pipeline = case.build(0)
     first, second = metadata(case)
-    adapter = put_on_adapter(pipeline, None)
+    adapter = add_adapter(pipeline, None)
     found = []
     for inputs in (first, second):
         settings = config(case, pipeline_kwargs={**case.pipeline_kwargs, **inputs}, pipeline_inputs=None)

@@ -83,7 +83,7 @@ def gain(make_config, sign: int, shuffle: bool = False, **settings: Any) -> Gain
     adapter = LoraConfig(r=4, lora_alpha=4, target_modules=["conv1", "conv2", "conv_out"])
     trainer = DDPOTrainer(config, reward, PROMPTS, small_pipeline(), peft_config=adapter, eval_prompts=PROMPTS * 8)
     if shuffle:
-        trainer.normalize = shuffled(trainer.normalize, torch.Generator().manual_seed(0))
+        trainer.advantages.normalize = shuffled(trainer.advantages.normalize, torch.Generator().manual_seed(0))
     before = trainer.generate_samples().rewards[:, 0]
     trainer.train()
     gains = (trainer.generate_samples().rewards[:, 0] - before) / before.std()

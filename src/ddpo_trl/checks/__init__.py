@@ -5,8 +5,8 @@ named.
 The cause is found by trial: suspects replay the transition, each under one changed condition.
 """
 
-from ddpo_trl.checks.replay import replay_problem
+from ddpo_trl.checks.replay import ReplayCheck, replay_problem
 from ddpo_trl.checks.trial import log_prob_difference
 
 
-__all__ = ["log_prob_difference", "replay_problem"]
+__all__ = ["ReplayCheck", "log_prob_difference", "replay_problem"]

@@ -17,11 +17,11 @@ from ddpo_trl.checks import log_prob_difference, replay_problem
 from ddpo_trl.config import DDPOConfig
 from ddpo_trl.policy.lora import (
     adapter_layers,
+    add_adapter,
     denoiser_name,
     describe_adapter,
     has_lora_loader,
-    put_on_adapter,
-    take_off_adapter,
+    remove_adapters,
 )
 from ddpo_trl.policy.policy import Policy
 from ddpo_trl.policy.records import SampledBatch
@@ -170,7 +170,7 @@ def _examine(
     report.denoiser = f"{name}: {type(denoiser).__name__}, {weights:,} weights, {denoiser.dtype}"
     if isinstance(pipeline.components.get(f"{name}_2"), nn.Module):  # Wan 2.2
         report.notes.append(f"{name}_2 is used as it is; only {name} is trained")
-    adapter = put_on_adapter(pipeline, None)
+    adapter = add_adapter(pipeline, None)
     loader = "pipeline.load_lora_weights" if has_lora_loader(pipeline) else "peft.PeftModel.from_pretrained"
     report.adapter = f"{describe_adapter(denoiser, adapter)}; loaded by {loader}"
     policy = Policy(pipeline, config, adapter)
@@ -288,7 +288,7 @@ def untouched(pipeline: DiffusionPipeline) -> Iterator[None]:
     finally:
         for network in without_adapter:
             if adapter_layers(network):
-                take_off_adapter(network)
+                remove_adapters(network)
         for parameter, requires_grad, dtype in weights:
             parameter.requires_grad_(requires_grad)
             parameter.data = parameter.data.to(dtype)  # an adapter's, which trains in float32

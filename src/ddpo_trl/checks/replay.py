@@ -2,7 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
+from transformers.utils import logging
 
 from ddpo_trl.checks.causes import CHANGED_SUSPECTS, LOOP_SUSPECTS, RANDOM_SUSPECTS, Suspect
 from ddpo_trl.checks.trial import (
@@ -13,10 +15,14 @@ from ddpo_trl.checks.trial import (
     Trial,
     log_prob_difference,
 )
+from ddpo_trl.config import DDPOConfig
 from ddpo_trl.distributed import is_sharded
 from ddpo_trl.policy.policy import Policy
 from ddpo_trl.policy.records import SampledBatch
-from ddpo_trl.rollout.records import Transition
+from ddpo_trl.rollout.records import Rollout, Transition
+
+
+logger = logging.get_logger(__name__)
 
 
 def replay_problem(
@@ -92,3 +98,59 @@ def first_cause(trial: Trial, suspects: Mapping[str, Suspect], acquitted: list[s
         except Exception as error:  # a pipeline may not bear the trial, and that must not hide the finding
             acquitted.append(f"{name} (not tried: {type(error).__name__})")
     return None
+
+
+class ReplayCheck:
+    """
+    Compares replays before any update with the sampling they repeat.
+
+    Args:
+        config ([`DDPOConfig`]):
+            Settings.
+    """
+
+    def __init__(self, config: DDPOConfig):
+        self.config = config
+        self.warned = False
+
+    def deviation(
+        self, policy: Policy, batch: Transition, log_probs: Tensor, rollout: Rollout, is_first: bool
+    ) -> Tensor:
+        """
+        Largest |ratio − 1| of replay to rollout.
+
+        Args:
+            policy ([`~ddpo_trl.policy.policy.Policy`]):
+                The policy.
+            batch ([`~ddpo_trl.rollout.records.Transition`]):
+                The micro-batch.
+            log_probs (`torch.Tensor` of shape `(B,)`):
+                Its replayed log-probabilities, without gradient.
+            rollout ([`~ddpo_trl.rollout.records.Rollout`]):
+                Where it comes from.
+            is_first (`bool`):
+                Whether no update was made in this run yet.
+
+        Raises:
+            `RuntimeError`: If the replay is another policy than was sampled, in the first round only.
+        """
+        if not batch.share_counted:
+            return torch.zeros_like(log_probs[0])
+        if is_first:
+            origins = [rollout.origin(sample) for sample in batch.samples]
+            if problem := replay_problem(policy, batch, log_probs, origins):
+                raise RuntimeError(problem)
+        return (torch.exp(log_probs - batch.log_probs) - 1).abs().max()
+
+    def warn_of_rounding(self, deviation: float) -> None:
+        """Warns once if rounding alone clips: the first update starts from ratios of 1, those after it do not."""
+        config = self.config
+        if self.warned or config.updates_per_round == 1 or deviation <= config.cliprange:
+            return
+        self.warned = True
+        logger.warning(
+            f"Replayed ratios differ from 1 by {deviation:.1e} before any update, more than cliprange "
+            f"({config.cliprange:g}): in the later updates of a round, clipping depends on rounding. It vanishes if "
+            f"per_device_train_batch_size ({config.per_device_train_batch_size}) is equal to "
+            f"per_device_sample_batch_size ({config.per_device_sample_batch_size})."
+        )

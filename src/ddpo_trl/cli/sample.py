@@ -28,10 +28,10 @@ from ddpo_trl.policy.lora import (
     PEFT_WEIGHTS_NAME,
     adapter_layers,
     adapters_off,
+    add_adapter,
     denoiser_name,
     has_lora_loader,
     load_adapter,
-    put_on_adapter,
     quiet,
 )
 from ddpo_trl.policy.policy import Policy
@@ -201,7 +201,7 @@ def put_on_saved_adapter(pipeline: DiffusionPipeline, folder: Path) -> str:
     """
     try:
         if not has_lora_loader(pipeline):
-            adapter = put_on_adapter(pipeline, PeftConfig.from_pretrained(str(folder)))
+            adapter = add_adapter(pipeline, PeftConfig.from_pretrained(str(folder)))
             load_adapter(pipeline, adapter, folder)
             return adapter
         with quiet():

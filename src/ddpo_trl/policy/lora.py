@@ -143,7 +143,7 @@ def adapters_off(denoiser: nn.Module) -> Iterator[None]:
             layer.enable_adapters(True)
 
 
-def put_on_adapter(pipeline: DiffusionPipeline, peft_config: PeftConfig | None) -> str:
+def add_adapter(pipeline: DiffusionPipeline, peft_config: PeftConfig | None) -> str:
     """
     Freezes everything in the pipeline but a LoRA adapter of its denoiser, whose weights become float32.
 
@@ -200,7 +200,7 @@ def put_on_adapter(pipeline: DiffusionPipeline, peft_config: PeftConfig | None) 
         _train_only(denoiser, ADAPTER_NAME)
         _check_files(pipeline, ADAPTER_NAME, "peft_config")
     except ValueError:
-        take_off_adapter(denoiser)  # as much of it as there is
+        remove_adapters(denoiser)  # as much of it as there is
         raise
     return ADAPTER_NAME
 
@@ -275,7 +275,7 @@ def sharing_weights(denoiser: nn.Module) -> nn.Module:
     shared |= {id(buffer): buffer for buffer in denoiser.buffers()}
     copied = copy.deepcopy(denoiser, shared)
     if adapter_layers(copied):
-        take_off_adapter(copied)
+        remove_adapters(copied)
     return copied
 
 
@@ -305,7 +305,7 @@ def _add_adapter(denoiser: nn.Module, peft_config: PeftConfig) -> None:
         ) from error
 
 
-def take_off_adapter(denoiser: nn.Module) -> None:
+def remove_adapters(denoiser: nn.Module) -> None:
     """Removes all adapters, and the layers that held them."""
     recurse_remove_peft_layers(denoiser)
     for name, module in list(denoiser.named_modules()):

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
+from peft import PeftConfig
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 
@@ -21,8 +22,10 @@ from ddpo_trl.policy.gaussian import kl_divergence, log_prob
 from ddpo_trl.policy.lora import (
     adapter_layers,
     adapters_off,
+    add_adapter,
     denoiser_name,
     describe_adapter,
+    freeze_all_but_denoiser,
     load_adapter,
     save_adapter,
 )
@@ -98,6 +101,39 @@ class Policy(nn.Module):
         `ValueError`: If the scheduler can't be turned into a policy, the pipeline does not take the arguments it is
             meant to be called with, or nothing requires gradients.
     """
+
+    @classmethod
+    def from_pipeline(
+        cls, pipeline: DiffusionPipeline, config: DDPOConfig, peft_config: PeftConfig | None = None
+    ) -> "Policy":
+        """
+        Prepares a pipeline for training: with an adapter on its denoiser, or all weights of the denoiser.
+
+        Args:
+            pipeline ([`~diffusers.DiffusionPipeline`]):
+                The pipeline. What is not trained is frozen.
+            config ([`DDPOConfig`]):
+                Settings; `use_lora` decides.
+            peft_config ([`~peft.PeftConfig`], *optional*):
+                Adapter to add; the pipeline's own, or the default one, if it is left out.
+
+        Raises:
+            `ValueError`: If the pipeline can't be trained so, see [`~ddpo_trl.policy.lora.add_adapter`] and
+                [`~ddpo_trl.policy.lora.freeze_all_but_denoiser`].
+            `TypeError`: If an argument has the wrong type.
+        """
+        if not isinstance(pipeline, DiffusionPipeline):
+            what = repr(pipeline) if isinstance(pipeline, type) else type(pipeline).__name__
+            remedy = f"`{pipeline.__name__}.from_pretrained(...)`" if isinstance(pipeline, type) else "a Hub id"
+            raise TypeError(f"pipeline is {what}; give a pipeline of diffusers, such as {remedy}.")
+        if not isinstance(peft_config, PeftConfig | None):
+            raise TypeError(
+                f"peft_config is {type(peft_config).__name__}; give a `peft.LoraConfig(...)`, or leave it out."
+            )
+        if config.use_lora:
+            return cls(pipeline, config, add_adapter(pipeline, peft_config))
+        freeze_all_but_denoiser(pipeline, peft_config)
+        return cls(pipeline, config, adapter=None)
 
     def __init__(self, pipeline: DiffusionPipeline, config: DDPOConfig, adapter: str | None):
         super().__init__()

@@ -293,6 +293,11 @@ class RewardScorer:
             ]
         )
 
+    @property
+    def weight_of(self) -> dict[str, float]:
+        """Weights of the reward functions, by name."""
+        return dict(zip(self.names, self.weights.tolist(), strict=True))
+
     def total(self, rewards: Tensor) -> Tensor:
         """
         The weighted sum over the functions of `(..., F)` rewards: `(...)` float64. NaN stands for a function that does

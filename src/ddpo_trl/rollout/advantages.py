@@ -4,12 +4,16 @@ The arithmetic is float64 and runs on every process over the gathered rewards of
 """
 
 import itertools
+import math
 from collections import defaultdict, deque
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from ddpo_trl.config import DDPOConfig
+from ddpo_trl.prompts import PromptKeyFunction, PromptPair, prompt_keys
 
 
 # Keeps the quotient finite when all rewards but a few are equal; far below any reward difference that matters.
@@ -182,3 +186,113 @@ def indices_by_key(keys: Sequence[Hashable]) -> dict[Any, list[int]]:
     for index, key in enumerate(keys):
         positions.setdefault(key, []).append(index)
     return positions
+
+
+class Advantages:
+    """
+    Rewards of a round to advantages, by `advantage_normalization`, `multi_objective_aggregation` and
+    `advantage_clip`.
+
+    Args:
+        config ([`DDPOConfig`]):
+            Settings.
+        weights (`Mapping[str, float]`):
+            Weight of each reward function in the sum, by name.
+        prompt_key_fn (`Callable`):
+            Name of the task of a prompt and its metadata, for `"prompt"`.
+
+    Attributes:
+        normalize (`Callable`):
+            Summed rewards and keys to advantages.
+        normalize_each (`list[Callable]`):
+            The same for each reward function, before they are summed; empty if they are summed first.
+    """
+
+    def __init__(self, config: DDPOConfig, weights: Mapping[str, float], prompt_key_fn: PromptKeyFunction):
+        self.config = config
+        self.weights = dict(weights)
+        self.prompt_key_fn = prompt_key_fn
+        self.normalize_each: list[Normalizer] = []
+        if config.multi_objective_aggregation == "normalize_then_sum":
+            self.normalize_each = [self._normalizer() for _ in weights]
+            self.normalize: Normalizer = normalize_by_batch
+        else:
+            self.normalize = self._normalizer()
+        self._populations = [self._populations_of(each) for each in self.normalize_each or [self.normalize]]
+
+    def _normalizer(self) -> Normalizer:
+        config = self.config
+        match config.advantage_normalization:
+            case "prompt":
+                return PromptStatistics(
+                    config.per_prompt_stat_tracking_buffer_size, config.per_prompt_stat_tracking_min_count
+                )
+            case "group":
+                return normalize_by_group
+            case "none":
+                return keep_raw
+            case _:
+                return normalize_by_batch
+
+    def _populations_of(self, normalizer: Normalizer) -> Populations:
+        if isinstance(normalizer, PromptStatistics):
+            return normalizer.populations
+        return groups if self.config.advantage_normalization == "group" else whole_round
+
+    def keys(self, pairs: Sequence[PromptPair]) -> Sequence[Hashable]:
+        """Keys by which the samples of a round are compared: the task of their prompt, or the draw of it."""
+        if self.config.advantage_normalization == "prompt":
+            return prompt_keys(pairs, self.prompt_key_fn)
+        return [index // self.config.num_images_per_prompt for index in range(len(pairs))]
+
+    def __call__(self, rewards: Tensor, totals: Tensor, keys: Sequence[Hashable]) -> Tensor:
+        """
+        Advantages of the samples of all processes.
+
+        Args:
+            rewards (`torch.Tensor` of shape `(N, F)`):
+                A column per reward function, NaN where not valid.
+            totals (`torch.Tensor` of shape `(N,)`):
+                Their weighted sum; NaN for samples that are dropped.
+            keys (`Sequence` of length `N`):
+                See [`~Advantages.keys`].
+
+        Returns:
+            `torch.Tensor` of shape `(N,)`, float64; 0 for dropped samples.
+        """
+        if self.normalize_each:
+            dropped = totals.isnan()  # a sample dropped for one function has no part in the statistics of the others
+            columns = rewards.masked_fill(dropped[:, None], torch.nan).T
+            each = [
+                normalize_valid(own, column, keys) for own, column in zip(self.normalize_each, columns, strict=True)
+            ]
+            weights = torch.tensor([*self.weights.values()], dtype=torch.float64)
+            totals = (torch.stack(each, dim=1) @ weights).masked_fill(dropped, torch.nan)
+        advantages = normalize_valid(self.normalize, totals, keys)
+        clip = math.inf if self.config.advantage_normalization == "none" else self.config.advantage_clip
+        return advantages.clamp(-clip, clip)
+
+    def fraction_without_spread(self, rewards: Tensor, totals: Tensor, keys: Sequence[Hashable]) -> float:
+        """Share of the compared sets of valid rewards that give only zero advantages; shapes as for a call."""
+        shares = [
+            fraction_without_spread(populations(column[applies], select(keys, applies)))
+            for populations, column in zip(
+                self._populations, rewards.T if self.normalize_each else [totals], strict=True
+            )
+            if (applies := ~column.isnan()).any()
+        ]
+        return sum(shares) / max(len(shares), 1)
+
+    @property
+    def statistics(self) -> list[PromptStatistics]:
+        """Statistics per prompt, of the sum or of each reward function; empty unless rewards are remembered."""
+        return [each for each in [self.normalize, *self.normalize_each] if isinstance(each, PromptStatistics)]
+
+    def state_dict(self) -> list[dict[Any, list[float]]]:
+        """Remembered rewards, for a checkpoint."""
+        return [statistics.state_dict() for statistics in self.statistics]
+
+    def load_state_dict(self, state: Sequence[dict[Any, list[float]]]) -> None:
+        """Replaces the remembered rewards by those of [`~Advantages.state_dict`]."""
+        for statistics, own in zip(self.statistics, state, strict=True):
+            statistics.load_state_dict(own)

@@ -18,7 +18,7 @@ from ddpo_trl.policy.policy import Policy
 from ddpo_trl.policy.records import Context, SampledBatch
 from ddpo_trl.prompts import PromptPair, PromptSource
 from ddpo_trl.rewards.scoring import PendingRewards, RewardScorer, first_problem
-from ddpo_trl.rollout.advantages import Normalizer, Populations, fraction_without_spread, normalize_valid, select
+from ddpo_trl.rollout.advantages import Advantages, select
 from ddpo_trl.rollout.callbacks import RoundProgress
 from ddpo_trl.rollout.plan import BatchPlan
 from ddpo_trl.rollout.records import Rollout
@@ -62,20 +62,10 @@ class RolloutLoader:
             The prompts of each round.
         scorer ([`~ddpo_trl.rewards.scoring.RewardScorer`]):
             The rewards.
-        keys (`Callable`):
-            The pairs of all samples of all processes to what their rewards are compared by.
-        normalize (`Callable`):
-            Rewards and keys of all processes to advantages.
-        normalize_each (`Sequence[Callable]`):
-            What each reward function's rewards go through before they are summed; empty if they are summed as they
-            are.
-        populations (`Sequence[Callable]`):
-            The sets of rewards that are compared, to tell how many have no spread: of the sum, or of each reward
-            function if these are normalised.
+        advantages ([`~ddpo_trl.rollout.advantages.Advantages`]):
+            Rewards of all processes to advantages.
         drop_invalid (`bool`):
-            Whether samples without a valid reward are dropped, or else are an error.
-        advantage_clip (`float`):
-            Largest magnitude of an advantage; `inf` for none.
+            Whether samples without a valid reward are dropped; otherwise they are an error.
         plan ([`~ddpo_trl.rollout.plan.BatchPlan`]):
             The sizes.
         gradient_layers (`Mapping[torch.nn.Module, int]`):
@@ -95,12 +85,8 @@ class RolloutLoader:
     policy: Policy
     prompts: PromptSource
     scorer: RewardScorer
-    keys: Callable[[Sequence[PromptPair]], Sequence[Hashable]]
-    normalize: Normalizer
-    normalize_each: Sequence[Normalizer]
-    populations: Sequence[Populations]
+    advantages: Advantages
     drop_invalid: bool
-    advantage_clip: float
     plan: BatchPlan
     gradient_layers: Mapping[TrainedLayer, int]
     seed: int
@@ -135,9 +121,8 @@ class RolloutLoader:
         gathered = gather(self.accelerator, rewards)  # (samples of all processes, functions), NaN where not valid
         totals = self.scorer.total(gathered)
         self._check_invalid(totals, problem)
-        keys = self.keys(pairs)
-        advantages = normalize_valid(self.normalize, self._to_normalize(gathered, totals, keys), keys)
-        advantages = advantages.clamp(-self.advantage_clip, self.advantage_clip)
+        keys = self.advantages.keys(pairs)
+        advantages = self.advantages(gathered, totals, keys)
         return Rollout(
             round=self.round,
             batches=batches,
@@ -202,15 +187,6 @@ class RolloutLoader:
         first = self.accelerator.process_index * self.plan.samples_per_process
         return values[first : first + self.plan.samples_per_process]
 
-    def _to_normalize(self, rewards: Tensor, totals: Tensor, keys: Sequence[Hashable]) -> Tensor:
-        """The weighted sum of the rewards, or of what `normalize_each` makes of them; NaN for dropped samples."""
-        if not self.normalize_each:
-            return totals
-        dropped = totals.isnan()  # of one function, then it has no part in the statistics of the others either
-        columns = rewards.masked_fill(dropped[:, None], torch.nan).T
-        each = [normalize_valid(own, column, keys) for own, column in zip(self.normalize_each, columns, strict=True)]
-        return self.scorer.total(torch.stack(each, dim=1)).masked_fill(dropped, torch.nan)
-
     def _check_invalid(self, totals: Tensor, problem: str | None) -> None:
         """Warns of dropped samples; raises, on all processes alike, if they are more than half of the round."""
         invalid, count = int(totals.isnan().sum()), len(totals)
@@ -223,17 +199,11 @@ class RolloutLoader:
     def _reward_metrics(self, rewards: Tensor, totals: Tensor, keys: Sequence[Hashable]) -> dict[str, float]:
         valid = ~totals.isnan()
         rewards, totals, keys = rewards[valid], totals[valid], select(keys, valid)
-        compared = rewards.T if self.normalize_each else [totals]
-        without_spread = [
-            fraction_without_spread(populations(column[applies], select(keys, applies)))
-            for populations, column in zip(self.populations, compared, strict=True)
-            if (applies := ~column.isnan()).any()
-        ]
         metrics = {
             "reward": totals.mean().item(),
             "reward_std": totals.std(correction=0).item(),
             "rewards/invalid": 1 - valid.double().mean().item(),
-            "frac_reward_zero_std": sum(without_spread) / max(len(without_spread), 1),
+            "frac_reward_zero_std": self.advantages.fraction_without_spread(rewards, totals, keys),
         }
         for column, name in zip(rewards.T, self.scorer.names, strict=True):
             applies = ~column.isnan()

@@ -117,8 +117,8 @@ class DDPOTrainer(trainer.DDPOTrainer):
         self.accelerator.log_with = filter_trackers(config.log_with, self.accelerator.logging_dir)
         self.accelerator.init_trackers(config.tracker_project_name, init_kwargs=config.tracker_kwargs)
 
-    def _start_optimising(self, rollout: Rollout) -> None:
-        super()._start_optimising(rollout)
+    def _start_updates(self, rollout: Rollout) -> None:
+        super()._start_updates(rollout)
         # Among them are the trial at construction, and what an evaluation scored.
         scored = {id(row[1]): row for row in self._scored}  # by the very prompts, since images are on the CPU by now
         self._scored.clear()

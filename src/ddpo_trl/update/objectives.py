@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ddpo_trl.config import DDPOConfig
+
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
@@ -73,3 +75,10 @@ def importance_sampling(log_probs: Tensor, old_log_probs: Tensor, advantages: Te
         "val/ratio": ratio.detach().mean(),
     }
     return Objective(loss=loss, metrics=metrics)
+
+
+def objective(config: DDPOConfig, log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor) -> Objective:
+    """The objective that `loss_type` names; shapes as for [`importance_sampling`]."""
+    if config.loss_type == "sf":
+        return score_function(log_probs, advantages)
+    return importance_sampling(log_probs, old_log_probs, advantages, config.cliprange)

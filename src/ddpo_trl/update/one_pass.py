@@ -29,6 +29,7 @@ from ddpo_trl.policy.policy import Policy
 from ddpo_trl.policy.records import Context, SampledBatch
 from ddpo_trl.policy.schedulers import NoGradient
 from ddpo_trl.rollout.plan import BatchPlan
+from ddpo_trl.rollout.trial import TRIAL_SAMPLES
 
 
 # A wrong layout of the rows is off by the size of the gradient itself; bfloat16 rounds by a few percent.
@@ -36,9 +37,6 @@ TOLERANCE = 0.05
 
 # What the gradients may take of the memory that is free when training starts.
 MEMORY_SHARE = 0.5
-
-# Samples that tell the layout of the rows.
-TRIAL_SAMPLES = 2
 
 
 def choose_passes(

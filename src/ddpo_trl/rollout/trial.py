@@ -1,0 +1,85 @@
+"""Samples and reward calls at construction, so that what can't be trained is refused before time is spent."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from accelerate.utils import broadcast_object_list
+
+from ddpo_trl.policy.policy import Policy
+from ddpo_trl.policy.records import Context
+from ddpo_trl.prompts import PromptPair, PromptSource, ShuffledPrompts
+from ddpo_trl.rewards.scoring import RewardScorer, first_problem
+from ddpo_trl.seeding import Stream, derived_seed, randomness_untouched
+
+
+# Number of samples that show whether a sample depends on those next to it.
+TRIAL_SAMPLES = 2
+
+# Maximum number of prompts that are encoded at construction, where text encoders are offloaded.
+MAX_PROMPTS_AHEAD = 1024
+
+
+def preview(prompts: PromptSource, count: int) -> list[PromptPair]:
+    """The first prompts of a run that starts at round 0: those of the first process, on all. All have to call it."""
+    pairs = prompts.preview(count)
+    return pairs if prompts.alike_on_all_processes else broadcast_object_list(pairs)
+
+
+def trial_samples(policy: Policy, prompts: PromptSource) -> Context:
+    """
+    Samples tried at construction: two, unless all batches have one. With `pipeline_inputs` they are different ones,
+    which show whether a sample depends on those next to it.
+    """
+    settings = policy.settings
+    size = min(TRIAL_SAMPLES, max(settings.per_device_sample_batch_size, settings.per_device_train_batch_size))
+    pairs = preview(prompts, size) if policy.input_names else preview(prompts, 1) * size
+    texts, metadata = zip(*pairs, strict=True)
+    seeds = [derived_seed(settings.seed, Stream.EVALUATION, index) for index in range(size)]
+    return policy.context(texts, metadata, seeds)
+
+
+def known_prompts(policy: Policy, prompts: PromptSource, eval_prompts: Sequence[PromptPair]) -> Iterator[Context]:
+    """Batches of the prompts that are known before training begins, those of the first rounds first."""
+    pairs = preview(prompts, 1)
+    if isinstance(prompts, ShuffledPrompts) and not policy.input_names:  # these may be large
+        pairs = preview(prompts, min(len(prompts.pairs), MAX_PROMPTS_AHEAD))
+    own = list({prompt: (prompt, metadata) for prompt, metadata in [*pairs, *eval_prompts]}.values())
+    size = policy.settings.per_device_sample_batch_size
+    for first in range(0, len(own), size):
+        texts, metadata = zip(*own[first : first + size], strict=True)
+        yield policy.context(texts, metadata, range(len(texts)))
+
+
+def try_reward_functions(policy: Policy, scorers: Sequence[RewardScorer], pair: PromptPair, size: int) -> int:
+    """
+    Scores an image made in one denoising step, so that a faulty reward function is refused at construction. Where
+    batches have more than one image, it is scored together with a darker copy: a function that works for one image may
+    not work for two. To be called under the autocast of the run.
+
+    Args:
+        policy ([`~ddpo_trl.policy.policy.Policy`]):
+            Makes the image.
+        scorers (`Sequence[RewardScorer]`):
+            Training and held-out rewards.
+        pair (`tuple[str, Any]`):
+            Prompt and metadata.
+        size (`int`):
+            Number of images, 1 or 2.
+
+    Returns:
+        `int`: Memory of an image in bytes.
+
+    Raises:
+        `ValueError` or `TypeError`: If a reward is not valid, whatever `on_invalid_reward` is.
+    """
+    prompt, metadata = pair
+    settings = policy.settings
+    seed = derived_seed(settings.seed, Stream.EVALUATION, 0)
+    image = policy.sample(policy.context([prompt], [metadata], [seed]), max_steps=1).images
+    images = torch.cat([image, image / 2])[:size]
+    with randomness_untouched(settings.device):
+        scores = [
+            scorer.submit(images, [prompt] * size, [metadata] * size, "trial at construction") for scorer in scorers
+        ]
+        first_problem(scores, raises=True)
+    return image.nbytes
