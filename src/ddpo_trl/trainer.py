@@ -32,20 +32,21 @@ from ddpo_trl.boundary import RoundCallbacks, RoundSchedule, StopSignals, agree,
 from ddpo_trl.callbacks import RoundProgress, TrainingClock
 from ddpo_trl.checkpoints import CONFIG_NAME, PLAN_NAME
 from ddpo_trl.config import DDPOConfig
-from ddpo_trl.descriptions import described
+from ddpo_trl.descriptions import DIGITS, code_digest, described
 from ddpo_trl.evaluation import Evaluator, Samples, check_evaluation, reward_names
 from ddpo_trl.finite import check_update
 from ddpo_trl.guard import replay_problem
 from ddpo_trl.loader import RolloutLoader
-from ddpo_trl.lora import freeze_all_but_denoiser, put_on_adapter
+from ddpo_trl.lora import adapter_scales, freeze_all_but_denoiser, put_on_adapter
 from ddpo_trl.model_card import write_model_card
 from ddpo_trl.objectives import importance_sampling, score_function
 from ddpo_trl.one_pass import TRIAL_SAMPLES, autocast, choose_passes, policy_gradient
-from ddpo_trl.pipelines import move
+from ddpo_trl.pipelines import ingredients, move
 from ddpo_trl.plan import plan_batches
 from ddpo_trl.policy import Policy
 from ddpo_trl.processes import check_alike, check_wrapping
 from ddpo_trl.prompts import (
+    FunctionPrompts,
     PromptFunction,
     PromptKeyFunction,
     PromptPair,
@@ -277,6 +278,10 @@ class DDPOTrainer(Trainer):
         self._signals = StopSignals(args.stop_on_signal)
         self._trained_in: str | None = None  # output_dir of an earlier call of `train`
         self._own_optimizer = optimizers[0] is not None or optimizer_cls_and_kwargs is not None
+        # Before weights are divided among processes, and functions count their calls.
+        self._ingredients = {**ingredients(pipeline), **self._code()}
+        if adapter is not None:
+            self._ingredients["The scale of the adapter"] = adapter_scales(policy.denoiser, adapter)
         self._example_prompt = prompt
         self._example_inputs = {name: values[0] for name, values in trial.inputs.items()}
         self._try_reward_function(prompt, metadata, trial_size)
@@ -333,7 +338,7 @@ class DDPOTrainer(Trainer):
             with self._signals.handled():
                 return super().train(checkpoint, *args, **kwargs)
         except BaseException as error:  # whatever ends a run, one asks next what is left of it
-            error.add_note(checkpoints.what_is_left(self.args.output_dir))
+            error.add_note(checkpoints.what_is_left(self.args.output_dir, checkpoint))
             raise
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
@@ -753,7 +758,7 @@ class DDPOTrainer(Trainer):
             json.dump(dataclasses.asdict(self.plan), file)
         run = {
             "episodes": self._episodes,
-            **self._what_is_run(),
+            **self._what_is_run,
             **self._optimizer_record(),
             **self.recorder.state_dict(),
         }
@@ -787,6 +792,13 @@ class DDPOTrainer(Trainer):
                 saved["args"] = callback.state()["args"]  # as given now: the checkpoint's would take their place
         super()._load_callback_state()
 
+    def _code(self) -> dict[str, str]:
+        """Hashes of the functions that were given, by name."""
+        functions = dict(zip(self.scorer.names, self.scorer.functions, strict=True))
+        if isinstance(self.prompts, FunctionPrompts):
+            functions["prompt_fn"] = self.prompts.prompt_fn
+        return {f"The code of {name}": code_digest(function)[:DIGITS] for name, function in functions.items()}
+
     def _optimizer_record(self) -> dict[str, Any]:
         return optimizers_.record(self.optimizer, self.lr_scheduler, self._hyperparameters)
 
@@ -795,13 +807,15 @@ class DDPOTrainer(Trainer):
         """Weights of the reward functions, by name."""
         return dict(zip(self.scorer.names, self.scorer.weights.tolist(), strict=True))
 
+    @functools.cached_property
     def _what_is_run(self) -> dict[str, Any]:
-        """Rewards and prompts, as a checkpoint holds them."""
+        """What makes this run another one than others with its settings, as a checkpoint holds it."""
         return {
             "rewards": self._rewards,
             "prompts": self.prompts.fingerprint,
             "eval_prompts": None if self.eval_prompts is None else fingerprint(self.eval_prompts),
             "prompt_key_fn": described(self.prompt_key_fn),
+            "ingredients": self._ingredients,
         }
 
     def checkpoint_to_resume(self, resume_from_checkpoint: str | bool | None = None) -> str | None:
@@ -834,7 +848,7 @@ class DDPOTrainer(Trainer):
         if saved.run is None:
             changes.append(f"it has no {resuming.RUN_NAME}: whether rewards and prompts are its own is not known.")
         else:
-            changes += resuming.run_changes(saved.run, self._what_is_run(), self.args.resume_with_new_rewards)
+            changes += resuming.run_changes(saved.run, self._what_is_run, self.args.resume_with_new_rewards)
         return changes
 
     def _make_room(self, checkpoint: str | None) -> None:
