@@ -98,7 +98,10 @@ def test_the_configs_own_field_is_not_ignored(make_config, run):
     [
         ("trainer_state.json", {"global_step": 3}, "lies inside a round of 2 .* multiple of 2"),
         ("batch_plan.json", None, "was not written by DDPOTrainer"),
-        ("rng_state.pth", None, r"holds no optimizer \(save_only_model=True\)"),
+        ("rng_state.pth", None, r"holds no random states \(as with save_only_model=True\)"),
+        ("optimizer.pt", None, "holds no optimizer"),
+        ("scheduler.pt", None, "holds no learning rate schedule"),
+        ("batch_plan.json", "{", "batch_plan.json is damaged .* Resume from an earlier checkpoint"),
     ],
 )
 def test_a_checkpoint_that_lacks_what_goes_on_is_refused(tmp_path, name, change, message):
@@ -107,11 +110,12 @@ def test_a_checkpoint_that_lacks_what_goes_on_is_refused(tmp_path, name, change,
     folder.mkdir()
     for file, content in files.items():
         (folder / file).write_text(json.dumps(content))
-    (folder / "rng_state.pth").touch()
+    for file in ("rng_state.pth", "optimizer.pt", "scheduler.pt"):
+        (folder / file).touch()
     assert checkpoints.to_resume(True, str(tmp_path)) == str(folder)
     (folder / name).unlink()
     if change:
-        (folder / name).write_text(json.dumps(change))
+        (folder / name).write_text(change if isinstance(change, str) else json.dumps(change))
     with pytest.raises(ValueError, match=message):
         checkpoints.to_resume(True, str(tmp_path))
 

@@ -1,6 +1,7 @@
 """A run that is killed at any moment and started again ends as if it had never been interrupted, to the bit."""
 
 import dataclasses
+import functools
 import json
 import os
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
+from peft import LoraConfig
 from safetensors.torch import load_file
 
 import kill_a_run
@@ -256,6 +258,67 @@ def test_another_reward_is_refused_without_a_word_and_named_with_it(make_config,
     _, said = resumed(other_reward, num_train_epochs=3, reward_weights=[2.0], prompts=["cat", "owl"])
     assert "weights of the rewards are {'other_reward': 2.0} and were {'other_reward': 1.0}" in said
     assert "they are forgotten" in said and "The prompts" not in said
+
+
+def reward_times(factor: float) -> Any:
+    def reward(images: torch.Tensor, prompts: Any, metadata: Any) -> torch.Tensor:
+        return factor * brightness(images, prompts, metadata)
+
+    return reward
+
+
+def always(prompt: str) -> Any:
+    return functools.partial(lambda text: (text, {}), prompt)
+
+
+def with_scale(alpha: int) -> dict[str, Any]:
+    return {"peft_config": LoraConfig(r=2, lora_alpha=alpha, target_modules=["to_q"])}
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "named"),
+    [
+        ({"reward_fn": reward_times(1)}, {"reward_fn": reward_times(-1)}, ["The code of reward is"]),
+        ({"prompt_fn": always("cat")}, {"prompt_fn": always("dog")}, ["The code of prompt_fn is"]),
+        ({"prompt_fn": [("cat", {"n": 1})]}, {"prompt_fn": [("cat", {"n": 2})]}, ["The prompts are 1 prompts"]),
+        (with_scale(2), with_scale(8), ["The scale of the adapter is [4.0] and was [1.0]"]),
+        (
+            {"pipeline": 0},
+            {"pipeline": 1},
+            ["pipeline.text_encoder is", "pipeline.unet is", "pipeline.vae is"],
+        ),
+        ({}, {"prediction": "sample"}, ["pipeline.scheduler.prediction_type is 'sample' and was 'epsilon'"]),
+        ({}, {}, []),
+    ],
+    ids=["reward", "prompt function", "metadata", "adapter", "base model", "scheduler", "nothing"],
+)
+def test_what_a_run_depends_on_besides_settings_is_named_where_it_has_changed(
+    make_config, tmp_path, caplog, before, after, named
+):
+    """All of these have the same names, shapes and settings."""
+
+    def trainer(rounds: int, pipeline: int = 0, prediction: str = "epsilon", **given: Any) -> DDPOTrainer:
+        config = make_config(
+            output_dir=str(tmp_path), save_strategy="epoch", num_train_epochs=rounds, num_inference_steps=2,
+            num_sample_batches=1, per_device_sample_batch_size=2, per_device_train_batch_size=2,
+        )  # fmt: skip
+        arguments = {"reward_fn": brightness, "prompt_fn": ["cat"], **given}
+        return DDPOTrainer(config, pipeline=tiny_pipeline(pipeline, prediction_type=prediction), **arguments)
+
+    trainer(1, **before).train()
+    with caplog.at_level("WARNING", logger="ddpo_trl"):
+        trainer(2, **after).train(resume_from_checkpoint=True)
+    said = sorted(record.getMessage().partition(": ")[2] for record in caplog.records)
+    assert len(said) == len(named) and all(map(str.startswith, said, named)), said
+
+
+def test_a_damaged_checkpoint_is_named_and_not_praised(make_config, tmp_path):
+    kill_a_run.make_trainer(tmp_path, rounds=1).train()
+    weights = tmp_path / "checkpoint-2" / "pytorch_lora_weights.safetensors"
+    weights.write_bytes(b"half")
+    with pytest.raises(ValueError, match=f"{weights} can't be read") as caught:
+        kill_a_run.make_trainer(tmp_path, rounds=2).train(resume_from_checkpoint=True)
+    assert caught.value.__notes__ == [f"No round was saved since {tmp_path / 'checkpoint-2'}, which was resumed."]
 
 
 def test_prompts_and_statistics_of_another_kind_begin_anew(tmp_path):

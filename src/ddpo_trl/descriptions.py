@@ -1,9 +1,10 @@
 """Arguments of any kind, written as JSON: as they are where JSON has them, or else as a description."""
 
+import functools
 import hashlib
 import json
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from enum import Enum
 from typing import Any
 
@@ -16,6 +17,9 @@ from torch import Tensor
 # Enough to tell two images apart, and short enough to be read.
 DIGITS = 12
 
+# Longer texts that describe an object are hashed.
+LONGEST = 80
+
 
 def described(value: Any) -> Any:
     """
@@ -24,8 +28,8 @@ def described(value: Any) -> Any:
     Args:
         value (`Any`):
             Numbers, strings and containers of them stay, also those of NumPy. Images, arrays and tensors become a
-            string with their type, shape and a hash of their content; functions and classes, their name; other
-            objects, their type.
+            string with their type, shape and a hash of their content; functions and classes, their name; objects
+            that show their value (dates, decimals, bytes, dataclasses), that; other objects, their type.
     """
     if value is None or type(value) in (bool, int, float, str):
         return value
@@ -50,7 +54,63 @@ def digest(value: Image.Image | np.ndarray | Tensor) -> str:
     """Return the SHA-256 of the pixels or numbers, in hexadecimal; mode, shape and dtype are not part of it."""
     if isinstance(value, Tensor):
         value = value.detach().cpu().reshape(-1).view(torch.uint8).numpy()
+    if isinstance(value, np.ndarray) and value.dtype == object:  # its bytes are addresses
+        return text_digest(json.dumps(described(value.tolist()), sort_keys=True))
     return hashlib.sha256(value.tobytes()).hexdigest()
+
+
+def text_digest(text: str) -> str:
+    """Return the SHA-256 of a text, in hexadecimal."""
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def code_digest(function: Callable[..., Any]) -> str:
+    """
+    Return the SHA-256 of what a function or callable object computes with, as far as it can be seen: its bytecode or
+    that of its class, and the numbers, texts and lists of them among its defaults, enclosed values, arguments of a
+    `partial` and attributes.
+
+    Args:
+        function (`Callable`):
+            Comments, line numbers and what it calls play no part.
+    """
+    return text_digest(json.dumps(_parts(function)))
+
+
+def _parts(value: Any) -> Any:
+    match value:
+        case functools.partial():
+            return [_parts(value.func), _visible(value.args), _visible(value.keywords)]
+        case types.MethodType():
+            return [_parts(value.__func__), _attributes(value.__self__)]
+        case types.FunctionType():
+            enclosed = [cell.cell_contents for cell in value.__closure__ or () if cell != types.CellType()]
+            return [_parts(value.__code__), *map(_visible, [value.__defaults__, value.__kwdefaults__, *enclosed])]
+        case types.CodeType():
+            nested = [_parts(each) for each in value.co_consts if isinstance(each, types.CodeType)]
+            return [value.co_code.hex(), value.co_names, [described(each) for each in value.co_consts], nested]
+        case type() | types.BuiltinFunctionType():
+            return described(value)
+        case _:
+            methods = [own for own in vars(type(value)).values() if isinstance(own, types.FunctionType)]
+            return [[_parts(method.__code__) for method in methods], _attributes(value)]
+
+
+def _attributes(value: Any) -> Any:
+    try:
+        return {name: _visible(own) for name, own in vars(value).items()}
+    except TypeError:  # it has slots only
+        return None
+
+
+def _visible(value: Any) -> Any:
+    """What JSON knows; of a function its code, since it may enclose itself; of others the type."""
+    if isinstance(value, types.FunctionType):
+        return _parts(value.__code__)
+    try:
+        return json.dumps(value, sort_keys=True)
+    except (TypeError, ValueError):
+        return type(value).__qualname__
 
 
 def _object(value: Any) -> str:
@@ -62,7 +122,11 @@ def _object(value: Any) -> str:
         return f"tensor of shape {tuple(value.shape)}, {value.dtype}, hash {digest(value)[:DIGITS]}"
     if isinstance(value, torch.dtype | torch.device):
         return str(value)
-    named = isinstance(value, type | types.FunctionType | types.BuiltinFunctionType | types.MethodType)
-    return (
-        f"{value.__module__}.{value.__qualname__}" if named else f"{type(value).__module__}.{type(value).__qualname__}"
-    )
+    if isinstance(value, bytes):
+        return f"{len(value)} bytes, hash {hashlib.sha256(value).hexdigest()[:DIGITS]}"
+    if isinstance(value, type | types.FunctionType | types.BuiltinFunctionType | types.MethodType):
+        return f"{value.__module__}.{value.__qualname__}"
+    kind, text = f"{type(value).__module__}.{type(value).__qualname__}", repr(value)
+    if " at 0x" in text:  # which is another one in the next run
+        return kind
+    return text if len(text) <= LONGEST else f"{kind}, hash {text_digest(text)[:DIGITS]}"

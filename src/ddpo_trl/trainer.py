@@ -31,15 +31,17 @@ from ddpo_trl.artifacts.model_card import write_model_card
 from ddpo_trl.artifacts.tracking import RunRecorder, fixed_prompts
 from ddpo_trl.checks import ReplayCheck
 from ddpo_trl.config import DDPOConfig
-from ddpo_trl.descriptions import described
+from ddpo_trl.descriptions import DIGITS, code_digest, described
 from ddpo_trl.distributed import check_alike, check_devices, check_wrapping
 from ddpo_trl.evaluation import Evaluator, Samples, check_evaluation, reward_names
 from ddpo_trl.finite import check_update
+from ddpo_trl.policy.lora import adapter_scales
 from ddpo_trl.policy.per_sample_gradients import trained_weights
-from ddpo_trl.policy.pipeline import move
+from ddpo_trl.policy.pipeline import ingredients, move
 from ddpo_trl.policy.policy import Policy
 from ddpo_trl.policy.records import Context
 from ddpo_trl.prompts import (
+    FunctionPrompts,
     PromptFunction,
     PromptKeyFunction,
     PromptPair,
@@ -209,6 +211,10 @@ class DDPOTrainer(Trainer):
         self._staging: str | None = None  # where a checkpoint is being written
         self._trained_in: str | None = None  # output_dir of an earlier call of `train`
         self._own_optimizer = optimizers[0] is not None or optimizer_cls_and_kwargs is not None
+        # Before weights are divided among processes, and functions count their calls.
+        self._ingredients = {**ingredients(pipeline), **self._code()}
+        if policy.adapter is not None:
+            self._ingredients["The scale of the adapter"] = adapter_scales(policy.denoiser, policy.adapter)
         self._example_inputs = {name: values[0] for name, values in trial.inputs.items()}
         self._try_reward_functions(len(trial))
         self._add_own_callbacks()
@@ -329,7 +335,7 @@ class DDPOTrainer(Trainer):
             with self._signals.handled():
                 return super().train(checkpoint, *args, **kwargs)
         except BaseException as error:  # whatever ends a run, one asks next what is left of it
-            error.add_note(checkpoints.what_is_left(self.args.output_dir))
+            error.add_note(checkpoints.what_is_left(self.args.output_dir, checkpoint))
             raise
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
@@ -622,7 +628,7 @@ class DDPOTrainer(Trainer):
             json.dump(dataclasses.asdict(self.plan), file)
         run = {
             "episodes": self.episodes,
-            **self._what_is_run(),
+            **self._what_is_run,
             **self._optimizer_record(),
             **self.recorder.state_dict(),
         }
@@ -656,16 +662,25 @@ class DDPOTrainer(Trainer):
                 saved["args"] = callback.state()["args"]  # as given now: the checkpoint's would take their place
         super()._load_callback_state()
 
+    def _code(self) -> dict[str, str]:
+        """Hashes of the functions that were given, by name."""
+        functions = dict(zip(self.scorer.names, self.scorer.functions, strict=True))
+        if isinstance(self.prompts, FunctionPrompts):
+            functions["prompt_fn"] = self.prompts.prompt_fn
+        return {f"The code of {name}": code_digest(function)[:DIGITS] for name, function in functions.items()}
+
     def _optimizer_record(self) -> dict[str, Any]:
         return optimizers_.record(self.optimizer, self.lr_scheduler, self._hyperparameters)
 
+    @functools.cached_property
     def _what_is_run(self) -> dict[str, Any]:
-        """Rewards and prompts, as a checkpoint holds them."""
+        """What makes this run another one than others with its settings, as a checkpoint holds it."""
         return {
             "rewards": self.scorer.weight_of,
             "prompts": self.prompts.fingerprint,
             "eval_prompts": None if self.eval_prompts is None else fingerprint(self.eval_prompts),
             "prompt_key_fn": described(self.prompt_key_fn),
+            "ingredients": self._ingredients,
         }
 
     def checkpoint_to_resume(self, resume_from_checkpoint: str | bool | None = None) -> str | None:
@@ -698,7 +713,7 @@ class DDPOTrainer(Trainer):
         if saved.run is None:
             changes.append(f"it has no {resuming.RUN_NAME}: whether rewards and prompts are its own is not known.")
         else:
-            changes += resuming.run_changes(saved.run, self._what_is_run(), self.args.resume_with_new_rewards)
+            changes += resuming.run_changes(saved.run, self._what_is_run, self.args.resume_with_new_rewards)
         return changes
 
     def _make_room(self, checkpoint: str | None) -> None:

@@ -7,6 +7,7 @@ import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
@@ -20,6 +21,13 @@ CONFIG_NAME = "ddpo_config.json"  # the settings, beside the weights
 
 PLAN_NAME = "batch_plan.json"
 
+# What a checkpoint holds beside weights, and its files: DeepSpeed's, FSDP's and those of one process.
+STATES = {
+    "random states": ["rng_state*.pth"],
+    "optimizer": ["optimizer*", "global_step*"],
+    "learning rate schedule": ["scheduler.pt", "global_step*"],
+}
+
 # Where the record of earlier runs goes, with a number. Not pushed to the Hub either.
 ASIDE = "_earlier"
 
@@ -29,9 +37,19 @@ def last_checkpoint(directory: str) -> str | None:
     return get_last_checkpoint(directory) if os.path.isdir(directory) else None
 
 
-def what_is_left(directory: str) -> str:
-    """Return the sentence that goes with the error of a run that ended early: where it can be resumed."""
+def what_is_left(directory: str, resumed: str | None = None) -> str:
+    """
+    Return the sentence that goes with the error of a run that ended early: where it can be resumed.
+
+    Args:
+        directory (`str`):
+            Of the run.
+        resumed (`str`, *optional*):
+            The checkpoint that it went on from. It may be what the error is about, so nothing is said in its favor.
+    """
     checkpoint = last_checkpoint(directory)
+    if resumed is not None and checkpoint == resumed:
+        return f"No round was saved since {checkpoint}, which was resumed."
     if checkpoint is None:
         return f"No round was saved: there is no checkpoint in {directory}."
     return f"{checkpoint} is intact: train(resume_from_checkpoint=True) continues from there."
@@ -99,15 +117,29 @@ def check_is_resumable(checkpoint: Path) -> None:
     weights = "its weights can start another run (`pipeline.load_lora_weights(checkpoint)`), but can't go on with this"
     if not (checkpoint / PLAN_NAME).is_file():
         raise ValueError(f"{checkpoint} was not written by DDPOTrainer: it has no {PLAN_NAME}; {weights}.")
-    if not list(checkpoint.glob("rng_state*.pth")):
-        raise ValueError(f"{checkpoint} holds no optimizer (save_only_model=True): {weights}.")
-    plan = json.loads((checkpoint / PLAN_NAME).read_text())
-    step = json.loads((checkpoint / TRAINER_STATE_NAME).read_text())["global_step"]
+    for what, patterns in STATES.items():  # Trainer would go on without a word, with a new one
+        if not any(list(checkpoint.glob(pattern)) for pattern in patterns):
+            raise ValueError(f"{checkpoint} holds no {what} (as with save_only_model=True): {weights}.")
+    plan = read_json(checkpoint / PLAN_NAME)
+    step = read_json(checkpoint / TRAINER_STATE_NAME)["global_step"]
     if step % (updates := plan["num_ppo_epochs"] * plan["num_mini_batches"]):
         raise ValueError(
             f"{checkpoint} lies inside a round of {updates} optimizer steps, whose samples are not part of it. Resume "
             f"from one whose number is a multiple of {updates}; {weights}."
         )
+
+
+def read_json(path: Path) -> Any:
+    """
+    Read a file of a checkpoint.
+
+    Raises:
+        `ValueError`: If it is damaged, with its path.
+    """
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}). Resume from an earlier checkpoint.") from error
 
 
 def check_is_free(output_dir: str, checkpoint: str | None) -> None:
@@ -168,7 +200,7 @@ def make_room(output_dir: str, checkpoint: str | None, record: Iterable[str]) ->
     Returns:
         `str`: What was done, in words; `None` if there was nothing to do.
     """
-    step = -1 if checkpoint is None else json.loads(Path(checkpoint, TRAINER_STATE_NAME).read_text())["global_step"]
+    step = -1 if checkpoint is None else read_json(Path(checkpoint, TRAINER_STATE_NAME))["global_step"]
     names = [*checkpoints_after(output_dir, step), *record]
     aside = set_aside(output_dir, names)
     return aside and f"What an earlier run left in {output_dir} ({', '.join(os.listdir(aside))}) is now in {aside}."

@@ -1,6 +1,5 @@
 """Is it the run that wrote the checkpoint? What differs is named, what can't be continued is refused."""
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import Any
 
 from transformers import TrainerState
 
-from ddpo_trl.artifacts.checkpoints import CONFIG_NAME, PLAN_NAME, moved_best
+from ddpo_trl.artifacts.checkpoints import CONFIG_NAME, PLAN_NAME, moved_best, read_json
 
 
 RUN_NAME = "run.json"  # what the settings don't tell: rewards, prompts, the optimizer
@@ -80,10 +79,10 @@ class SavedRun:
 def read(checkpoint: str) -> SavedRun:
     """Reads what a checkpoint says of its run."""
     config, plan, run = (Path(checkpoint, name) for name in (CONFIG_NAME, PLAN_NAME, RUN_NAME))
-    settings = json.loads(config.read_text()) if config.is_file() else {}
+    settings = read_json(config) if config.is_file() else {}
     return SavedRun(
-        settings=with_plan(settings, json.loads(plan.read_text())),
-        run=json.loads(run.read_text()) if run.is_file() else None,
+        settings=with_plan(settings, read_json(plan)),
+        run=read_json(run) if run.is_file() else None,
     )
 
 
@@ -138,7 +137,8 @@ def run_changes(saved: Mapping[str, Any], current: Mapping[str, Any], new_reward
 
     Args:
         saved, current (`Mapping[str, Any]`):
-            `rewards`: names and weights; `prompts` and `eval_prompts`: their fingerprints.
+            `rewards`: names and weights; `prompts` and `eval_prompts`: their fingerprints; `ingredients`: the rest
+            that images and rewards depend on, by name.
         new_rewards (`bool`):
             Whether other reward functions are meant (`resume_with_new_rewards`).
 
@@ -159,6 +159,10 @@ def run_changes(saved: Mapping[str, Any], current: Mapping[str, Any], new_reward
     for name in ("prompts", "eval_prompts"):
         if current[name] != saved[name]:
             yield f"The {name} are {current[name]} and were {saved[name]}: from here on this is another run."
+    recorded = saved.get("ingredients", {})  # an earlier version of this package recorded none
+    for name, value in current["ingredients"].items():
+        if recorded.get(name, value) != value:
+            yield f"{name} is {value!r} and was {recorded[name]!r}: from here on this is another run."
 
 
 def find_best(state: TrainerState, checkpoint: str, saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:

@@ -329,6 +329,8 @@ def by_value(value: Any) -> Hashable | None:
     match value:
         case Tensor():
             return ("tensor", value.dtype, value.shape, digest(value))
+        case np.ndarray() if value.dtype == object:
+            return by_value(value.tolist())
         case np.ndarray():
             return ("array", value.dtype.str, value.shape, digest(value))
         case Image.Image():

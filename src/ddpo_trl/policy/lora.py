@@ -25,8 +25,10 @@ from peft import (
     inject_adapter_in_model,
     set_peft_model_state_dict,
 )
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -317,6 +319,11 @@ def remove_adapters(denoiser: nn.Module) -> None:
         denoiser._hf_peft_config_loaded = False
 
 
+def adapter_scales(denoiser: nn.Module, adapter: str) -> list[float]:
+    """What the products of an adapter's weights are multiplied by (`lora_alpha / r`), every value once."""
+    return sorted({layer.scaling[adapter] for layer in adapter_layers(denoiser) if isinstance(layer, LoraLayer)})
+
+
 def describe_adapter(denoiser: Any, adapter: str) -> str:
     """One line about an adapter: its layers and the number of its weights."""
     layers = len(adapter_layers(denoiser))
@@ -422,7 +429,7 @@ def load_adapter(pipeline: DiffusionPipeline, adapter: str, directory: str | os.
             As for [`save_adapter`].
 
     Raises:
-        `ValueError`: If the file has not exactly the adapter's weights.
+        `ValueError`: If the file can't be read, or has not exactly the adapter's weights.
     """
     name = denoiser_name(pipeline)
     denoiser = pipeline.components[name]
@@ -430,7 +437,11 @@ def load_adapter(pipeline: DiffusionPipeline, adapter: str, directory: str | os.
         path, prefix = os.path.join(directory, LORA_WEIGHTS_NAME), f"{name}."
     else:
         path, prefix = os.path.join(directory, PEFT_WEIGHTS_NAME), PEFT_PREFIX
-    weights = {key.removeprefix(prefix): value for key, value in load_file(path).items() if key.startswith(prefix)}
+    try:
+        loaded = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path} can't be read ({error}). Use another checkpoint.") from error
+    weights = {key.removeprefix(prefix): value for key, value in loaded.items() if key.startswith(prefix)}
     expected = get_peft_model_state_dict(denoiser, adapter_name=adapter)
     if weights.keys() != expected.keys():
         common = len(weights.keys() & expected.keys())

@@ -14,6 +14,7 @@ from torch import nn
 
 from ddpo_trl.config import DDPOConfig
 from ddpo_trl.config_checks import OWN_PIPELINE_ARGUMENTS
+from ddpo_trl.descriptions import DIGITS, described, digest
 from ddpo_trl.policy.embeddings import PER_SAMPLE_PREFIXES, PromptEncoder, text_encoders
 from ddpo_trl.policy.lora import denoiser_name
 from ddpo_trl.policy.schedulers import PolicyScheduler
@@ -104,6 +105,37 @@ def _check_parts(pipeline: DiffusionPipeline, config: DDPOConfig) -> None:
             f"offload_text_encoders is True, but {name} has no method encode_prompt whose results could be kept. Set "
             "it to False."
         )
+
+
+def ingredients(pipeline: DiffusionPipeline) -> dict[str, Any]:
+    """
+    Describe what a pipeline's images depend on, apart from the weights that are trained and from settings, by name and
+    in JSON's types: its class, the config of its scheduler, the frozen weights of its networks.
+    """
+    scheduler = pipeline.components["scheduler"]
+    config = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
+    return {
+        "pipeline": type(pipeline).__name__,
+        "pipeline.scheduler": type(scheduler).__name__,
+        **{f"pipeline.scheduler.{name}": described(value) for name, value in config.items()},
+        **{
+            f"pipeline.{name}": f"{type(component).__name__} with the weights' hash {frozen_weights_hash(component)}"
+            for name, component in pipeline.components.items()
+            if isinstance(component, nn.Module)
+        },
+    }
+
+
+def frozen_weights_hash(network: nn.Module) -> str:
+    """Return a hash of the first numbers of each tensor that is not trained: all of them would take minutes."""
+    numbers = [torch.zeros(0)]
+    for parameter in network.parameters():
+        if not (parameter.requires_grad or parameter.is_meta):
+            row = parameter.detach()
+            while row.ndim > 1:
+                row = row[0]
+            numbers.append(row[:8].reshape(-1).to("cpu", torch.float32))
+    return digest(torch.cat(numbers))[:DIGITS]
 
 
 def makes_video(pipeline: DiffusionPipeline) -> bool:

@@ -3,6 +3,7 @@
 from ddpo_trl.prompts.lists import animal_activities, common_animals, fill_template, imagenet_animals
 from ddpo_trl.prompts.loading import load_prompts
 from ddpo_trl.prompts.sources import (
+    FunctionPrompts,
     PromptFunction,
     PromptKeyFunction,
     PromptPair,
@@ -18,6 +19,7 @@ from ddpo_trl.prompts.sources import (
 
 
 __all__ = [
+    "FunctionPrompts",
     "PromptFunction",
     "PromptKeyFunction",
     "PromptPair",

@@ -1,5 +1,6 @@
 """Where a trainer draws prompts from: a function, a dataset or a list. Each yields `(prompt, metadata)` pairs."""
 
+import functools
 import hashlib
 import json
 import types
@@ -135,7 +136,7 @@ class ShuffledPrompts(PromptSource):
     def preview(self, count: int) -> list[PromptPair]:
         return self.draw(0, count)
 
-    @property
+    @functools.cached_property
     def fingerprint(self) -> str:
         return fingerprint(self.pairs)
 
@@ -165,11 +166,13 @@ class DatasetPairs(Sequence[PromptPair]):
 
 
 def fingerprint(pairs: Sequence[PromptPair]) -> str:
-    """Number and hash of the prompts in their order. Metadata have no part in it: they may be images."""
-    prompts = pairs.dataset["prompt"] if isinstance(pairs, DatasetPairs) else [prompt for prompt, _ in pairs]
+    """Number and hash of the prompts in their order, with their metadata. Images of a dataset are not decoded."""
+    rows: Iterable[Any] = pairs
+    if isinstance(pairs, DatasetPairs):
+        rows = (row for table in pairs.dataset.with_format("arrow").iter(1000) for row in table.to_pylist())
     digest = hashlib.sha256()
-    for prompt in prompts:
-        digest.update(prompt.encode("utf-8", "surrogatepass") + b"\0")
+    for row in rows:
+        digest.update(json.dumps(described(row), sort_keys=True).encode())
     return f"{len(pairs)} prompts with the hash {digest.hexdigest()[:12]}"
 
 
