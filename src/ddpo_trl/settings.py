@@ -102,7 +102,9 @@ def parameters(settings: Any, headings: typing.Mapping[str, str]) -> Iterator[st
         if name in headings:
             yield from ["", f"        > {headings[name]}", ""][name == next(iter(headings)) :]
         field = fields[name]
-        default = field.default if callable(field.default_factory) is False else field.default_factory()
+        default = field.default
+        if field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
         shown = json.dumps(default) if isinstance(default, str | list) else str(default)
         kind = f"{type_name(hints[name])}, *optional*" + ("" if default is None else f", defaults to `{shown}`")
         yield f"        {name} ({kind}):"

@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import functools
-import json
 import math
 import os
 import textwrap
@@ -12,36 +11,27 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from accelerate.utils import save_fsdp_optimizer
 from datasets import Dataset
 from diffusers import DiffusionPipeline
 from peft import PeftConfig
 from torch import Tensor, nn
 from torch.distributed.fsdp import register_fsdp_forward_method
-from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerControl, set_seed
-from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
-from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, rotate_checkpoints
+from transformers import ProgressCallback, TrainerCallback, TrainerControl, set_seed
 from transformers.utils import logging
-from transformers.utils.hub import PushInProgress
 
-from ddpo_trl.artifacts import checkpoints, hub, record, resuming
-from ddpo_trl.artifacts.checkpoints import CONFIG_NAME, PLAN_NAME
-from ddpo_trl.artifacts.model_card import write_model_card
+from ddpo_trl.artifacts import checkpoints
+from ddpo_trl.artifacts.saving import SavingTrainer
 from ddpo_trl.artifacts.tracking import RunRecorder, fixed_prompts
 from ddpo_trl.checks import ReplayCheck
 from ddpo_trl.config import DDPOConfig
-from ddpo_trl.descriptions import DIGITS, code_digest, described
 from ddpo_trl.distributed import check_alike, check_devices, check_wrapping
 from ddpo_trl.evaluation import Evaluator, Samples, check_evaluation, reward_names
 from ddpo_trl.finite import check_update
-from ddpo_trl.policy.lora import adapter_scales
 from ddpo_trl.policy.per_sample_gradients import trained_weights
-from ddpo_trl.policy.pipeline import ingredients, move
+from ddpo_trl.policy.pipeline import move
 from ddpo_trl.policy.policy import Policy
 from ddpo_trl.policy.records import Context
 from ddpo_trl.prompts import (
-    FunctionPrompts,
     PromptFunction,
     PromptKeyFunction,
     PromptPair,
@@ -71,11 +61,8 @@ from ddpo_trl.update.target_kl import TargetKL
 
 logger = logging.get_logger(__name__)
 
-PROMPT_STATISTICS_NAME = "prompt_statistics.json"
-PROMPTS_NAME = "prompts.pt"
 
-
-class DDPOTrainer(Trainer):
+class DDPOTrainer(SavingTrainer):
     """
     Trainer for Denoising Diffusion Policy Optimization (DDPO).
 
@@ -208,13 +195,8 @@ class DDPOTrainer(Trainer):
         self._target_kl = TargetKL(math.inf if args.target_kl is None else args.target_kl)
         self._replay_check = ReplayCheck(args)
         self._signals = StopSignals(args.stop_on_signal)
-        self._staging: str | None = None  # where a checkpoint is being written
-        self._trained_in: str | None = None  # output_dir of an earlier call of `train`
         self._own_optimizer = optimizers[0] is not None or optimizer_cls_and_kwargs is not None
-        # Before weights are divided among processes, and functions count their calls.
-        self._ingredients = {**ingredients(pipeline), **self._code()}
-        if policy.adapter is not None:
-            self._ingredients["The scale of the adapter"] = adapter_scales(policy.denoiser, policy.adapter)
+        self._ingredients = self._ingredients_of(policy)
         self._example_inputs = {name: values[0] for name, values in trial.inputs.items()}
         self._try_reward_functions(len(trial))
         self._add_own_callbacks()
@@ -434,10 +416,6 @@ class DDPOTrainer(Trainer):
         self.metrics.add(metrics)
         return (loss, {"log_probs": log_probs}) if return_outputs else loss
 
-    @property
-    def _policy(self) -> Policy:
-        return self.accelerator.unwrap_model(self.model)
-
     def _forget_rollout(self) -> None:
         self.recorder.rollout = None
         self.__dict__.pop("rollout", None)
@@ -563,328 +541,3 @@ class DDPOTrainer(Trainer):
             raise ValueError("There are no prompts to sample: give `prompts` here or `eval_prompts` to the trainer.")
         check_inputs(pairs, self._policy.input_names, "prompts")
         return pairs
-
-    # ---- Saving ----
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """
-        Saves what is trained, for plain diffusers to load, with the settings; and pushes it if `args.push_to_hub`.
-
-        All processes have to call it; one of them writes. A push that fails is an error in the log, and no exception.
-
-        Args:
-            output_dir (`str`, *optional*):
-                Where to, `args.output_dir` by default.
-        """
-        directory = output_dir or self.args.output_dir
-        os.makedirs(directory, exist_ok=True)
-        self._policy.save(directory, write=self.args.should_save)
-        if self.args.should_save:
-            with open(os.path.join(directory, CONFIG_NAME), "w") as file:
-                file.write(self.args.to_json_string())
-        if self.args.push_to_hub and not _internal_call:
-            with hub.failures_logged():
-                self.push_to_hub(commit_message="Model save")
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if not self.is_fsdp_enabled:
-            super()._save_optimizer_and_scheduler(output_dir)
-            return
-        # Trainer would write the frozen model into every checkpoint too.
-        plugin = self.accelerator.state.fsdp_plugin
-        save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
-        if self.args.should_save:
-            torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Writes a checkpoint beside, and names it when it is complete: a run that is killed leaves no half of one."""
-        run_directory = self._get_output_dir(trial)
-        self._staging = os.path.join(run_directory, checkpoints.STAGING_NAME)
-        folder = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        staged, final = (os.path.join(place, folder) for place in (self._staging, run_directory))
-        if self.args.should_save:
-            checkpoints.clear(self._staging)
-        self.accelerator.wait_for_everyone()
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self._staging = None
-        if self.state.best_model_checkpoint == staged:
-            self.state.best_model_checkpoint = final
-        if self.args.should_save:
-            self._save_round(staged)
-        self.accelerator.wait_for_everyone()  # all have written their part
-        if self.args.should_save:
-            checkpoints.publish(staged, final)
-            rotate_checkpoints(run_directory, self.args.save_total_limit, self.state.best_model_checkpoint)
-        self.accelerator.wait_for_everyone()
-        if self.args.push_to_hub:
-            self._push_from_checkpoint(final)
-
-    def _save_round(self, directory: str) -> None:
-        """What Trainer does not know of: the batch plan, the prompts' state, the rewards remembered of each prompt."""
-        self.state.save_to_json(os.path.join(directory, TRAINER_STATE_NAME))  # with the final name of the best one
-        with open(os.path.join(directory, PLAN_NAME), "w") as file:
-            json.dump(dataclasses.asdict(self.plan), file)
-        run = {
-            "episodes": self.episodes,
-            **self._what_is_run,
-            **self._optimizer_record(),
-            **self.recorder.state_dict(),
-        }
-        with open(os.path.join(directory, resuming.RUN_NAME), "w") as file:
-            json.dump(run, file)
-        torch.save(self.prompts.state_dict(), os.path.join(directory, PROMPTS_NAME))
-        if self.advantages.statistics:
-            with open(os.path.join(directory, PROMPT_STATISTICS_NAME), "w") as file:
-                json.dump(self.advantages.state_dict(), file)
-
-    def _get_output_dir(self, trial: Any) -> str:
-        return self._staging or super()._get_output_dir(trial)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        self._policy.load(resume_from_checkpoint)
-
-    # ---- Resuming ----
-
-    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
-        scheduler = super().create_scheduler(num_training_steps, optimizer)
-        for group in (optimizer or self.optimizer).param_groups:
-            group.setdefault("initial_lr", copy.deepcopy(group["lr"]))  # ReduceLROnPlateau does not write it down
-        # Before a checkpoint's take their place. DeepSpeed hands in its own optimizer.
-        self._hyperparameters = optimizers_.hyperparameters(optimizer or self.optimizer)
-        return scheduler
-
-    def _load_callback_state(self) -> None:
-        for callback in self.callback_handler.callbacks:
-            saved = self.state.stateful_callbacks.get(type(callback).__name__)
-            if isinstance(callback, ExportableState) and isinstance(saved, dict):
-                saved["args"] = callback.state()["args"]  # as given now: the checkpoint's would take their place
-        super()._load_callback_state()
-
-    def _code(self) -> dict[str, str]:
-        """Hashes of the functions that were given, by name."""
-        functions = dict(zip(self.scorer.names, self.scorer.functions, strict=True))
-        if isinstance(self.prompts, FunctionPrompts):
-            functions["prompt_fn"] = self.prompts.prompt_fn
-        return {f"The code of {name}": code_digest(function)[:DIGITS] for name, function in functions.items()}
-
-    def _optimizer_record(self) -> dict[str, Any]:
-        return optimizers_.record(self.optimizer, self.lr_scheduler, self._hyperparameters)
-
-    @functools.cached_property
-    def _what_is_run(self) -> dict[str, Any]:
-        """What makes this run another one than others with its settings, as a checkpoint holds it."""
-        return {
-            "rewards": self.scorer.weight_of,
-            "prompts": self.prompts.fingerprint,
-            "eval_prompts": None if self.eval_prompts is None else fingerprint(self.eval_prompts),
-            "prompt_key_fn": described(self.prompt_key_fn),
-            "ingredients": self._ingredients,
-        }
-
-    def checkpoint_to_resume(self, resume_from_checkpoint: str | bool | None = None) -> str | None:
-        """
-        The checkpoint that [`~DDPOTrainer.train`] goes on from; `None` if it begins.
-
-        Args:
-            resume_from_checkpoint (`str` or `bool`, *optional*):
-                As for [`~DDPOTrainer.train`].
-
-        Raises:
-            `ValueError`: If there is no such checkpoint, if it can't be gone on from with these settings, or if
-                `output_dir` holds another run.
-        """
-        directory = self.args.output_dir
-        asked = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
-        checkpoint = checkpoints.to_resume(asked, directory, own_folder=self._trained_in == directory)
-        if checkpoint is not None:
-            self._changes_since(checkpoint)
-        elif asked:
-            logger.warning(f"There is no checkpoint in {directory} to resume from: starting anew.")
-        return checkpoint
-
-    def _changes_since(self, checkpoint: str) -> list[str]:
-        """What the resumed run does otherwise, in words; an error if it can't be continued."""
-        saved = resuming.read(checkpoint)
-        plan = json.loads(json.dumps(dataclasses.asdict(self.plan)))  # tuples as lists, as they were saved
-        settings = resuming.with_plan(json.loads(self.args.to_json_string()), plan)
-        changes = [*resuming.setting_changes(saved.settings, settings, self._own_optimizer)]
-        if saved.run is None:
-            changes.append(f"it has no {resuming.RUN_NAME}: whether rewards and prompts are its own is not known.")
-        else:
-            changes += resuming.run_changes(saved.run, self._what_is_run, self.args.resume_with_new_rewards)
-        return changes
-
-    def _make_room(self, checkpoint: str | None) -> None:
-        """Leaves in `output_dir` nothing that this run does not go on from."""
-        is_new = checkpoint is None and self._trained_in != self.args.output_dir
-        if self.is_world_process_zero():
-            files = record.run_files(self.args.output_dir) if is_new else []
-            done = checkpoints.make_room(self.args.output_dir, checkpoint, files)
-            if done:
-                logger.warning(done)
-        self._trained_in = self.args.output_dir
-        self.accelerator.wait_for_everyone()
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None:
-            return
-        run = resuming.read(checkpoint).run
-        if run is not None:
-            optimizers_.check_same(run, self._optimizer_record())
-        super()._load_optimizer_and_scheduler(checkpoint)
-        before = optimizers_.hyperparameters(self.optimizer) if run is None else run["groups"]
-        changes = optimizers_.keep_changed(self.optimizer, self.lr_scheduler, self._hyperparameters, before)
-        changes = changes if self._own_optimizer else []  # else the settings' changes say it
-        for change in [*self._changes_since(checkpoint), *changes]:
-            logger.warning(f"Resuming from {checkpoint}: {change}")
-        self._load_round(checkpoint)  # here because all ways to wrap a model come by
-
-    def _load_round(self, checkpoint: str) -> None:
-        """Reads what [`_save_round`] wrote."""
-        saved = resuming.read(checkpoint)
-        # Before checkpoints held the count, the rounds of a run were all of one size.
-        rounds = self.state.global_step // self.plan.updates_per_round
-        self.episodes = (saved.run or {}).get("episodes", rounds * self.plan.samples_per_round)
-        prompts = torch.load(os.path.join(checkpoint, PROMPTS_NAME), weights_only=True)
-        if saved.run is None or saved.run["prompts"] == self.prompts.fingerprint:
-            self.prompts.load_state_dict(prompts)
-        if self.advantages.statistics and saved.settings.get("advantage_normalization", "prompt") == "prompt":
-            self._load_prompt_statistics(os.path.join(checkpoint, PROMPT_STATISTICS_NAME), saved.run)
-        self.recorder.load_state_dict(saved.run or {"earlier_logs": [], "earlier_steps": 0})
-        resuming.find_best(self.state, checkpoint, saved.settings, vars(self.args))
-        self._load_rng_state(checkpoint)  # Trainer does so in the next round, which a finished run does not have
-
-    def _load_prompt_statistics(self, path: str, run: dict[str, Any] | None) -> None:
-        with open(path) as file:
-            states = json.load(file)
-        own, before = self.scorer.weight_of, self.scorer.weight_of if run is None else run["rewards"]
-        key_fn = described(self.prompt_key_fn)
-        if len(states) != len(self.advantages.statistics):
-            logger.warning(
-                f"{path} has the remembered rewards of {len(states)} sums or reward functions, and this run has "
-                f"{len(self.advantages.statistics)}: they are forgotten."
-            )
-        elif [*own] != [*before] if self.advantages.normalize_each else own != before:
-            logger.warning(
-                f"{path} has the remembered rewards of {before}, and this run has {own}: they are forgotten."
-            )
-        elif run is not None and run.get("prompt_key_fn", key_fn) != key_fn:
-            logger.warning(
-                f"{path} has rewards remembered by {run['prompt_key_fn']}, and prompt_key_fn is {key_fn}: they are "
-                "forgotten."
-            )
-        else:
-            self.advantages.load_state_dict(states)
-
-    def _load_best_model(self) -> None:
-        self._policy.load(self.state.best_model_checkpoint)
-
-    # ---- The Hub ----
-
-    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """Makes the repository; Trainer does so at construction, so that what is refused is refused there."""
-        if self.is_world_process_zero():
-            self.hub_model_id = hub.open_repository(self.args, token, private)
-            self.push_in_progress: PushInProgress | None = None
-
-    def push_to_hub(
-        self,
-        commit_message: str = "End of training",
-        blocking: bool = True,
-        token: str | None = None,
-        revision: str | None = None,
-        private: bool | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """
-        Saves to `output_dir`, and pushes that to the Hub, but for the checkpoints: weights, model card, pictures,
-        settings. All processes have to call it.
-
-        Args:
-            commit_message (`str`, *optional*, defaults to `"End of training"`):
-                Message of the commit.
-            blocking (`bool`, *optional*, defaults to `True`):
-                Whether to wait until everything has arrived. If not, a failure is a warning in the log.
-            token (`str`, *optional*):
-                A token that may write; `args.hub_token` or the one you are logged in with by default.
-            revision (`str`, *optional*):
-                The branch, `args.hub_revision` or `"main"` by default.
-            private (`bool`, *optional*):
-                Whether the repository is private if it has to be made, `args.hub_private_repo` by default.
-            kwargs:
-                Arguments of [`~DDPOTrainer.create_model_card`].
-
-        Returns:
-            [`~huggingface_hub.CommitInfo`], a future of it if not `blocking`, or `None` on processes that don't push.
-
-        Raises:
-            [`~ddpo_trl.artifacts.hub.PushError`]: If something did not arrive. It says where the model is on the disk.
-        """
-        self.save_model(_internal_call=True)  # before all else: whatever comes, it is on the disk
-        with hub.failures_explained(self.args, self.hub_model_id):
-            self.callback_handler.on_push_begin(self.args, self.state, self.control)
-            if not self.is_world_process_zero():
-                return None
-            if self.hub_model_id is None:
-                self.init_hf_repo(token, private)
-            self.create_model_card(**kwargs)
-            self._finish_current_push()
-            push = hub.upload(
-                self.args, self.hub_model_id, commit_message, token=token, revision=revision, watched=not blocking
-            )
-            return push.result() if blocking else push
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """As Trainer's, which does not know our files, and pushes `training_args.bin` with the token in it."""
-        if self._staging is not None or not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
-            return  # while staging, the folder is about to be renamed
-        busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
-        if busy and not self.args.hub_always_push:
-            return
-        message = f"Training in progress, round {round(self.state.epoch)}"
-        with hub.failures_logged(), hub.failures_explained(self.args, self.hub_model_id):
-            self.callback_handler.on_push_begin(self.args, self.state, self.control)
-            hub.take_model(checkpoint_folder, self.args.output_dir)
-            self.create_model_card()
-            pushes = [hub.upload(self.args, self.hub_model_id, message)]
-            if self.args.hub_strategy != HubStrategy.EVERY_SAVE:
-                pushes.append(hub.upload(self.args, self.hub_model_id, message, checkpoint=checkpoint_folder))
-            self.push_in_progress = PushInProgress(pushes)  # after earlier ones, which need not be waited for
-
-    def create_model_card(
-        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
-    ) -> None:
-        """
-        Writes `README.md`, the model card, to `output_dir`.
-
-        Args:
-            model_name (`str`, *optional*):
-                Name of the model, that of `output_dir` by default.
-            dataset_name (`str`, *optional*):
-                The dataset of the prompts.
-            tags (`str` or `list[str]`, *optional*):
-                Tags beside the trainer's own.
-        """
-        if self.is_world_process_zero():
-            name = self.hub_model_id or model_name or hub.wanted_name(self.args)
-            given = [tags] if isinstance(tags, str) else tags or []
-            held_out = [] if self.eval_scorer is None else self.eval_scorer.names
-            write_model_card(
-                self.args.output_dir,
-                model_name=model_name or name.split("/")[-1],
-                repo_id=name,
-                policy=self._policy,
-                config=self.args,
-                prompt=self._example[0],
-                inputs=self._example_inputs,
-                tags=[*self._tag_names, *self._policy.model_tags, *given],
-                dataset_name=dataset_name,
-                rewards={
-                    **self.scorer.weight_of,
-                    **dict.fromkeys(held_out),
-                },
-                log_history=self.state.log_history,
-                paper=self._paper,
-            )

@@ -34,7 +34,7 @@ class HuggingFaceDocstrings(Extension):
             return
         value = obj.docstring.value
         if obj.is_class and obj.path.startswith("ddpo_trl."):  # settings append the texts of their fields
-            value = pydoc.locate(obj.path).__doc__ or value  # type: ignore[union-attr]
+            value = pydoc.locate(obj.path).__doc__ or value
         obj.docstring.value = to_markdown(value, obj)
 
 
