@@ -4,6 +4,7 @@ What they have in common is that a batch is not just a longer list: reference im
 per call, noise from torch's global generator, attention processors that change while the pipeline runs.
 """
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from diffusers import (
     T2IAdapter,
 )
 from diffusers.configuration_utils import register_to_config
+from diffusers.models.transformers import transformer_cosmos
 from PIL import Image
 from torch import nn
 from transformers import (
@@ -215,21 +217,37 @@ class Harmless(ModelMixin, ConfigMixin):
         return frames
 
 
+# Without torchvision it does not import what resizes its mask: of one value, so that any method does.
+vars(transformer_cosmos).setdefault(
+    "transforms",
+    SimpleNamespace(
+        functional=SimpleNamespace(resize=lambda mask, size, interpolation: nn.functional.interpolate(mask, size)),
+        InterpolationMode=SimpleNamespace(NEAREST="nearest"),
+    ),
+)
+
+
+def cosmos_transformer(in_channels: int = 16) -> CosmosTransformer3DModel:
+    return CosmosTransformer3DModel(
+        in_channels=in_channels,
+        out_channels=16,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        num_layers=2,
+        mlp_ratio=2.0,
+        text_embed_dim=WIDTH,
+        adaln_lora_dim=4,
+        max_size=(4, 32, 32),
+        rope_scale=(1.0, 4.0, 4.0),
+        extra_pos_embed_type=None,
+    )
+
+
 def cosmos_2(seed: int) -> DiffusionPipeline:
     torch.manual_seed(seed)
     pipeline = Cosmos2TextToImagePipeline(
         **t5_text_encoder(),
-        transformer=CosmosTransformer3DModel(
-            num_attention_heads=2,
-            attention_head_dim=16,
-            num_layers=2,
-            mlp_ratio=2.0,
-            text_embed_dim=WIDTH,
-            adaln_lora_dim=4,
-            max_size=(4, 32, 32),
-            rope_scale=(1.0, 4.0, 4.0),
-            extra_pos_embed_type=None,
-        ),
+        transformer=cosmos_transformer(),
         vae=AutoencoderKLWan(base_dim=4, num_res_blocks=1),
         scheduler=FlowMatchEulerDiscreteScheduler(use_karras_sigmas=True),
         safety_checker=Harmless(),
