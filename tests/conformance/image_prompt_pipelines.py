@@ -55,7 +55,7 @@ from conformance.image_pipelines import (
     ready,
 )
 from conformance.input_pipelines import resized
-from conformance.more_pipelines import STRENGTH, wide_image_inputs
+from conformance.more_pipelines import STRENGTH, VIDEO, ltx_condition, wide_image_inputs
 from conformance.newer_pipelines import (
     IMAGE,
     LANGUAGE_MODEL,
@@ -355,6 +355,14 @@ IMAGE_PROMPT_CASES = (
         ("image",),
         wide_image_inputs,
         guidance_scale=1.0,
+    ),
+    Case(
+        "LTX-Video condition with an image",
+        ltx_condition,
+        {**VIDEO, "image_cond_noise_scale": 0.0, "frame_index": 4, "strength": 0.6},
+        ("image",),
+        wide_image_inputs,
+        one_by_one=True,
     ),
     Case("FramePack, one section", framepack, FRAMEPACK, ("image",), wide_image_inputs, one_by_one=True),
 )

@@ -32,7 +32,7 @@ from conformance.image_pipelines import (
 )
 from conformance.image_prompt_pipelines import FRAMEPACK, framepack
 from conformance.input_pipelines import cosmos_2, cosmos_transformer
-from conformance.more_pipelines import wide_image_inputs
+from conformance.more_pipelines import VIDEO, ltx_condition, wide_image_inputs
 from conformance.newer_pipelines import IMAGE, LANGUAGE_MODEL, WIDTH, character_tokenizer
 
 
@@ -195,6 +195,17 @@ REFUSALS = (
             one_by_one=True,
         ),
         ("starts another schedule in the same __call__", "give it fewer frames"),
+    ),
+    Refusal(
+        Case(
+            "LTX-Video condition with noise on its image",
+            ltx_condition,
+            VIDEO,
+            ("image",),
+            wide_image_inputs,
+            one_by_one=True,
+        ),
+        ("computed from those that `prepare_latents` returned", "adds noise to some of them (image_cond_noise_scale"),
     ),
     Refusal(
         Case("Stable Diffusion latent upscaler", latent_upscaler, {}, ("image",), image_inputs),
