@@ -42,7 +42,7 @@ def conditions(
         denoiser ([`~diffusers.ModelMixin`]):
             The network that is trained.
         embeddings:
-            What `encode_prompt` returned last; `None` if it is not known.
+            What `encode_prompt` returned; empty if it is not known.
         stochastic (`Collection[int]`, *optional*):
             Indices of the steps that get noise, `None` for all.
     """

@@ -152,14 +152,13 @@ class PromptEncoder:
             Whether the text encoders stay on the CPU while they have nothing to encode.
 
     Attributes:
-        last:
-            What the last call returned.
+        returned (`list`):
+            What it returned since the list was emptied, which is for the caller to do.
     """
-
-    last: Any = None
 
     def __init__(self, pipeline: DiffusionPipeline, offload: bool):
         self.pipeline = pipeline
+        self.returned: list[Any] = []
         self.encoders = text_encoders(pipeline)
         self.offload = offload
         self._ahead: torch.device | None = None  # where the pipeline is going to run,
@@ -177,10 +176,11 @@ class PromptEncoder:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the pipeline calls in place of its `encode_prompt`."""
-        self.last = self._embeddings(*args, **kwargs)
+        embeddings = self._embeddings(*args, **kwargs)
+        self.returned.append(embeddings)
         if self._ahead is None:
-            return self.last
-        return recursively_apply(lambda tensor: tensor.to(self._here), self.last)
+            return embeddings
+        return recursively_apply(lambda tensor: tensor.to(self._here), embeddings)
 
     def _embeddings(self, *args: Any, **kwargs: Any) -> Any:
         bound = self._signature.bind(*args, **kwargs)

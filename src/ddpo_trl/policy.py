@@ -18,7 +18,7 @@ from ddpo_trl.encoding import OnlyInPlace, PromptEncoder, is_setting
 from ddpo_trl.finite import check_weights
 from ddpo_trl.gaussian import kl_divergence, log_prob
 from ddpo_trl.lora import adapter_layers, adapters_off, denoiser_name, describe_adapter, load_adapter, save_adapter
-from ddpo_trl.pipelines import check_call, policy_copy, quiet_copy, with_denoiser
+from ddpo_trl.pipelines import check_call, parts, policy_copy, quiet_copy, with_denoiser
 from ddpo_trl.plan import steps_in_range
 from ddpo_trl.processes import is_sharded
 from ddpo_trl.sample_gradients import SampleGradients, TrainedLayer
@@ -320,8 +320,9 @@ class Policy(nn.Module):
                 Indices of the steps that get noise, all by default.
         """
         calls = self.calls.split(context)
-        parts = [self._sample_with_gradients(call, weights, layers, stochastic) for call in calls]
-        return SampledBatch.joined(context, parts)
+        return SampledBatch.joined(
+            context, [self._sample_with_gradients(call, weights, layers, stochastic) for call in calls]
+        )
 
     def _sample_with_gradients(
         self,
@@ -397,15 +398,29 @@ class Policy(nn.Module):
 
     def conditions(self, stochastic: Collection[int] | None) -> Conditions:
         """
-        What holds now and was true of the last run of the pipeline: training has to share it with sampling.
+        What holds now and was true of the last call of the pipeline: training has to share it with sampling.
 
         Args:
             stochastic (`Collection[int]`, *optional*):
                 Indices of the steps that get noise, `None` for all.
         """
-        encoder = vars(self.policy_pipeline).get("encode_prompt")
-        embeddings = None if encoder is None else encoder.last
+        embeddings = [encoder.returned for encoder in self._encoders]
         return conditions(settings_in_use(self.setting_owners), self.denoiser, embeddings, stochastic)
+
+    @torch.no_grad()
+    def embedding_sums(self, context: Context) -> tuple[Tensor, ...]:
+        """Those that [`~ddpo_trl.types.Conditions`] would hold of a batch now; its first step is run for it."""
+        sums: list[Tensor] = []
+        for call in self.calls.split(context):
+            self._run_to(self.policy_pipeline, Replay(0), call)
+            sums.extend(self.conditions(None).embeddings)
+        return tuple(sums)
+
+    @property
+    def _encoders(self) -> list[PromptEncoder]:
+        """Those of the pipeline and of its parts."""
+        pipelines = (self.policy_pipeline, *parts(self.policy_pipeline).values())
+        return [vars(each)["encode_prompt"] for each in pipelines if "encode_prompt" in vars(each)]
 
     @property
     def setting_owners(self) -> SettingOwners:
@@ -561,6 +576,8 @@ class Policy(nn.Module):
     def _run(self, pipeline: DiffusionPipeline, context: Context, **kwargs: Any) -> Any:
         if self.settings.guidance_scale is not None:
             kwargs["guidance_scale"] = self.settings.guidance_scale
+        for encoder in self._encoders:
+            encoder.returned.clear()
         draws = self.calls.drawing_from(context) if self.calls.draws else nullcontext()
         with processors_kept(self._attention_modules), draws:
             return pipeline(
