@@ -130,7 +130,9 @@ class Policy(nn.Module):
         self._attention_modules = attention_modules(
             [*self.policy_pipeline.components.values(), self._reference_pipeline.components[self.denoiser_name]]
         )
-        self.calls = BatchCalls(self.denoiser, self._try, is_plain=is_setting(self.pipeline_kwargs))
+        self.calls = BatchCalls(
+            self.denoiser, self._try, self._images_after_one_step, is_plain=is_setting(self.pipeline_kwargs)
+        )
 
     def context(self, prompts: Sequence[str], metadata: Sequence[Any], seeds: Sequence[int]) -> Context:
         """
@@ -544,6 +546,10 @@ class Policy(nn.Module):
     def _try(self, context: Context, replay: Replay) -> Replay:
         self.eval()  # an adapter that was just added is in training mode, with its dropout
         return self._run_to(self.policy_pipeline, replay, context)
+
+    @torch.no_grad()
+    def _images_after_one_step(self, context: Context) -> Tensor:
+        return self._sample(context, record=(), stochastic=None, max_steps=1).images
 
     def _run_to(self, pipeline: DiffusionPipeline, replay: Replay, context: Context) -> Replay:
         """One call of a pipeline, which ends at the step that `replay` wants."""

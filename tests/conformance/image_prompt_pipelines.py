@@ -364,5 +364,5 @@ IMAGE_PROMPT_CASES = (
         wide_image_inputs,
         one_by_one=True,
     ),
-    Case("FramePack, one section", framepack, FRAMEPACK, ("image",), wide_image_inputs, one_by_one=True),
+    Case("FramePack, one section", framepack, FRAMEPACK, ("image",), wide_image_inputs),
 )

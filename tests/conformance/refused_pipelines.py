@@ -192,7 +192,6 @@ REFUSALS = (
             {**FRAMEPACK, "num_frames": 18},
             ("image",),
             wide_image_inputs,
-            one_by_one=True,
         ),
         ("starts another schedule in the same __call__", "give it fewer frames"),
     ),
