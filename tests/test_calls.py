@@ -7,7 +7,8 @@ from PIL import Image
 
 from conformance.image_pipelines import images, stable_diffusion, stable_diffusion_img2img
 from conformance.input_pipelines import INPUT_CASES, cosmos_2, hunyuan_dit_controlnet
-from conformance.newer_pipelines import flux2_klein
+from conformance.more_pipelines import MORE_CASES
+from conformance.newer_pipelines import NEWER_CASES, flux2_klein
 from ddpo_trl.policy.calls import BatchCalls, attention_modules, images_tensor, processors_kept
 from ddpo_trl.policy.lora import add_adapter
 from ddpo_trl.policy.policy import Policy
@@ -16,6 +17,8 @@ from ddpo_trl.policy.records import Context
 
 PROMPTS, SEEDS = ["a cat", "two dogs"], [1, 2]
 CASES = {case.name: case for case in INPUT_CASES}
+(FLUX_INPAINTING,) = [case for case in MORE_CASES if case.name == "FLUX.1 inpainting"]
+(QWEN_IMAGE,) = [case for case in NEWER_CASES if case.name == "Qwen-Image"]
 
 
 def policy_of(pipeline, make_config, **settings):
@@ -54,6 +57,29 @@ def test_images_of_samples_that_are_made_one_by_one_are_those_of_batches_of_one(
             assert torch.equal(together.steps[index].log_probs[row], step.log_probs[0])
 
 
+def test_conditions_hold_the_embeddings_of_all_samples_that_are_made_one_by_one(make_config):
+    policy = policy_of(stable_diffusion(0), make_config, pipeline_inputs=["guidance_rescale"])
+    context = policy.context(PROMPTS, [{"guidance_rescale": 0.1}, {"guidance_rescale": 0.9}], SEEDS)
+    of_prompts, of_negatives = policy.sample(context, max_steps=1).conditions.embeddings[::2], []
+    for row in range(2):
+        alone, negative = policy.sample(context.rows([row]), max_steps=1).conditions.embeddings
+        assert torch.equal(of_prompts[row], alone)
+        of_negatives.append(negative)
+    assert not torch.equal(*of_prompts) and torch.equal(*of_negatives)
+    assert all(map(torch.equal, policy.embedding_sums(context)[::2], of_prompts))
+
+
+def test_conditions_hold_the_prompts_embeddings_where_the_negative_prompts_are_encoded_last(make_config):
+    settings = {"guidance_scale": None, "pipeline_kwargs": QWEN_IMAGE.pipeline_kwargs}
+    policy = policy_of(QWEN_IMAGE.build(0), make_config, **settings)
+    held = [
+        policy.sample(policy.context(prompts, [{}, {}], SEEDS), max_steps=1).conditions.embeddings[0]
+        for prompts in (PROMPTS, PROMPTS[::-1])
+    ]
+    torch.testing.assert_close(held[0], held[1].flip(0))
+    assert not torch.equal(*held)
+
+
 def test_samples_of_different_sizes_are_refused_with_the_sizes_and_the_remedy(make_config):
     policy = policy_of(stable_diffusion(0), make_config, pipeline_inputs=["height", "width"])
     context = policy.context(PROMPTS, [{"height": 16, "width": 16}, {"height": 32, "width": 16}], SEEDS)
@@ -77,11 +103,44 @@ def test_what_a_pipeline_raises_for_a_single_sample_is_raised(make_config):
         policy.survey(policy.context(PROMPTS, [{"image": "a.png"}, {"image": "b.png"}], SEEDS))
 
 
+@pytest.mark.parametrize(
+    ("guidance_scale", "values", "without_effect"),
+    [(3.0, [0.1, 0.9], []), (1.0, [0.1, 0.9], ["guidance_rescale"]), (1.0, [0.5, 0.5], [])],
+    ids=["has an effect", "has none", "nothing to compare"],
+)
+def test_an_input_that_leaves_samples_as_they_are_is_reported(
+    make_config, monkeypatch, guidance_scale, values, without_effect
+):
+    """Without guidance nothing is rescaled."""
+    warnings: list[str] = []
+    monkeypatch.setattr("ddpo_trl.policy.calls.logger.warning", warnings.append)
+    settings = {"guidance_scale": guidance_scale, "pipeline_inputs": ["guidance_rescale"]}
+    policy = policy_of(stable_diffusion(0), make_config, **settings)
+    policy.survey(policy.context(PROMPTS, [{"guidance_rescale": value} for value in values], SEEDS))
+    assert policy.calls.without_effect == without_effect
+    reported = [line for line in warnings if "'guidance_rescale', but with another value of it a sample is" in line]
+    assert len(reported) == len(without_effect)
+
+
+def test_a_mask_that_acts_behind_the_step_has_an_effect(make_config):
+    """FLUX puts the image that it is given back around the mask when the step is done."""
+    case = FLUX_INPAINTING
+    settings = {"pipeline_inputs": list(case.inputs), "pipeline_kwargs": case.pipeline_kwargs}
+    policy = policy_of(case.build(0), make_config, **settings)
+    assert case.make_inputs is not None
+    inputs = case.make_inputs(2)
+    metadata = [{name: values[row] for name, values in inputs.items()} for row in range(2)]
+    policy.survey(policy.context(PROMPTS, metadata, SEEDS))
+    assert policy.calls.without_effect == []
+
+
 def test_a_lack_of_memory_is_not_taken_for_a_refusal():
     def run(context, replay):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    calls = BatchCalls(stable_diffusion(0).unet, run, is_plain=True)
+    calls = BatchCalls(
+        stable_diffusion(0).unet, run, images_after_one_step=lambda context: torch.empty(0), is_plain=True
+    )
     with pytest.raises(torch.OutOfMemoryError):
         calls.split(Context(prompts=PROMPTS, seeds=SEEDS, inputs={"image": [1, 2]}))
 

@@ -499,6 +499,43 @@ def test_a_prompt_with_an_image_is_encoded_once_for_each_image(kind):
     assert len(pipeline.calls) == 2
 
 
+class SeeingAll(RecordingPipeline):
+    """Its text encoder reads an image of each prompt; if `mixes`, all of them for each."""
+
+    mixes = False
+
+    def encode_prompt(self, prompt: list[str], image: list[Image.Image]) -> Any:  # type: ignore[override]
+        self.calls.append({"prompt": prompt})
+        means = [np.asarray(each, dtype=float).mean() for each in image]
+        seen = [sum(means)] * len(prompt) if self.mixes else means
+        return torch.tensor([[float(len(text)), mean] for text, mean in zip(prompt, seen, strict=True)])
+
+
+def gray(level: int) -> Image.Image:
+    return Image.new("L", (2, 2), level)
+
+
+def test_prompts_with_an_image_each_are_encoded_once_whatever_batch_they_are_in():
+    pipeline = SeeingAll(Lengths())
+    encode = PromptEncoder(pipeline, offload=False)
+    assert encode(["cat", "mouse"], [gray(1), gray(2)]).tolist() == [[3.0, 1.0], [5.0, 2.0]]
+    known = len(pipeline.calls)
+    assert encode(["mouse", "cat"], [gray(2), gray(1)]).tolist() == [[5.0, 2.0], [3.0, 1.0]]
+    assert encode(["cat"], [gray(1)]).tolist() == [[3.0, 1.0]]
+    assert len(pipeline.calls) == known
+    assert encode(["mouse", "cat"], [gray(1), gray(1)]).tolist() == [[5.0, 1.0], [3.0, 1.0]]
+    assert pipeline.calls[known:] == [{"prompt": ["mouse"]}]
+
+
+def test_an_image_twice_does_not_show_whether_images_mix():
+    pipeline = SeeingAll(Lengths())
+    pipeline.mixes = True
+    encode = PromptEncoder(pipeline, offload=False)
+    for _ in range(2):
+        assert encode(["cat", "mouse"], [gray(1), gray(1)]).tolist() == [[3.0, 2.0], [5.0, 2.0]]
+        assert encode(["cat", "mouse"], [gray(1), gray(2)]).tolist() == [[3.0, 3.0], [5.0, 3.0]]
+
+
 # ---- Offloading ----
 
 

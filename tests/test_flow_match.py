@@ -786,6 +786,55 @@ def test_replay_runs_exactly_the_one_recorded_step(window, sde_type):
         assert replayed.std == pytest.approx(papers[1], rel=1e-12)
 
 
+# ---- Tokens with a timestep of their own ----
+
+TOKENS = (2, 5, 3)  # samples, tokens, channels
+
+
+def with_conditions(timestep: Tensor) -> Tensor:
+    """The first two tokens of each sample are conditions: a clean one, and one of σ = 0.3."""
+    return torch.minimum(timestep, torch.tensor([0.0, 300.0, 1000.0, 1000.0, 1000.0]).expand(2, 5))
+
+
+def step_tokens(policy: Any, latents: Tensor, velocity: Tensor, source: Any, index: int) -> Tensor:
+    with policy.acting(source):
+        policy.set_timesteps(5)
+        timestep = policy.timesteps[index]
+        own = with_conditions(timestep)
+        return policy.step(-velocity, timestep, latents, per_token_timesteps=own, return_dict=False)[0]
+
+
+def test_clean_tokens_are_kept_and_noisy_ones_make_diffusers_own_step():
+    scheduler = euler()
+    scheduler.set_timesteps(5)
+    timestep, latents, velocity = scheduler.timesteps[2], draw(TOKENS), draw(TOKENS, 1)
+    theirs = scheduler.step(-velocity, timestep, latents, per_token_timesteps=with_conditions(timestep)).prev_sample
+    without_noise = Sampling(generators(2), record=(), reduction="mean", stochastic=())
+    ours = step_tokens(flow_policy(euler()), latents, velocity, without_noise, 2)
+    assert torch.equal(ours[:, 0], latents[:, 0])
+    torch.testing.assert_close(ours[:, [0, 2, 3, 4]], theirs[:, [0, 2, 3, 4]])
+
+
+@pytest.mark.parametrize("index, kept", [(0, [0, 1]), (2, [0, 1]), (3, [0])])
+def test_conditions_get_no_noise_before_the_schedule_is_there(index, kept):
+    """The five timesteps are 1000, 750, 500, 251 and 1: the fourth is below the 300 of the second token."""
+    policy = flow_policy(euler())
+    latents = draw(TOKENS)
+    stepped = step_tokens(policy, latents, draw(TOKENS, 1), Sampling(generators(2), (), "mean"), index)
+    assert [token for token in range(5) if torch.equal(stepped[:, token], latents[:, token])] == kept
+
+
+@pytest.mark.parametrize("sde_type", SDE_TYPES)
+def test_what_is_predicted_of_conditions_is_not_part_of_the_density(sde_type):
+    policy = flow_policy(euler(), 0.7, sde_type)
+    velocity, source = draw(TOKENS, 1).requires_grad_(), Replay(1, draw(TOKENS))
+    with pytest.raises(StepReplayed):
+        step_tokens(policy, draw(TOKENS), velocity, source, 0)  # the schedule begins with the step that is replayed
+    log_prob(draw(TOKENS, 2), source.mean, source.std).sum().backward()
+    assert velocity.grad is not None
+    assert not velocity.grad[:, :2].any() and (velocity.grad[:, 2:] != 0).all()
+
+
 def test_sampling_after_a_replay_runs_the_whole_schedule_again():
     policy = flow_policy(euler(shift=3.0))
     before = sample(policy, draw(SHAPE), Sampling(generators(2), (), "mean"), num_inference_steps=7)

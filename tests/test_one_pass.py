@@ -8,7 +8,7 @@ from torch import nn
 
 from conftest import brightness, tiny_pipeline
 from ddpo_trl import DDPOTrainer
-from ddpo_trl.policy.per_sample_gradients import row_layout, trained_layers, weight_gradients
+from ddpo_trl.policy.per_sample_gradients import reached_rows, row_layout, trained_layers, weight_gradients
 from test_trainer import PROMPTS, gradients_of_a_round, lora_weights, relative_difference
 
 
@@ -255,6 +255,16 @@ def test_the_gradient_of_each_row_is_that_of_autograd_on_it_alone(layer, shape):
         expected = torch.autograd.grad(layer(inputs[row : row + 1]), [layer.weight, layer.bias], grad[row : row + 1])
         torch.testing.assert_close(gradients[layer.weight][row], expected[0])
         torch.testing.assert_close(gradients[layer.bias][row], expected[1])
+
+
+def test_a_layer_that_sees_no_tokens_reaches_no_rows_and_has_no_gradient():
+    """Keys of an image in Wan's attention, where a text of less than 512 tokens leaves none."""
+    layer = nn.Linear(3, 5)
+    inputs, grad = torch.zeros(2, 0, 3), torch.zeros(2, 0, 5)
+    assert reached_rows(grad).tolist() == [False, False]
+    gradients = weight_gradients(layer, inputs, grad)
+    assert torch.equal(gradients[layer.weight], torch.zeros(2, 5, 3))
+    assert torch.equal(gradients[layer.bias], torch.zeros(2, 5))
 
 
 def reached(rows: list[int]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -26,9 +26,11 @@ from peft import PeftModel
 from torch import Tensor
 
 from conformance.image_pipelines import IMAGE_CASES, Case
+from conformance.image_prompt_pipelines import IMAGE_PROMPT_CASES
 from conformance.input_pipelines import INPUT_CASES
 from conformance.more_pipelines import MORE_CASES
 from conformance.newer_pipelines import NEWER_CASES
+from conformance.refused_pipelines import Refusal
 from ddpo_trl import DDPOConfig, DDPOTrainer, check_pipeline
 from ddpo_trl.policy.embeddings import text_encoders
 from ddpo_trl.policy.lora import ADAPTER_NAME, add_adapter, denoiser_name, has_lora_loader, save_adapter
@@ -39,7 +41,7 @@ from ddpo_trl.policy.schedulers import Sampling
 from ddpo_trl.update.one_pass import layers_of_samples, policy_gradient
 
 
-CASES = (*IMAGE_CASES, *NEWER_CASES, *MORE_CASES, *INPUT_CASES)
+CASES = (*IMAGE_CASES, *NEWER_CASES, *MORE_CASES, *INPUT_CASES, *IMAGE_PROMPT_CASES)
 PROMPTS = ["a cat", "two dogs"]  # of different length
 STEPS = 4
 NOT_APPLICABLE = "does not apply"
@@ -52,9 +54,9 @@ WITHOUT_GRADIENT = {
     "Stable Diffusion 3 without T5": (LAST_TEXT, ["transformer_blocks.1.attn.add_q_proj"]),
     "Stable Diffusion 3 ControlNet": (LAST_TEXT, ["transformer_blocks.1.attn.add_q_proj"]),
     "Stable Diffusion 3 inpainting": (LAST_TEXT, ["transformer_blocks.1.attn.add_q_proj"]),
-    "Qwen-Image": (
-        LAST_TEXT,
-        ["transformer_blocks.1.attn.add_q_proj", "transformer_blocks.1.attn.to_add_out"],
+    **dict.fromkeys(
+        ("Qwen-Image", "Qwen-Image-Edit", "Qwen-Image-Edit-Plus"),
+        (LAST_TEXT, ["transformer_blocks.1.attn.add_q_proj", "transformer_blocks.1.attn.to_add_out"]),
     ),
 }
 
@@ -316,7 +318,7 @@ def prompts_are_encoded_once(case: Case) -> str | None:
         batch = policy.sample(context(policy, case), record=range(STEPS))
     assert calls
     with counted_encodings(policy.pipeline) as calls:
-        policy.sample(policy.context(PROMPTS[::-1], metadata(case), seeds=[3, 4]))
+        policy.sample(policy.context(PROMPTS[::-1], metadata(case)[::-1], seeds=[3, 4]))
         for index, step in batch.steps.items():
             policy(index, step.latents, step.next_latents, batch.context)
     assert not calls
@@ -470,6 +472,28 @@ def an_input_in_pipeline_kwargs_serves_all(case: Case) -> str | None:
         found.append(batch.images)
     assert not torch.equal(*found)
     return None
+
+
+def it_is_refused_with_the_cause(refusal: Refusal) -> str:
+    """
+    The pipeline makes images, the same ones after `check_pipeline`. What that reports also stops `DDPOTrainer` when it
+    is built; it names the cause, and the way out if there is one.
+    """
+    case = refusal.case
+    pipeline = case.build(0)
+    before = images(pipeline, case)
+    problem = check_pipeline(pipeline, config(case), PROMPTS, metadata(case)).problem or "no problem"
+    assert torch.equal(images(pipeline, case), before)
+    pairs = list(zip(PROMPTS, metadata(case), strict=True))
+    try:
+        DDPOTrainer(config(case), brightness, pairs, case.build(0))
+    except ValueError as error:
+        stopped = str(error)
+    else:
+        raise AssertionError("it is trained")
+    for words in refusal.words:
+        assert words in problem and words in stopped, f"{words!r} is in only one of {problem!r} and {stopped!r}"
+    return problem
 
 
 CHECKS: dict[str, Callable[[Case], str | None]] = {

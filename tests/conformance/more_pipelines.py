@@ -4,7 +4,6 @@ Inpainting under flow matching, schedules that are sliced, latents that are unpa
 arguments and outputs of a scheduler, two denoisers.
 """
 
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -28,7 +27,6 @@ from diffusers import (
     WanVideoToVideoPipeline,
     ZImageInpaintPipeline,
 )
-from diffusers.pipelines.wan import pipeline_wan_video2video
 from PIL import Image
 
 from conformance.image_pipelines import (
@@ -98,10 +96,6 @@ def stable_diffusion_3_inpainting(seed: int) -> DiffusionPipeline:
 
 def z_image_inpainting(seed: int) -> DiffusionPipeline:
     return ready(ZImageInpaintPipeline(**z_image(seed).components))
-
-
-# Its cleaning of prompts calls ftfy, installed or not; there is nothing to mend in the tests' prompts.
-vars(pipeline_wan_video2video).setdefault("ftfy", SimpleNamespace(fix_text=str))
 
 
 def wan_video_to_video(seed: int) -> DiffusionPipeline:

@@ -5,6 +5,7 @@ Every component is a stock class with the scheduler configuration of the release
 
 import re
 import string
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -92,26 +93,28 @@ LANGUAGE_MODEL = {
 }
 
 
-def character_tokenizer(pattern: str = "$A", text: str = "", **config: Any) -> PreTrainedTokenizerFast:
+def character_tokenizer(
+    pattern: str = "$A", text: str = "", special: Sequence[str] = (), **config: Any
+) -> PreTrainedTokenizerFast:
     """One token per character, but one per word (and the space before it) for the words of a pipeline's own ``text``.
 
-    ``pattern`` puts a model's special tokens around, as T5's "$A </s>".
+    ``pattern`` puts a model's special tokens around, as T5's "$A </s>"; ``special`` are further ones.
     """
     words = dict.fromkeys(re.findall("[A-Za-z]+", text))
-    tokens = [*SPECIAL_TOKENS, *string.printable, *words, *(f" {word}" for word in words)]
+    tokens = [*SPECIAL_TOKENS, *special, *string.printable, *words, *(f" {word}" for word in words)]
     vocabulary = {token: index for index, token in enumerate(dict.fromkeys(tokens))}
     assert len(vocabulary) <= VOCABULARY_SIZE
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
     word = rf" ?\b(?:{'|'.join(words)})\b|" if words else ""
     tokenizer.pre_tokenizer = Split(Regex(word + r"[\s\S]"), "isolated")
-    special = [(token, vocabulary[token]) for token in SPECIAL_TOKENS]
-    tokenizer.post_processor = TemplateProcessing(single=pattern, special_tokens=special)
+    numbered = [(token, vocabulary[token]) for token in SPECIAL_TOKENS]
+    tokenizer.post_processor = TemplateProcessing(single=pattern, special_tokens=numbered)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<pad>",
         eos_token="</s>",
         unk_token="<unk>",
-        additional_special_tokens=SPECIAL_TOKENS[3:],
+        additional_special_tokens=[*SPECIAL_TOKENS[3:], *special],
         model_max_length=256,
         model_input_names=["input_ids", "attention_mask"],
         padding_side="right",

@@ -5,6 +5,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import diffusers
 from rich.console import Console
@@ -13,8 +14,8 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # tests import each other from there
 
-from conformance.checks import CASES, CHECKS, NOT_APPLICABLE
-from conformance.image_pipelines import Case
+from conformance.checks import CASES, CHECKS, NOT_APPLICABLE, it_is_refused_with_the_cause
+from conformance.refused_pipelines import REFUSALS
 
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "conformance.md"
@@ -28,6 +29,15 @@ classes, and gets real prompts through real text encoders; `make test` runs the 
 {legend}
 """
 
+REFUSED = """\
+## Refused
+
+These pipelines can't be policies. **refused**: {legend}
+
+| pipeline | refused | message |
+|---|---|---|
+"""
+
 Results = dict[str, dict[str, tuple[str, str]]]  # by pipeline and check: "yes", "no" or "-", and a remark
 
 
@@ -36,7 +46,8 @@ def main() -> int:
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
     results = {case.name: {title: outcome(check, case) for title, check in CHECKS.items()} for case in CASES}
-    DOCUMENT.write_text(markdown(results))
+    refusals = {each.case.name: outcome(it_is_refused_with_the_cause, each) for each in REFUSALS}
+    DOCUMENT.write_text(markdown(results, refusals))
     table = Table()
     table.add_column("pipeline", no_wrap=True)
     for title in CHECKS:
@@ -47,13 +58,16 @@ def main() -> int:
     console.print(table)
     for remark in remarks(results):
         console.print(remark)
-    answers = [answer for row in results.values() for answer, _ in row.values()]
+    for name, (answer, message) in refusals.items():
+        console.print(f"{name}, refused: {answer}. {message}")
+    rows = [row.values() for row in results.values()]
+    answers = [answer for cells in (*rows, refusals.values()) for answer, _ in cells]
     passed, total = answers.count("yes"), len(answers) - answers.count("-")
     console.print(f"{passed}/{total}")
     return int(passed < total)
 
 
-def outcome(check: Callable[[Case], str | None], case: Case) -> tuple[str, str]:
+def outcome(check: Callable[[Any], str | None], case: Any) -> tuple[str, str]:
     """Whether a pipeline passes a check, and a remark."""
     try:
         remark = check(case) or ""
@@ -71,8 +85,8 @@ def remarks(results: Results) -> list[str]:
     ]
 
 
-def markdown(results: Results) -> str:
-    """The table as a documentation page."""
+def markdown(results: Results, refusals: dict[str, tuple[str, str]]) -> str:
+    """The tables as a documentation page."""
     legend = "\n".join(f"- **{title}**: {(check.__doc__ or '').strip()}" for title, check in CHECKS.items())
     lines = [
         INTRODUCTION.format(version=diffusers.__version__, legend=legend),
@@ -81,6 +95,9 @@ def markdown(results: Results) -> str:
         *(f"| {name} | {' | '.join(answer for answer, _ in row.values())} |" for name, row in results.items()),
         "",
         *remarks(results),
+        "",
+        REFUSED.format(legend=" ".join((it_is_refused_with_the_cause.__doc__ or "").split()))
+        + "\n".join(f"| {name} | {answer} | {message} |" for name, (answer, message) in refusals.items()),
     ]
     return "\n".join(lines) + "\n"
 

@@ -2,9 +2,11 @@
 
 import pytest
 
-from conformance.checks import CASES, CHECKS
+from conformance.checks import CASES, CHECKS, it_is_refused_with_the_cause
+from conformance.image_prompt_pipelines import IMAGE_PROMPT_CASES
 from conformance.input_pipelines import INPUT_CASES
 from conformance.more_pipelines import MORE_CASES
+from conformance.refused_pipelines import REFUSALS
 from conformance.table import DOCUMENT
 
 
@@ -51,9 +53,21 @@ QUICK = {
     **dict.fromkeys((case.name for case in INPUT_CASES), ("replay = sampling", "one pass")),
     **dict.fromkeys((case.name for case in MORE_CASES), ("replay = sampling", "own sampler", "one pass")),
 }
+# The one check that shows what is particular to a pipeline with an image in its prompt; the others are slow.
+POINTS = {
+    **dict.fromkeys((case.name for case in IMAGE_PROMPT_CASES), ""),
+    "FLUX.1 Kontext inpainting": "own sampler",
+    "Wan image-to-video": "replay = sampling",  # its image is not in a list
+    "Qwen-Image-Edit": "encoded once",
+    "Qwen-Image-Edit-Plus": "batch size 1",
+    "HunyuanVideo image-to-video": "own sampler",  # its first frame is not part of the state
+}
+SLOW_REFUSALS = ["FramePack, two sections", "Cosmos 2 video-to-world"]
 
 
 def is_quick(name: str, title: str) -> bool:
+    if name in POINTS:
+        return title == POINTS[name]
     if title in PROOFS:
         return name in PROOFS[title]
     return title in QUICK.get(name, OF_ALL)
@@ -71,10 +85,23 @@ def test_a_pipeline_is_a_policy(case, check):
     check(case)
 
 
+@pytest.mark.parametrize(
+    "refusal",
+    [
+        pytest.param(each, id=each.case.name, marks=pytest.mark.slow if each.case.name in SLOW_REFUSALS else [])
+        for each in REFUSALS
+    ],
+)
+def test_a_pipeline_that_can_not_be_a_policy_is_refused_with_the_cause(refusal):
+    it_is_refused_with_the_cause(refusal)
+
+
 def test_the_documented_table_is_that_of_the_suite():
     """Stale, if this fails: run `make conformance`."""
-    text = DOCUMENT.read_text()
+    text, _, refused = DOCUMENT.read_text().partition("## Refused")
     header, _, *rows = [line for line in text.splitlines() if line.startswith("|")]
     assert [cell.strip() for cell in header.strip("|").split("|")] == ["pipeline", *CHECKS]
     assert [row.strip("|").split("|")[0].strip() for row in rows] == [case.name for case in CASES]
+    _, _, *rows = [line for line in refused.splitlines() if line.startswith("|")]
+    assert [row.strip("|").split("|")[0].strip() for row in rows] == [each.case.name for each in REFUSALS]
     assert all((check.__doc__ or "").strip() in text for check in CHECKS.values())

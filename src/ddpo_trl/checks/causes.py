@@ -182,9 +182,8 @@ def state(trial: Trial) -> str | None:
 
 def embeddings(trial: Trial) -> str | None:
     """Prompt embeddings that are not those of sampling."""
-    trial.replay()
     before = trial.conditions.embeddings
-    now = trial.policy.conditions(None).embeddings
+    now = trial.policy.embedding_sums(trial.batch.context)
     if len(before) == len(now) and all(map(torch.equal, before, now)):
         return None
     return (

@@ -179,6 +179,9 @@ def _examine(
     report.stds = policy.survey(context).stds
     if policy.calls.one_by_one_reason is not None:
         report.notes.append(f"one call of the pipeline per sample: {policy.calls.one_by_one_reason}")
+    if policy.calls.without_effect:
+        names = ", ".join(policy.calls.without_effect)
+        report.notes.append(f"with another {names} a sample is the same after one step")
     trained = config.steps_in_range(len(report.stds))
     batch = policy.sample(context, record=trained)
     _examine_samples(report, batch, trained)

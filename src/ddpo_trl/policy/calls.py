@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers.utils import logging
 
+from ddpo_trl.policy.embeddings import by_value
 from ddpo_trl.policy.records import Context
 from ddpo_trl.policy.schedulers import Replay, StepReplayed
 from ddpo_trl.seeding import Stream, derived_seed, forked_generators
@@ -38,6 +40,8 @@ class BatchCalls:
             The network that is trained.
         run (`Callable[[Context, Replay], Replay]`):
             Makes one call of the pipeline for all samples of a context, up to the step that is replayed.
+        images_after_one_step (`Callable[[Context], torch.Tensor]`):
+            Makes one call of the pipeline for all samples of a context, with a single denoising step.
         is_plain (`bool`):
             Whether calls without per-sample inputs hold texts and numbers only: a batch of them is taken for granted.
 
@@ -46,13 +50,23 @@ class BatchCalls:
             Whether the pipeline draws from torch's global generators before its first step.
         one_by_one_reason (`str`, *optional*):
             Why every sample gets a call of its own; `None` while none does.
+        without_effect (`list[str]`):
+            Names of inputs of which another value left the image after one step as it was.
     """
 
-    def __init__(self, denoiser: ModelMixin, run: Callable[[Context, Replay], Replay], is_plain: bool):
+    def __init__(
+        self,
+        denoiser: ModelMixin,
+        run: Callable[[Context, Replay], Replay],
+        images_after_one_step: Callable[[Context], Tensor],
+        is_plain: bool,
+    ):
         self.denoiser = denoiser
         self.draws = False
         self.one_by_one_reason: str | None = None
+        self.without_effect: list[str] = []
         self._run = run
+        self._images_after_one_step = images_after_one_step
         self._is_plain = is_plain
         self._together: bool | None = None  # whether a call makes several samples; `None` if not known yet
         self._bare: bool | None = None  # whether a call for one sample gets an input's value itself, without a list
@@ -138,6 +152,8 @@ class BatchCalls:
         singles = context.singles()
         self._learn_single(singles[0])
         alone = [self._first_step(single) for single in singles]
+        if alone[1].latents is not None:
+            self._compare_inputs(singles[0], singles[1], alone[1])
         try:
             batch = self._first_step(context)
         except torch.OutOfMemoryError:
@@ -156,6 +172,36 @@ class BatchCalls:
         if context.inputs and not torch.equal(self._first_step(copies).mean[0], batch.mean[0]):
             return f"in a batch a sample changes with the {what} of the others"
         return None
+
+    def _compare_inputs(self, other: Context, single: Context, run: Replay) -> None:
+        """Notes and warns of the inputs that may be another sample's without changing a sample."""
+        for name, values in other.inputs.items():
+            if by_value(values) == by_value(single.inputs[name]):
+                continue  # or they can't be compared
+            changed = replace(single, inputs={**single.inputs, name: values})
+            try:
+                has_effect = self._has_effect(changed, single, run)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception:  # it may not fit the other inputs, and then it has an effect
+                continue
+            if not has_effect:
+                self.without_effect.append(name)
+                logger.warning(
+                    f"pipeline_inputs names {name!r}, but with another value of it a sample is the same after one "
+                    "step. If it is not meant for later steps, the pipeline ignores it: look for the setting that "
+                    "makes it read it."
+                )
+
+    def _has_effect(self, changed: Context, single: Context, run: Replay) -> bool:
+        if not torch.equal(self._first_step(changed).mean, run.mean):
+            return True
+        # A mask may act behind the step only.
+        images = []
+        for context in (single, changed):
+            with self.drawing_from(context):
+                images.append(self._images_after_one_step(context))
+        return not torch.equal(*images)
 
     @torch.no_grad()
     def _first_step(self, context: Context) -> Replay:

@@ -142,7 +142,8 @@ class PromptEncoder:
     So replay runs no text encoder, and a sample's embedding does not depend on the batch it is in. Embeddings of
     different lengths are padded at the end with zeros, in the mask too, as pipelines do within a batch. Which values
     then are a mask that was left out for a single prompt (Qwen-Image) is learned from one batch of two prompts, and
-    where in the embeddings the samples are from another. What can't be joined is encoded as whole batches.
+    where in the embeddings the samples are from another. Prompts that come with an image each are encoded one by one
+    where two of them, encoded together, are what each is alone. What can't be joined is encoded as whole batches.
 
     Args:
         pipeline ([`~diffusers.DiffusionPipeline`]):
@@ -151,14 +152,13 @@ class PromptEncoder:
             Whether the text encoders stay on the CPU while they have nothing to encode.
 
     Attributes:
-        last:
-            What the last call returned.
+        returned (`list`):
+            What it returned since the list was emptied, which is for the caller to do.
     """
-
-    last: Any = None
 
     def __init__(self, pipeline: DiffusionPipeline, offload: bool):
         self.pipeline = pipeline
+        self.returned: list[Any] = []
         self.encoders = text_encoders(pipeline)
         self.offload = offload
         self._ahead: torch.device | None = None  # where the pipeline is going to run,
@@ -176,22 +176,25 @@ class PromptEncoder:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the pipeline calls in place of its `encode_prompt`."""
-        self.last = self._embeddings(*args, **kwargs)
+        embeddings = self._embeddings(*args, **kwargs)
+        self.returned.append(embeddings)
         if self._ahead is None:
-            return self.last
-        return recursively_apply(lambda tensor: tensor.to(self._here), self.last)
+            return embeddings
+        return recursively_apply(lambda tensor: tensor.to(self._here), embeddings)
 
     def _embeddings(self, *args: Any, **kwargs: Any) -> Any:
         bound = self._signature.bind(*args, **kwargs)
         if self._ahead is not None and "device" in self._signature.parameters:
             bound.arguments["device"] = self._ahead
         calls = split_by_sample(bound)
-        if self._ahead not in (None, self._here) and (calls is None or "device" not in bound.arguments):
+        if self._ahead not in (None, self._here) and (
+            calls is None or not is_about_texts(bound) or "device" not in bound.arguments
+        ):
             raise OnlyInPlace
         if calls is None or (len(calls) > 1 and not self._learn_layout(calls)):
             if not is_known_by_value(bound):
                 return self._encode([(args, kwargs)])[0]
-            # About images too, or of embeddings that can't be joined: the batch is remembered as it is.
+            # Of embeddings that can't be joined, or about an image for all: the batch is remembered as it is.
             calls = [bound]
         keys = [call_key(call) for call in calls]
         missing = {key: call for key, call in zip(keys, calls, strict=True) if key not in self._cache}
@@ -217,19 +220,32 @@ class PromptEncoder:
         """Whether single prompts can be joined: it is learned from one call with the first prompt twice."""
         key = settings_key(calls[0])
         if key not in self._layouts:
-            (single,) = self._encode([(calls[0].args, calls[0].kwargs)])
-            self._cache.put(call_key(calls[0]), single)
+            # Of images it shows only where two are different whether a sample's embedding depends on the other's.
+            other = next((call for call in calls if images_key(call) != images_key(calls[0])), None)
+            if other is None and not is_about_texts(calls[0]):
+                return False
+            single = self._encode_single(calls[0])
             pair = self._encode_together(calls[0], calls[0])
             try:
-                self._layouts[key] = batch_dimensions(single, pair)
-            except NotJoinable:
-                self._layouts[key] = NotJoinable
+                layout = batch_dimensions(single, pair)
+                if other is not None:
+                    together = self._encode_together(calls[0], other)
+                    check_close(join([single, self._encode_single(other)], together, layout), together)
+            except (NotJoinable, ValueError):
+                layout = NotJoinable
+            self._layouts[key] = layout
         return self._layouts[key] is not NotJoinable
+
+    def _encode_single(self, call: inspect.BoundArguments) -> Any:
+        (single,) = self._encode([(call.args, call.kwargs)])
+        self._cache.put(call_key(call), single)
+        return single
 
     def _encode_together(self, *calls: inspect.BoundArguments) -> Any:
         together = copy.copy(calls[0])
+        per_sample = per_sample_arguments(calls[0])
         together.arguments = {
-            name: [call.arguments[name][0] for call in calls] if is_per_sample(name, value) else value
+            name: [call.arguments[name][0] for call in calls] if name in per_sample else value
             for name, value in together.arguments.items()
         }
         return self._encode([(together.args, together.kwargs)])[0]
@@ -289,21 +305,40 @@ class PromptEncoder:
 
 
 def split_by_sample(call: inspect.BoundArguments) -> list[inspect.BoundArguments] | None:
-    """One call per prompt; `None` if the call isn't about a list of prompts, or about more than texts and settings."""
+    """One call per prompt; `None` if the call isn't about a list of prompts, or holds one image for all of them."""
     prompts = call.arguments.get("prompt")
-    if not isinstance(prompts, list) or not all(is_setting(value) for value in call.arguments.values()):
+    if not isinstance(prompts, list) or not is_known_by_value(call):
+        return None
+    per_sample = per_sample_arguments(call)
+    if not all(name in per_sample or is_setting(value) for name, value in call.arguments.items()):
         return None
     calls = [copy.copy(call) for _ in prompts]
     for index, one in enumerate(calls):
         one.arguments = {
-            name: [value[index]] if is_per_sample(name, value) else value for name, value in call.arguments.items()
+            name: [value[index]] if name in per_sample else value for name, value in call.arguments.items()
         }
     return calls
 
 
-def is_per_sample(name: str, value: Any) -> bool:
-    """Whether an argument of `encode_prompt` holds one value per sample."""
-    return isinstance(value, list) and name.startswith(PER_SAMPLE_PREFIXES)
+def per_sample_arguments(call: inspect.BoundArguments) -> set[str]:
+    """
+    Names of the arguments of a call with a list of prompts that hold one value per prompt.
+
+    Texts are known by the argument's name. Images and the like may be several of every sample instead: what is made of
+    each alone is compared with what is made of all.
+    """
+    count = len(call.arguments["prompt"])
+    return {
+        name
+        for name, value in call.arguments.items()
+        if isinstance(value, list)
+        and (name.startswith(PER_SAMPLE_PREFIXES) or (len(value) == count and not is_setting(value)))
+    }
+
+
+def is_about_texts(call: inspect.BoundArguments) -> bool:
+    """Whether a call holds texts and settings only."""
+    return all(is_setting(value) for value in call.arguments.values())
 
 
 def is_setting(value: Any) -> bool:
@@ -347,9 +382,15 @@ def call_key(call: inspect.BoundArguments) -> Hashable:
     return tuple((name, by_value(value)) for name, value in call.arguments.items())
 
 
+def images_key(call: inspect.BoundArguments) -> Hashable:
+    """What distinguishes one call from another, apart from texts and settings."""
+    return tuple(by_value(value) for value in call.arguments.values() if not is_setting(value))
+
+
 def settings_key(call: inspect.BoundArguments) -> Hashable:
     """What distinguishes one call from another, apart from the samples."""
-    return repr({name: "" if is_per_sample(name, value) else value for name, value in call.arguments.items()})
+    per_sample = per_sample_arguments(call)
+    return repr({name: "" if name in per_sample else value for name, value in call.arguments.items()})
 
 
 def batch_dimensions(single: Any, pair: Any) -> Any:
@@ -381,6 +422,33 @@ def batch_dimensions(single: Any, pair: Any) -> Any:
         case _ if not isinstance(single, Tensor | list | tuple | dict):
             return None
     raise NotJoinable
+
+
+def check_close(joined: Any, together: Any) -> None:
+    """
+    Compare embeddings up to rounding.
+
+    Args:
+        joined:
+            Those of single prompts, joined.
+        together:
+            What `encode_prompt` returned for all at once.
+
+    Raises:
+        [`NotJoinable`]: If they differ.
+    """
+    match joined, together:
+        case (tuple() | list(), tuple() | list()) if len(joined) == len(together):
+            for parts in zip(joined, together, strict=True):
+                check_close(*parts)
+        case (dict(), dict()) if joined.keys() == together.keys():
+            check_close(list(joined.values()), [together[name] for name in joined])
+        case (Tensor(), Tensor()) if joined.shape == together.shape:
+            digits = torch.finfo(together.dtype).eps ** 0.5 if together.is_floating_point() else 0.0
+            if (joined.float() - together.float()).norm() > digits * together.float().norm():
+                raise NotJoinable
+        case _ if isinstance(together, Tensor | tuple | list | dict) or joined != together:
+            raise NotJoinable
 
 
 def text_length(embeddings: Any) -> int:

@@ -37,7 +37,7 @@ class Conditions:
         weights (`Mapping[str, torch.Tensor]`):
             The sum of each trained parameter.
         embeddings (`tuple[torch.Tensor, ...]`):
-            Weighted sums over the prompt embeddings; empty if the pipeline's are not known.
+            Weighted sums over the prompt embeddings of all calls of the pipeline; empty if they are not known.
         stochastic (`Collection[int]`, *optional*):
             Indices of the steps that got noise, `None` for all.
     """
@@ -73,7 +73,7 @@ def conditions(
         denoiser ([`~diffusers.ModelMixin`]):
             The network that is trained.
         embeddings:
-            What `encode_prompt` returned last; `None` if it is not known.
+            What `encode_prompt` returned; empty if it is not known.
         stochastic (`Collection[int]`, *optional*):
             Indices of the steps that get noise, `None` for all.
     """

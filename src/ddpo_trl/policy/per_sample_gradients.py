@@ -184,7 +184,7 @@ def weight_gradients(layer: TrainedLayer, inputs: Tensor, grad: Tensor) -> dict[
 
 def _positions(values: Tensor) -> Tensor:
     """`(R, ..., channels)` as `(R, positions, channels)`."""
-    return values.reshape(len(values), -1, values.shape[-1])
+    return values.unsqueeze(1).flatten(1, -2)
 
 
 def _convolution_products(layer: nn.Conv2d, inputs: Tensor, grad: Tensor) -> Tensor:
@@ -236,7 +236,7 @@ def _has_known_gradient(module: nn.Module) -> bool:
 
 def reached_rows(grad: Tensor) -> Tensor:
     """`(R,)`: on which rows of `(R, ...)` a gradient is anything but 0."""
-    return grad.flatten(1).abs().amax(1) > 0
+    return grad.flatten(1).ne(0).any(1)  # on none if a row has no elements
 
 
 def row_layout(of_first: Tensor, of_second: Tensor) -> int:

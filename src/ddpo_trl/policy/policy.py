@@ -30,7 +30,7 @@ from ddpo_trl.policy.lora import (
     save_adapter,
 )
 from ddpo_trl.policy.per_sample_gradients import SampleGradients, TrainedLayer
-from ddpo_trl.policy.pipeline import check_call, policy_copy, quiet_copy, with_denoiser
+from ddpo_trl.policy.pipeline import check_call, parts, policy_copy, quiet_copy, with_denoiser
 from ddpo_trl.policy.records import Context, Gradients, SampledBatch, Step, join_samples, steps_to
 from ddpo_trl.policy.schedulers import (
     BeforeSteps,
@@ -172,7 +172,9 @@ class Policy(nn.Module):
         self._attention_modules = attention_modules(
             [*self.policy_pipeline.components.values(), self._reference_pipeline.components[self.denoiser_name]]
         )
-        self.calls = BatchCalls(self.denoiser, self._try, is_plain=is_setting(self.pipeline_kwargs))
+        self.calls = BatchCalls(
+            self.denoiser, self._try, self._images_after_one_step, is_plain=is_setting(self.pipeline_kwargs)
+        )
 
     def context(self, prompts: Sequence[str], metadata: Sequence[Any], seeds: Sequence[int]) -> Context:
         """
@@ -362,8 +364,9 @@ class Policy(nn.Module):
                 Indices of the steps that get noise, all by default.
         """
         calls = self.calls.split(context)
-        parts = [self._sample_with_gradients(call, weights, layers, stochastic) for call in calls]
-        return SampledBatch.joined(context, parts)
+        return SampledBatch.joined(
+            context, [self._sample_with_gradients(call, weights, layers, stochastic) for call in calls]
+        )
 
     def _sample_with_gradients(
         self,
@@ -439,15 +442,29 @@ class Policy(nn.Module):
 
     def conditions(self, stochastic: Collection[int] | None) -> Conditions:
         """
-        What holds now and was true of the last run of the pipeline: training has to share it with sampling.
+        What holds now and was true of the last call of the pipeline: training has to share it with sampling.
 
         Args:
             stochastic (`Collection[int]`, *optional*):
                 Indices of the steps that get noise, `None` for all.
         """
-        encoder = vars(self.policy_pipeline).get("encode_prompt")
-        embeddings = None if encoder is None else encoder.last
+        embeddings = [encoder.returned for encoder in self._encoders]
         return conditions(settings_in_use(self.setting_owners), self.denoiser, embeddings, stochastic)
+
+    @torch.no_grad()
+    def embedding_sums(self, context: Context) -> tuple[Tensor, ...]:
+        """Those that [`~ddpo_trl.types.Conditions`] would hold of a batch now; its first step is run for it."""
+        sums: list[Tensor] = []
+        for call in self.calls.split(context):
+            self._run_to(self.policy_pipeline, Replay(0), call)
+            sums.extend(self.conditions(None).embeddings)
+        return tuple(sums)
+
+    @property
+    def _encoders(self) -> list[PromptEncoder]:
+        """Those of the pipeline and of its parts."""
+        pipelines = (self.policy_pipeline, *parts(self.policy_pipeline).values())
+        return [vars(each)["encode_prompt"] for each in pipelines if "encode_prompt" in vars(each)]
 
     @property
     def setting_owners(self) -> SettingOwners:
@@ -572,6 +589,10 @@ class Policy(nn.Module):
         self.eval()  # an adapter that was just added is in training mode, with its dropout
         return self._run_to(self.policy_pipeline, replay, context)
 
+    @torch.no_grad()
+    def _images_after_one_step(self, context: Context) -> Tensor:
+        return self._sample(context, record=(), stochastic=None, max_steps=1).images
+
     def _run_to(self, pipeline: DiffusionPipeline, replay: Replay, context: Context) -> Replay:
         """One call of a pipeline, which ends at the step that `replay` wants."""
         with self.scheduler.acting(replay), suppress(StepReplayed):
@@ -603,6 +624,8 @@ class Policy(nn.Module):
     def _run(self, pipeline: DiffusionPipeline, context: Context, **kwargs: Any) -> Any:
         if self.settings.guidance_scale is not None:
             kwargs["guidance_scale"] = self.settings.guidance_scale
+        for encoder in self._encoders:
+            encoder.returned.clear()
         draws = self.calls.drawing_from(context) if self.calls.draws else nullcontext()
         with processors_kept(self._attention_modules), draws:
             return pipeline(

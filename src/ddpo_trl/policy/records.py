@@ -5,7 +5,8 @@ Shape legend, used in every docstring of the package: `B` samples of a batch, `N
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -159,6 +160,7 @@ class SampledBatch:
                 f"The samples of a batch take different numbers of steps, {' and '.join(map(str, sorted(counts)))}: "
                 f"{', '.join(context.inputs)} changes the schedule. Give one value for all in pipeline_kwargs."
             )
+        conditions = [part.conditions for part in parts if part.conditions is not None]
         gradients = [part.gradients for part in parts if part.gradients is not None]
         finite_steps = [part.finite_steps for part in parts if part.finite_steps is not None]
         return cls(
@@ -173,7 +175,11 @@ class SampledBatch:
                 )
                 for index in parts[0].steps
             },
-            conditions=parts[-1].conditions,
+            conditions=replace(
+                conditions[-1], embeddings=tuple(chain.from_iterable(each.embeddings for each in conditions))
+            )
+            if conditions
+            else None,
             gradients=Gradients(
                 log_probs=torch.cat([each.log_probs for each in gradients]),
                 weights=[torch.cat(each) for each in zip(*(each.weights for each in gradients), strict=True)],

@@ -23,6 +23,9 @@ from ddpo_trl.policy.schedulers.base import PolicyScheduler
 
 SdeType = Literal["sde", "cps"]
 
+# Of 1000 timesteps: by so much diffusers' pipelines let a token's be below that of the step it makes.
+TOKEN_TOLERANCE = 1e-3
+
 
 def sde_std(sigma: float, next_sigma: float, noise_level: float) -> float:
     """
@@ -179,19 +182,24 @@ class FlowMatchPolicyScheduler(PolicyScheduler):
         As [`PolicyScheduler.step`].
 
         Args:
-            per_token_timesteps (`torch.Tensor`, *optional*):
-                If given, the model output is the negative velocity, as in diffusers' schedulers. All tokens
-                make the step of `timestep`; those with an earlier one are conditions, which the pipeline puts back.
+            per_token_timesteps (`torch.Tensor` of shape `(B, N)` or `(B, 1)`, *optional*):
+                If given, the model output is the negative velocity, as in diffusers' schedulers. Tokens with a
+                timestep below the step's are conditions: they keep their state until the schedule is there, and
+                what the network predicts of them is not part of the density.
         """
-        if per_token_timesteps is not None:
-            if not self._timesteps_are_sigmas:
-                raise ValueError(
-                    "The pipeline steps by the timesteps of its tokens, but those of pipeline.scheduler are not its "
-                    "sigmas. Set pipeline.scheduler to one without shift_terminal, use_dynamic_shifting and a shift: "
-                    "`FlowMatchEulerDiscreteScheduler()`."
-                )
-            model_output = -model_output
-        return super().step(model_output, timestep, sample, generator, return_dict)
+        if per_token_timesteps is None:
+            return super().step(model_output, timestep, sample, generator, return_dict)
+        if not self._timesteps_are_sigmas:
+            raise ValueError(
+                "The pipeline steps by the timesteps of its tokens, but those of pipeline.scheduler are not its "
+                "sigmas. Set pipeline.scheduler to one without shift_terminal, use_dynamic_shifting and a shift: "
+                "`FlowMatchEulerDiscreteScheduler()`."
+            )
+        kept = (per_token_timesteps < timestep - TOKEN_TOLERANCE).unsqueeze(-1)
+        velocity = -model_output.masked_fill(kept, 0.0)
+        (stepped,) = super().step(velocity, timestep, sample, generator, return_dict=False)
+        next_latents = torch.where(kept, sample, stepped)
+        return SchedulerOutput(prev_sample=next_latents) if return_dict else (next_latents,)
 
     @property
     def _is_inverted(self) -> bool:

@@ -94,7 +94,9 @@ def learn_layout(batch_size: int, elements: int, first: Tensor, digits: Sequence
             f"Of the {first.numel()} numbers that the pipeline hands to its scheduler in the first step, "
             f"{int((~moved & ~constant).sum())} are computed from those that `prepare_latents` returned, and "
             f"{int(moved.sum())} are among them: the state of a step can't be handed to the pipeline to be replayed. "
-            "Look for what scales or mixes the latents before the loop, and load the whole pipeline in one dtype."
+            "Look for what scales or mixes the latents before the step, or adds noise to some of them "
+            "(image_cond_noise_scale and the like): switch it off in pipeline_kwargs. Load the whole pipeline in one "
+            "dtype."
         )
     size, rows = elements // batch_size, numbers.long().view(batch_size, -1)
     offsets = torch.arange(batch_size, device=rows.device).unsqueeze(1) * size
