@@ -42,10 +42,10 @@ EVENTS: dict[str, tuple[str, str]] = {
     "scoring": ("ddpo_trl.rewards.scoring", "score"),
     "training": ("ddpo_trl.trainer", "DDPOTrainer.compute_loss"),
     "saving weights": ("ddpo_trl.policy.policy", "Policy.save"),
-    "saving the rest": ("ddpo_trl.trainer", "DDPOTrainer._save_round"),
+    "saving the rest": ("ddpo_trl.artifacts.saving", "SavingTrainer._save_round"),
     "publishing": ("ddpo_trl.artifacts.checkpoints", "publish"),
     "synchronising": ("ddpo_trl.artifacts.checkpoints", "synchronise"),
-    "rotating": ("ddpo_trl.trainer", "rotate_checkpoints"),
+    "rotating": ("ddpo_trl.artifacts.saving", "rotate_checkpoints"),
 }
 
 

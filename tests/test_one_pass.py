@@ -93,7 +93,7 @@ def test_a_resumed_run_ends_as_if_never_interrupted(make_config, tmp_path, monke
     assert relative_difference(lora_weights(whole), lora_weights(resumed)) == 0.0
 
     warnings: list[str] = []
-    monkeypatch.setattr("ddpo_trl.trainer.logger.warning", warnings.append)
+    monkeypatch.setattr("ddpo_trl.artifacts.saving.logger.warning", warnings.append)
     config = make_config(num_train_epochs=2, **{**settings, "one_pass": False})
     DDPOTrainer(config, brightness, PROMPTS, tiny_pipeline()).train(resume_from_checkpoint=checkpoint)
     (warning,) = [line for line in warnings if "Resuming" in line]

@@ -171,7 +171,7 @@ def test_resuming_with_other_sizes_works_and_says_what_is_no_longer_equal(tmp_pa
     constant = {"lr_scheduler_type": "constant"}
     kill_a_run.make_trainer(tmp_path, rounds=1, **constant).train()
     warnings: list[str] = []
-    monkeypatch.setattr("ddpo_trl.trainer.logger.warning", warnings.append)
+    monkeypatch.setattr("ddpo_trl.artifacts.saving.logger.warning", warnings.append)
     trainer = kill_a_run.make_trainer(tmp_path, rounds=2, **constant, **change)
     trainer.train(resume_from_checkpoint=True)
     assert trainer.state.global_step == 4

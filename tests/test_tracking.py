@@ -1,7 +1,7 @@
 """What a run shows: on the disk and in the trackers, read back with the trackers' own files, and at no cost to it."""
 
+import copy
 import csv
-import dataclasses
 import io
 import json
 import random
@@ -313,7 +313,8 @@ def test_a_resumed_run_drops_what_came_after_its_checkpoint_and_keeps_what_came_
             self.seen.append(([row["round"] for row in rows(tmp_path)], rounds_with_images(tmp_path)))
 
     watch = Watch()
-    config = dataclasses.replace(first.args, num_train_epochs=3, gradient_accumulation_steps=1)
+    config = copy.copy(first.args)
+    config.num_train_epochs, config.gradient_accumulation_steps = 3, 1
     resumed = DDPOTrainer(config, [brightness, darkness], PROMPTS, tiny_pipeline(), callbacks=[watch])
     step = 2 * config.updates_per_round
     resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))

@@ -531,7 +531,7 @@ class DDPOTrainer(SavingTrainer):
             drop_invalid=self.args.on_invalid_reward == "drop",
             accelerator=self.accelerator,
             seed=self.args.seed,
-            batch_size=self.args.per_device_eval_batch_size,
+            batch_size=self.args.per_device_eval_batch_size or self.args.per_device_sample_batch_size,
             progress=self.progress,
         )
 

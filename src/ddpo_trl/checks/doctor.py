@@ -146,7 +146,7 @@ def finding(error: Exception, pipeline: DiffusionPipeline) -> str:
     """The sentence for an exception: what this package raises names its remedy, what a pipeline raises is its own."""
     frames = [Path(frame.filename) for frame in traceback.extract_tb(error.__traceback__)]
     source = Path(inspect.getfile(type(pipeline)))
-    if source in frames and not frames[-1].is_relative_to(Path(__file__).parent):
+    if source in frames and not frames[-1].is_relative_to(Path(__file__).parents[1]):
         return (
             f"{type(error).__name__} in {type(pipeline).__name__}: {error}. This is the pipeline's own error. Call it "
             "yourself with the same arguments to see where, and give what it asks for in pipeline_kwargs or "
