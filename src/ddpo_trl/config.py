@@ -6,6 +6,7 @@ import math
 import signal
 import warnings
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Any, Literal, Self, TypeVar
 
 from accelerate.utils import get_int_from_env, parse_flag_from_env
@@ -22,6 +23,14 @@ T = TypeVar("T")
 WindowStrategy = Literal["fixed", "progressive", "random"]
 TransitionWeighting = Literal["uniform", "std"]
 
+
+# Kinds of numbers by the type of a field, with their names.
+NUMBERS: dict[Any, tuple[type, str]] = {
+    int: (Integral, "an integer"),
+    int | None: (Integral, "an integer"),
+    float: (Real, "a number"),
+    float | None: (Real, "a number"),
+}
 
 # Where launchers tell how many processes they started, as accelerate looks for it.
 PROCESS_COUNTS = ["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"]
@@ -545,7 +554,13 @@ class DDPOConfig(TrainingArguments):
                 )
 
     def _check_types(self) -> None:
-        """Refuses single values where several are meant: a string would be taken for its letters."""
+        """Refuses single values where several are meant, a string would be taken for its letters; texts for numbers."""
+        for field_ in dataclasses.fields(self):
+            kind, what = NUMBERS.get(field_.type, (object, ""))
+            value = vars(self)[field_.name]
+            if not isinstance(value, kind | None) or (what and isinstance(value, bool)):
+                hint = " (In YAML, 1e-4 is a text and 1.0e-4 a number.)" if isinstance(value, str) else ""
+                raise TypeError(f"{field_.name} is {value!r}; give {what}.{hint}")
         for name in ("pipeline_inputs", "reward_weights", "train_timestep_range"):
             value = vars(self)[name]
             if value is not None and not isinstance(value, list | tuple):
@@ -556,7 +571,7 @@ class DDPOConfig(TrainingArguments):
             except json.JSONDecodeError as error:
                 raise ValueError(
                     f"pipeline_kwargs is {self.pipeline_kwargs!r}; give a dict, or on the command line a JSON object "
-                    f"such as '{{\"height\": 512}}' ({error})."
+                    f'such as \'{{"height": 512, "width": 512}}\' ({error}).'
                 ) from error
 
     def _check_positive(self) -> None:
@@ -583,6 +598,8 @@ class DDPOConfig(TrainingArguments):
             )
 
     def _check_finite(self) -> None:
+        if self.guidance_scale is not None and not math.isfinite(self.guidance_scale):
+            raise ValueError(f"guidance_scale is {self.guidance_scale}; it must be a finite number, or None.")
         for name in ("learning_rate", "weight_decay", "kl_coef"):
             if not 0 <= (value := vars(self)[name]) < math.inf:
                 raise ValueError(f"{name} is {value}; it must be a finite number, 0 or above.")
@@ -730,7 +747,7 @@ class DDPOConfig(TrainingArguments):
         if not isinstance(self.pipeline_kwargs, dict):
             raise ValueError(
                 f"pipeline_kwargs is {self.pipeline_kwargs!r}; give a dict, or on the command line a JSON object such "
-                "as '{\"height\": 512}'."
+                'as \'{"height": 512, "width": 512}\'.'
             )
         if taken := OWN_PIPELINE_ARGUMENTS & self.pipeline_kwargs.keys():
             raise ValueError(

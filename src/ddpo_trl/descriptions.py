@@ -84,7 +84,8 @@ def _parts(value: Any) -> Any:
         case types.MethodType():
             return [_parts(value.__func__), _attributes(value.__self__)]
         case types.FunctionType():
-            enclosed = [cell.cell_contents for cell in value.__closure__ or () if cell != types.CellType()]  # not empty
+            empty = types.CellType()  # has no contents to be asked for
+            enclosed = [cell.cell_contents for cell in value.__closure__ or () if cell != empty]
             return [_parts(value.__code__), *map(_visible, [value.__defaults__, value.__kwdefaults__, *enclosed])]
         case types.CodeType():
             nested = [_parts(each) for each in value.co_consts if isinstance(each, types.CodeType)]

@@ -17,7 +17,15 @@ from ddpo_trl.config import DDPOConfig
 from ddpo_trl.encoding import OnlyInPlace, PromptEncoder, is_setting
 from ddpo_trl.finite import check_weights
 from ddpo_trl.gaussian import kl_divergence, log_prob
-from ddpo_trl.lora import adapter_layers, adapters_off, denoiser_name, describe_adapter, load_adapter, save_adapter
+from ddpo_trl.lora import (
+    adapter_layers,
+    adapter_scales,
+    adapters_off,
+    denoiser_name,
+    describe_adapter,
+    load_adapter,
+    save_adapter,
+)
 from ddpo_trl.pipelines import check_call, policy_copy, quiet_copy, with_denoiser
 from ddpo_trl.plan import steps_in_range
 from ddpo_trl.processes import is_sharded
@@ -229,6 +237,13 @@ class Policy(nn.Module):
             weights = sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
             return f"{what}: {weights:,} of its own weights"
         return f"LoRA on {what}: {describe_adapter(self.denoiser, self.adapter)}"
+
+    @property
+    def adapter_record(self) -> dict[str, Any]:
+        """What the record of a run says of its adapter besides the weights; empty if there is none."""
+        if self.adapter is None:
+            return {}
+        return {"The scale of the adapter": adapter_scales(self.denoiser, self.adapter)}
 
     def train(self, mode: bool = True) -> "Policy":
         """Keeps the denoiser in evaluation mode: with dropout a replayed step is not the policy that was sampled."""

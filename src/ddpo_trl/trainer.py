@@ -31,13 +31,14 @@ from ddpo_trl import optimizers as optimizers_  # the argument's name is Trainer
 from ddpo_trl.boundary import RoundCallbacks, RoundSchedule, StopSignals, agree, end_round
 from ddpo_trl.callbacks import RoundProgress, TrainingClock
 from ddpo_trl.checkpoints import CONFIG_NAME, PLAN_NAME
+from ddpo_trl.conditions import changed_weights
 from ddpo_trl.config import DDPOConfig
 from ddpo_trl.descriptions import DIGITS, code_digest, described
 from ddpo_trl.evaluation import Evaluator, Samples, check_evaluation, reward_names
 from ddpo_trl.finite import check_update
 from ddpo_trl.guard import replay_problem
 from ddpo_trl.loader import RolloutLoader
-from ddpo_trl.lora import adapter_scales, freeze_all_but_denoiser, put_on_adapter
+from ddpo_trl.lora import freeze_all_but_denoiser, put_on_adapter
 from ddpo_trl.model_card import write_model_card
 from ddpo_trl.objectives import importance_sampling, score_function
 from ddpo_trl.one_pass import TRIAL_SAMPLES, autocast, choose_passes, policy_gradient
@@ -76,13 +77,15 @@ PROMPTS_NAME = "prompts.pt"
 MAX_PROMPTS_AHEAD = 1024
 
 
-def check_arguments(config: Any, pipeline: Any, peft_config: Any) -> None:
+def check_arguments(config: Any, pipeline: Any, peft_config: Any, callbacks: Any) -> None:
     """
     Refuses arguments of another kind, with what makes the right one of them.
 
     Raises:
         `TypeError`: With the argument, its type and the remedy.
+        `ValueError`: If `output_dir` can't be written to.
     """
+    check_callbacks(callbacks)
     if not isinstance(config, DDPOConfig):
         raise TypeError(
             f"config is {type(config).__name__}; give a DDPOConfig, which has the fields of TrainingArguments and "
@@ -100,6 +103,23 @@ def check_arguments(config: Any, pipeline: Any, peft_config: Any) -> None:
         raise TypeError(
             f"peft_config is {type(peft_config).__name__}; give a `peft.LoraConfig(...)`, or leave it out."
         )
+    try:
+        os.makedirs(config.output_dir, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"output_dir is {config.output_dir!r}, which can't be made ({error}). Set a folder that can be written to."
+        ) from error
+
+
+def check_callbacks(callbacks: Any) -> None:
+    """Raises a `TypeError` if they are not a list of callbacks or their classes."""
+    if not isinstance(callbacks, list | tuple | None):
+        raise TypeError(f"callbacks is {type(callbacks).__name__}; give a list of callbacks.")
+    for index, callback in enumerate(callbacks or ()):
+        if not isinstance(callback, TrainerCallback) and not (
+            isinstance(callback, type) and issubclass(callback, TrainerCallback)
+        ):
+            raise TypeError(f"callbacks[{index}] is {callback!r}; give a `transformers.TrainerCallback`.")
 
 
 class DDPOTrainer(Trainer):
@@ -198,7 +218,7 @@ class DDPOTrainer(Trainer):
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LRScheduler | None] = (None, None),
         optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
     ):
-        check_arguments(config, pipeline, peft_config)
+        check_arguments(config, pipeline, peft_config, callbacks)
         args = copy.copy(config)
         if args.n_gpu > 1:
             raise ValueError(
@@ -223,7 +243,7 @@ class DDPOTrainer(Trainer):
             adapter = None
             freeze_all_but_denoiser(pipeline, peft_config)
         policy = Policy(pipeline, args, adapter)
-        optimizers_.check_given(optimizers, policy)
+        optimizers_.check_given(optimizers, policy, args.eval_strategy != "no")
         self._check_inputs(policy)
         self.prompt_key_fn = default_prompt_key if prompt_key_fn is None else prompt_key_fn
         ((prompt, metadata),) = self._preview(1)
@@ -279,9 +299,7 @@ class DDPOTrainer(Trainer):
         self._trained_in: str | None = None  # output_dir of an earlier call of `train`
         self._own_optimizer = optimizers[0] is not None or optimizer_cls_and_kwargs is not None
         # Before weights are divided among processes, and functions count their calls.
-        self._ingredients = {**ingredients(pipeline), **self._code()}
-        if adapter is not None:
-            self._ingredients["The scale of the adapter"] = adapter_scales(policy.denoiser, adapter)
+        self._ingredients = {**ingredients(pipeline), **policy.adapter_record, **self._code()}
         self._example_prompt = prompt
         self._example_inputs = {name: values[0] for name, values in trial.inputs.items()}
         self._try_reward_function(prompt, metadata, trial_size)
@@ -370,6 +388,11 @@ class DDPOTrainer(Trainer):
     def _weigh_gradients(self) -> Tensor:
         """Sets the gradient of the round, as the mean over processes, and returns the loss that it belongs to."""
         rollout = self.rollout
+        if changed := changed_weights(self._policy.denoiser, rollout.batches[-1].conditions):
+            raise RuntimeError(
+                f"The gradients of round {rollout.round} belong to other weights: {len(changed)} tensors have changed "
+                f"since they were sampled with ({changed[0]} first). Let no callback write to them inside a round."
+            )
         parameters = trained_weights(self._gradient_layers)
         for parameter, gradient in zip(parameters, policy_gradient(rollout.batches, rollout.advantages), strict=True):
             parameter.grad = self.accelerator.reduce(gradient.to(parameter), reduction="mean")

@@ -9,7 +9,9 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 
@@ -384,6 +386,19 @@ class Objective:
 
     loss: Tensor
     metrics: dict[str, Tensor]
+
+
+def own_copy(value: Any) -> Any:
+    """A copy of dicts and lists, of tensors and arrays, and of such in tuples. Other objects stay the same."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, np.ndarray | Image.Image):
+        return value.copy()
+    if type(value) is dict:
+        return {key: own_copy(entry) for key, entry in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(map(own_copy, value))
+    return value
 
 
 class RewardFunction(Protocol):

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddpo_trl.conditions import settings_in_use
+from ddpo_trl.conditions import changed_weights, settings_in_use
 from ddpo_trl.encoding import is_setting
 from ddpo_trl.guard.trial import (
     HALF_DTYPES,
@@ -210,7 +210,7 @@ def weights(trial: Trial) -> str | None:
     before, now = trial.conditions, trial.policy.conditions(None)
     if before.denoiser_dtype != now.denoiser_dtype:
         return f"the denoiser's dtype: {plain(before.denoiser_dtype)} in sampling, {plain(now.denoiser_dtype)} now."
-    changed = [name for name in before.weights if name not in now.weights or before.weights[name] != now.weights[name]]
+    changed = changed_weights(trial.policy.denoiser, before)
     if not changed:
         return None
     return (
