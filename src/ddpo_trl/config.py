@@ -554,7 +554,7 @@ class DDPOConfig(TrainingArguments):
                 )
 
     def _check_types(self) -> None:
-        """Refuses single values where several are meant, a string would be taken for its letters; texts for numbers."""
+        """Refuses texts for numbers, and single values for several: a string would be taken for its letters."""
         for field_ in dataclasses.fields(self):
             kind, what = NUMBERS.get(field_.type, (object, ""))
             value = vars(self)[field_.name]
@@ -600,8 +600,11 @@ class DDPOConfig(TrainingArguments):
     def _check_finite(self) -> None:
         if self.guidance_scale is not None and not math.isfinite(self.guidance_scale):
             raise ValueError(f"guidance_scale is {self.guidance_scale}; it must be a finite number, or None.")
-        for name in ("learning_rate", "weight_decay", "kl_coef"):
-            if not 0 <= (value := vars(self)[name]) < math.inf:
+        for name in (
+            "learning_rate", "weight_decay", "kl_coef", "adam_beta1", "adam_beta2", "adam_epsilon", "warmup_steps",
+            "eval_delay",
+        ):  # fmt: skip
+            if (value := vars(self)[name]) is not None and not 0 <= value < math.inf:
                 raise ValueError(f"{name} is {value}; it must be a finite number, 0 or above.")
         if self.max_grad_norm is not None and not self.max_grad_norm >= 0:
             raise ValueError(f"max_grad_norm is {self.max_grad_norm}; it must be above 0, or 0 for no clipping.")
@@ -810,5 +813,5 @@ class DDPOConfig(TrainingArguments):
                 f"max_steps is {self.max_steps}, which ends inside a round of {self.updates_per_round} optimizer "
                 "steps (num_ppo_epochs x num_mini_batches). Set a multiple, or use num_train_epochs or total_episodes."
             )
-        if self.num_train_epochs != int(self.num_train_epochs):
+        if not math.isfinite(self.num_train_epochs) or self.num_train_epochs % 1:
             raise ValueError(f"num_train_epochs is {self.num_train_epochs}; a run has a whole number of rounds.")

@@ -365,6 +365,7 @@ class Policy(nn.Module):
             context=context,
             images=images,
             steps={},
+            conditions=self.conditions(stochastic),
             gradients=taken,
             finite_steps=source.finite_steps,
             steps_run=source.steps_run,
