@@ -434,13 +434,12 @@ def test_images_of_an_evaluation_are_made_in_batches_of_their_own_size(make_conf
 def test_no_number_may_be_nan_or_a_text_and_no_count_a_fraction(make_config):
     """YAML takes 1e-4 for a text."""
     kinds = {field.name: field.type for field in dataclasses.fields(DDPOConfig) if field.type in NUMBERS}
-    kinds = {name: kind for name, kind in kinds.items() if name not in WITHOUT_EFFECT}
     assert len(kinds) > 30
     for name, kind in kinds.items():
         with pytest.raises(TypeError, match=rf"{name} is '1e-4'; give an? .*In YAML, 1e-4 is a text"):
             make_config(**{name: "1e-4"})
         wrong = TypeError if NUMBERS[kind][1] == "an integer" else ValueError
-        with pytest.raises(wrong, match=f"{name} is nan[;:] "):
+        with pytest.raises(wrong, match=f"{name} is nan"):
             make_config(**{name: NAN, **({"num_mini_batches": 2} if name == "target_kl" else {})})
     with pytest.raises(TypeError, match="num_sample_batches is 2.0; give an integer"):
         make_config(num_sample_batches=2.0)

@@ -244,6 +244,7 @@ def test_code_is_told_apart_by_what_it_computes_with():
         lambda: functools.partial(enclosing(1), key=2),
         lambda: Reward(1.0),
         lambda: Reward(2.0),
+        lambda: Reward(1.0).other,
         lambda: Reward(2.0).other,
         lambda: Reward(2.0).__call__,
         lambda: Reward,

@@ -466,8 +466,8 @@ class DDPOConfig(TrainingArguments):
     )
 
     def __post_init__(self):
-        self._check_without_effect()  # before values are derived from others
         self._check_types()
+        self._check_without_effect()  # before values are derived from others
         if self.per_device_eval_batch_size is None:
             self.per_device_eval_batch_size = self.per_device_sample_batch_size
         if self.metric_for_best_model is None and (self.load_best_model_at_end or self.save_strategy == "best"):

@@ -45,7 +45,7 @@ from ddpo_trl.one_pass import TRIAL_SAMPLES, autocast, choose_passes, policy_gra
 from ddpo_trl.pipelines import ingredients, move
 from ddpo_trl.plan import plan_batches
 from ddpo_trl.policy import Policy
-from ddpo_trl.processes import check_alike, check_wrapping
+from ddpo_trl.processes import check_alike, check_wrapping, note_process
 from ddpo_trl.prompts import (
     FunctionPrompts,
     PromptFunction,
@@ -356,6 +356,7 @@ class DDPOTrainer(Trainer):
             with self._signals.handled():
                 return super().train(checkpoint, *args, **kwargs)
         except BaseException as error:  # whatever ends a run, one asks next what is left of it
+            note_process(error)
             error.add_note(checkpoints.what_is_left(self.args.output_dir, checkpoint))
             raise
 
