@@ -191,6 +191,13 @@ def test_a_folder_with_other_files_or_splits_has_the_lines_of_its_texts(tmp_path
     assert load_prompts(tmp_path, split="test")["prompt"][:] == ["owl"]
 
 
+def test_hidden_files_of_a_folder_are_left_out_and_prompts_may_be_longer_than_what_is_read_at_once(tmp_path):
+    (tmp_path / ".a.txt").write_text("owl\n")
+    prompt = "two\nlines " + "x" * 50_000
+    (tmp_path / "b.csv").write_text("prompt\n" + f'"{prompt}"\n' * 50)
+    assert load_prompts(tmp_path)["prompt"][:] == [prompt] * 50
+
+
 def test_files_of_a_folder_that_do_not_go_together_are_refused_with_its_name(tmp_path):
     (tmp_path / "a.csv").write_text("prompt,x\ncat,1\n")
     (tmp_path / "b.csv").write_text("prompt,x\ndog,many\n")
