@@ -8,17 +8,25 @@ import torch
 from datasets import Dataset, DatasetDict
 from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
 from PIL import Image
-from torch.optim.lr_scheduler import StepLR
-from transformers import TrainingArguments
+from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
+from transformers import TrainerCallback, TrainingArguments
 
 from conftest import brightness, tiny_pipeline
 from ddpo_trl import DDPOConfig, DDPOTrainer
 from ddpo_trl.suggestions import OTHER_WORDS, did_you_mean, plain
 
 
+PROMPTS = Dataset.from_dict({"prompt": ["cat", "dog"], "x": [1, 2]})
+
+
+def plateau() -> Any:
+    optimizer = torch.optim.SGD([torch.zeros(1)])
+    return optimizer, ReduceLROnPlateau(optimizer)
+
+
 def refusal(make_config: Any, **given: Any) -> str:
     arguments = {"config": make_config(), "reward_fn": brightness, "prompt_fn": ["cat"], "pipeline": tiny_pipeline()}
-    with pytest.raises((TypeError, ValueError)) as caught:
+    with pytest.raises((TypeError, ValueError, RuntimeError)) as caught:
         DDPOTrainer(**{**arguments, **given})
     return str(caught.value)
 
@@ -44,6 +52,12 @@ def refusal(make_config: Any, **given: Any) -> str:
         ({"optimizers": torch.optim.AdamW}, "optimizers is type; give a pair"),
         ({"optimizers": (torch.optim.AdamW, None)}, "by optimizer_cls_and_kwargs=(torch.optim.AdamW, {'lr': 1e-3})"),
         ({"optimizers": (None, lambda step: 1.0)}, "is not a schedule of a learning rate"),
+        ({"optimizers": plateau()}, "ReduceLROnPlateau, which acts after evaluations only. Set eval_strategy='epoch'"),
+        ({"callbacks": TrainerCallback()}, "callbacks is TrainerCallback; give a list"),
+        ({"callbacks": [print]}, "callbacks[0] is <built-in function print>; give a `transformers.TrainerCallback`"),
+        ({"prompt_fn": iter(()).__next__}, "prompt_fn raised StopIteration: it has no more prompts"),
+        ({"prompt_fn": PROMPTS.with_format("pandas")}, "prompt_fn is a dataset with the format 'pandas'"),
+        ({"prompt_fn": PROMPTS.with_format("torch", columns=["x"])}, "`dataset.with_format(None)`"),
         ({"prompt_key_fn": lambda prompt, metadata: 3}, "prompt_key_fn returned 3 for ('cat', {}); it must"),
     ],
     ids=lambda value: value[:30] if isinstance(value, str) else " ".join(value),
@@ -61,6 +75,14 @@ def test_a_pipeline_may_be_given_as_the_folder_it_is_loaded_from(make_config, tm
     )
     with pytest.raises(OSError, match="no/such-model"):
         DDPOTrainer(make_config(), brightness, ["cat"], "no/such-model")
+
+
+def test_an_output_dir_that_cannot_be_made_is_refused_by_name(make_config, tmp_path):
+    (tmp_path / "file").touch()
+    for folder in ("", str(tmp_path / "file"), str(tmp_path / "file" / "run")):
+        assert f"output_dir is {folder!r}, which can't be made" in refusal(
+            make_config, config=make_config(output_dir=folder)
+        )
 
 
 @pytest.mark.parametrize(

@@ -7,15 +7,17 @@ import signal
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from transformers import EarlyStoppingCallback, TrainerCallback
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import CallbackHandler
 
 import kill_a_run
 from conftest import brightness, tiny_pipeline
 from ddpo_trl import DDPOTrainer
-from ddpo_trl.rollout.boundary import StopSignals
+from ddpo_trl.rollout.boundary import RoundCallbacks, StopSignals, agree
 
 
 PROMPTS = ["cat", "dog"]
@@ -34,6 +36,37 @@ class Ask(TrainerCallback):
                     setattr(control, request, True)
 
         setattr(self, event, answer)
+
+
+def test_a_signal_or_a_request_of_one_run_or_round_is_not_one_of_the_next():
+    signals = StopSignals(["SIGUSR1"])
+    for sends in (True, False):
+        with signals.handled():
+            if sends:
+                os.kill(os.getpid(), signal.SIGUSR1)
+            assert signals.received is sends
+    state, control = TrainerState(global_step=1), TrainerControl()
+    rounds = RoundCallbacks(CallbackHandler([Ask("on_step_end", 1, "should_save")], *[None] * 4), updates_per_round=2)
+    rounds.inside = True
+    rounds.on_step_end(TrainingArguments(use_cpu=True), state, control)
+    saves = []
+    for _ in range(2):
+        control.should_save = False
+        rounds.release(control)
+        saves.append(control.should_save)
+    assert saves == [True, False]
+
+
+@pytest.mark.parametrize(("epoch", "evaluates"), [(1.0, False), (3.0, True)])
+def test_a_stop_brings_no_evaluation_before_eval_delay(epoch, evaluates):
+    trainer = SimpleNamespace(
+        control=TrainerControl(should_training_stop=True),
+        args=TrainingArguments(use_cpu=True, eval_strategy="epoch", eval_delay=2.0, save_strategy="no"),
+        state=TrainerState(epoch=epoch),
+        accelerator=SimpleNamespace(num_processes=1),
+    )
+    agree(trainer, StopSignals([]))  # type: ignore[arg-type]
+    assert trainer.control.should_evaluate is evaluates
 
 
 @pytest.fixture

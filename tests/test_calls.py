@@ -1,5 +1,7 @@
 """A batch becomes as many calls of the pipeline as it needs, and a call leaves everything as it found it."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -134,15 +136,91 @@ def test_a_mask_that_acts_behind_the_step_has_an_effect(make_config):
     assert policy.calls.without_effect == []
 
 
-def test_a_lack_of_memory_is_not_taken_for_a_refusal():
-    def run(context, replay):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    calls = BatchCalls(
-        stable_diffusion(0).unet, run, images_after_one_step=lambda context: torch.empty(0), is_plain=True
+def calls_of(run):
+    """Calls of a pipeline whose inputs change no image."""
+    return BatchCalls(
+        Network(), run, images_after_one_step=lambda context: torch.zeros(len(context), 3, 2, 2), is_plain=False
     )
-    with pytest.raises(torch.OutOfMemoryError):
-        calls.split(Context(prompts=PROMPTS, seeds=SEEDS, inputs={"image": [1, 2]}))
+
+
+@pytest.mark.parametrize(
+    ("error", "inputs", "calls"),
+    [(torch.OutOfMemoryError, {"image": [1, 2]}, 1), (ValueError, {}, 1), (ValueError, {"image": [1, 2]}, 2)],
+    ids=["no memory", "no inputs", "inputs, which may be refused in a list only"],
+)
+def test_what_another_form_of_the_inputs_would_not_help_is_raised_at_once(error, inputs, calls):
+    made = []
+
+    def run(context, replay):
+        made.append(context)
+        raise error("refused")
+
+    with pytest.raises(error):
+        calls_of(run).split(Context(prompts=PROMPTS, seeds=SEEDS, inputs=inputs))
+    assert len(made) == calls
+
+
+class Network(torch.nn.Linear):
+    """Stands for a denoiser."""
+
+    device, dtype = torch.device("cpu"), torch.float32
+
+    def __init__(self) -> None:
+        super().__init__(1, 1)
+
+
+def reason_of(mean, before_network=lambda context: None, hook=None):
+    """Why a pipeline is called for each sample that makes `mean` of a context."""
+    network = Network()
+    if hook is not None:
+        network.register_forward_pre_hook(hook)
+
+    def run(context, replay):
+        before_network(context)
+        network(torch.zeros(1))
+        latents = torch.zeros(len(context), 4)
+        return SimpleNamespace(latents=latents, mean=latents + mean(context))
+
+    calls = BatchCalls(network, run, images_after_one_step=one_step_images, is_plain=False)
+    calls.split(Context(prompts=PROMPTS, seeds=SEEDS, inputs={"x": [1.0, 2.0]}))
+    return calls.one_by_one_reason
+
+
+def own(context):
+    return torch.tensor(context.inputs["x"]).view(-1, 1)
+
+
+def test_a_sample_that_changes_a_little_with_the_inputs_of_the_others_gets_its_own_call():
+    assert reason_of(own) is None
+    reason = reason_of(lambda context: own(context) + 1e-5 * len(context) * own(context).max())
+    assert reason == "in a batch a sample changes with the x of the others"
+
+
+def test_a_batch_may_differ_from_its_samples_by_rounding_but_not_in_shape():
+    assert reason_of(lambda context: own(context) * (1 + 1e-6 * len(context))) is None
+    reason = reason_of(lambda context: own(context) if len(context) == 1 else own(context)[:, None])
+    assert reason == "in a batch it makes another sample from x than from each alone"
+
+
+def test_a_form_of_inputs_that_was_tried_is_not_kept_for_other_calls():
+    single = Context(prompts=PROMPTS[:1], seeds=SEEDS[:1], inputs={"image": [1]})
+    calls = calls_of(lambda *_: None)
+    tried = []
+
+    def run(context):
+        tried.append(calls.inputs(context)["image"])
+        if isinstance(tried[-1], list):
+            raise TypeError("one image, please")
+
+    assert calls.run_either_way(single, run) is True and tried == [[1], 1]
+    assert calls.inputs(single)["image"] == [1]
+
+
+def test_a_draw_in_any_of_the_calls_counts_but_not_that_of_a_hook_of_the_network():
+    once = [lambda: torch.rand(1)]
+    reason = reason_of(own, before_network=lambda context: once.pop()() if once else None)
+    assert reason == "it draws random numbers for all samples of a batch from torch's global generator"
+    assert reason_of(own, hook=lambda *_: torch.rand(1) and None) is None
 
 
 # ---- What a call leaves as it was ----

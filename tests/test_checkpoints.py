@@ -166,8 +166,11 @@ def test_the_record_of_a_run_without_checkpoints_is_moved_aside(make_config, tmp
         if number == 1:
             trainer.save_model()
             weights = (folder / "pytorch_lora_weights.safetensors").read_bytes()
+            for name in ("train.yaml", "summary.json"):
+                (folder / name).write_text("of the first")
     assert (folder / "_earlier-1" / "pytorch_lora_weights.safetensors").read_bytes() == weights
     assert not (folder / "pytorch_lora_weights.safetensors").exists()  # they are not the second run's
+    assert all((folder / "_earlier-1" / name).is_file() for name in ("train.yaml", "summary.json"))
     assert [len(read_run(place).rows) for place in (folder, folder / "_earlier-1")] == [2, 1]
     assert any(f"is now in {folder / '_earlier-1'}" in record.getMessage() for record in caplog.records)
 

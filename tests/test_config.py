@@ -18,6 +18,7 @@ from trl import TrlParser
 from conftest import brightness, tiny_pipeline
 from ddpo_trl import DDPOConfig, DDPOTrainer
 from ddpo_trl.config_checks import WITHOUT_EFFECT, check_relations
+from ddpo_trl.settings import NUMBERS
 
 
 OWN_FIELDS = [field for field in dataclasses.fields(DDPOConfig) if field.name in inspect.get_annotations(DDPOConfig)]
@@ -432,6 +433,20 @@ def test_images_of_an_evaluation_are_made_in_batches_of_their_own_size(make_conf
     config = make_config(per_device_eval_batch_size=3)
     DDPOTrainer(config, reward, ["cat"], tiny_pipeline(), eval_prompts=["owl"] * 6).generate_samples()
     assert sizes[1:] == [3, 3]  # after the trial at construction
+
+
+def test_no_number_may_be_nan_or_a_text_and_no_count_a_fraction(make_config):
+    """YAML takes 1e-4 for a text."""
+    kinds = {field.name: field.type for field in dataclasses.fields(DDPOConfig) if field.type in NUMBERS}
+    assert len(kinds) > 30
+    for name, kind in kinds.items():
+        with pytest.raises(TypeError, match=rf"{name} is '1e-4'; give an? .*In YAML, 1e-4 is a text"):
+            make_config(**{name: "1e-4"})
+        wrong = TypeError if NUMBERS[kind][1] == "an integer" else ValueError
+        with pytest.raises(wrong, match=f"{name} is nan"):
+            make_config(**{name: NAN, **({"num_mini_batches": 2} if name == "target_kl" else {})})
+    with pytest.raises(TypeError, match="num_sample_batches is 2.0; give an integer"):
+        make_config(num_sample_batches=2.0)
 
 
 def test_settings_are_written_as_json_whatever_pipeline_kwargs_hold(make_config):

@@ -318,3 +318,21 @@ def test_weights_that_are_not_finite_are_not_saved(make_config, use_lora, tmp_pa
     with pytest.raises(NotFiniteError, match="1 of .* not finite"):
         trainer.save_model()
     assert {path: path.read_bytes() for path in Path(tmp_path).rglob("*.safetensors")} == files
+
+
+def test_an_image_that_is_not_finite_comes_first_and_shifts_no_other():
+    images = torch.zeros(3, 3, 2, 2)
+    images[0] = math.nan
+
+    def applies_to_one(images: torch.Tensor, prompts: Any, metadata: Any) -> list[Any]:
+        return [None, 1.0]
+
+    def fails_for_one(images: torch.Tensor, prompts: Any, metadata: Any) -> list[float]:
+        return [2.0, math.nan]
+
+    submit = RewardScorer([applies_to_one, lambda images, *_: [5.0, 6.0]]).submit
+    rewards = submit(images, "abc", [{}] * 3, "round 0").marked()
+    assert torch.equal(rewards.isnan(), torch.tensor([[True, True], [True, False], [False, False]]))
+    assert rewards[1:, 1].tolist() == [5.0, 6.0]
+    problem = RewardScorer(fails_for_one).submit(images, "abc", [{}] * 3, "round 0").problem()
+    assert isinstance(problem, NotFiniteError) and "image 0 of its batch" in str(problem)

@@ -1,5 +1,6 @@
 """Reward functions are guests: what one does to its arguments or to global settings is not seen by anything else."""
 
+import os
 import random
 import time
 from typing import Any
@@ -11,7 +12,8 @@ from PIL import Image
 
 from conftest import brightness, tiny_pipeline
 from ddpo_trl import DDPOConfig, DDPOTrainer
-from ddpo_trl.rewards.scoring import RewardScorer, own_copy
+from ddpo_trl.descriptions import own_copy
+from ddpo_trl.rewards.scoring import RewardScorer
 from ddpo_trl.rewards.server import Batcher
 
 
@@ -104,6 +106,21 @@ def test_what_a_function_sets_for_torch_is_gone_when_the_next_one_runs():
     assert state["made"].dtype == torch.float32 and state["made"].device.type == "cpu"
     assert state["grad"] is False and state["autocast"] is False
     assert torch.get_default_dtype() == torch.float32
+
+
+def test_what_a_function_sets_for_the_process_is_put_back(monkeypatch, tmp_path):
+    """Relative paths of a run are meant from where it was started; the policy computes as precisely as before."""
+    monkeypatch.chdir(tmp_path)
+    before = torch.get_float32_matmul_precision()
+    other = {"highest": "medium", "medium": "high", "high": "medium"}[before]
+
+    def moves(images: torch.Tensor, prompts: Any, metadata: Any) -> list[float]:
+        os.chdir("/")
+        torch.set_float32_matmul_precision(other)
+        return [0.0, 0.0]
+
+    scored([moves])
+    assert os.getcwd() == str(tmp_path) and torch.get_float32_matmul_precision() == before
 
 
 def test_a_default_dtype_comes_back_when_the_last_of_several_functions_is_done():

@@ -36,7 +36,9 @@ def test_frames_as_rows_are_written_back_as_frames(dtype, frames):
 def test_what_the_state_does_not_hold_is_kept():
     prepared = torch.randn(2, 3, 4)
     state = torch.randn(2, 3, 3)
+    before = prepared.clone()
     filled = learned(prepared, without_first_frame).put(prepared, state)
+    assert torch.equal(prepared, before)  # which the next step is put into
     assert torch.equal(filled[:, :, :1], prepared[:, :, :1])
     assert torch.equal(filled[:, :, 1:], state)
 
@@ -54,15 +56,31 @@ def test_what_the_pipeline_puts_there_itself_is_left_to_it():
 
 @pytest.mark.parametrize(
     "to_state",
-    [lambda x: 0.5 * x + 0.1, lambda x: x - x.mean(), lambda x: torch.zeros_like(x)],
-    ids=["scaled", "mixed", "dropped"],
+    [
+        lambda x: 0.5 * x + 0.1,
+        lambda x: 0.5 * x,
+        lambda x: 2.0 * x,
+        lambda x: x - x.mean(),
+        lambda x: torch.zeros_like(x),
+    ],
+    ids=["scaled", "halved", "doubled", "mixed", "dropped"],
 )
 def test_latents_that_are_computed_with_are_refused(to_state):
     with pytest.raises(ValueError, match="can't be handed to the pipeline to be replayed"):
         learned(torch.randn(2, 3, 4), to_state)
 
 
-@pytest.mark.parametrize("to_state", [lambda x: x.flip(0), lambda x: x[..., [0, 0]]], ids=["across samples", "copies"])
+def with_condition_in_the_first_sample(latents: Tensor) -> Tensor:
+    state = latents.clone()
+    state[0, :, 0] = 2.0
+    return state
+
+
+@pytest.mark.parametrize(
+    "to_state",
+    [lambda x: x.flip(0), lambda x: x[..., [0, 0]], with_condition_in_the_first_sample],
+    ids=["across samples", "copies", "kept in one sample only"],
+)
 def test_samples_that_are_exchanged_and_elements_that_are_copied_are_refused(to_state):
     with pytest.raises(ValueError, match="in another way for each sample, or copies"):
         learned(torch.randn(2, 3, 4), to_state)

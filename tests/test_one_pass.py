@@ -5,6 +5,7 @@ import pytest
 import torch
 from peft import LoraConfig
 from torch import nn
+from transformers import TrainerCallback
 
 from conftest import brightness, tiny_pipeline
 from ddpo_trl import DDPOTrainer
@@ -301,3 +302,16 @@ OTHER_LAYERS = [nn.LayerNorm(3), nn.Embedding(3, 4), nn.Conv2d(4, 4, 1, groups=2
 def test_layers_of_other_kinds_are_refused_by_name(layer):
     with pytest.raises(ValueError, match=f"0 is a {type(layer).__name__}"):
         trained_layers(nn.Sequential(layer))
+
+
+def test_weights_that_a_callback_changes_after_sampling_are_not_updated_with_its_gradients(make_config):
+    class Writes(TrainerCallback):
+        def on_step_begin(self, *args, model=None, **kwargs):
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    if parameter.requires_grad:
+                        parameter.add_(0.01)
+
+    trainer = DDPOTrainer(make_config(one_pass=True), brightness, ["cat"], tiny_pipeline(), callbacks=[Writes()])
+    with pytest.raises(RuntimeError, match=r"gradients of round 0 belong to other weights: \d+ tensors .*no callback"):
+        trainer.train()

@@ -12,7 +12,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from accelerate import DistributedType
+from accelerate import DistributedType, PartialState
 from diffusers import UNet2DConditionModel
 from PIL import Image
 
@@ -20,7 +20,7 @@ import run_accelerate_config
 import run_in_processes
 from conftest import tiny_pipeline
 from ddpo_trl import DDPOConfig
-from ddpo_trl.distributed import check_wrapping
+from ddpo_trl.distributed import check_wrapping, note_process
 from ddpo_trl.update.one_pass import free_memory
 from launch import fork, launch
 
@@ -227,6 +227,16 @@ def test_processes_that_are_not_joined_are_refused(monkeypatch):
     monkeypatch.setattr(DDPOConfig, "world_size", 1)
     with pytest.raises(ValueError, match="2 processes were started, but .*Set use_cpu=True"):
         DDPOConfig()
+
+
+def test_an_error_says_on_which_process_it_was_raised(monkeypatch):
+    error = ValueError("only here")
+    note_process(error)
+    assert not hasattr(error, "__notes__")  # of one process
+    monkeypatch.setattr(PartialState(), "num_processes", 4)
+    monkeypatch.setattr(PartialState(), "process_index", 2)
+    note_process(error)
+    assert error.__notes__ == ["Raised on process 2 of 4."]
 
 
 def test_processes_on_one_host_share_its_memory(monkeypatch):

@@ -184,6 +184,27 @@ def test_keys_that_only_later_rows_have_are_metadata_too(tmp_path):
     assert list(load_prompts(tmp_path / "a.jsonl")["legs"]) == [None, 2]
 
 
+def test_a_folder_with_other_files_or_splits_has_the_lines_of_its_texts(tmp_path):
+    (tmp_path / "train.txt").write_text("cat\n\ndog\n")
+    (tmp_path / "test.txt").write_text("owl\n")
+    assert load_prompts(tmp_path)["prompt"][:] == ["cat", "dog"]
+    assert load_prompts(tmp_path, split="test")["prompt"][:] == ["owl"]
+
+
+def test_hidden_files_of_a_folder_are_left_out_and_prompts_may_be_longer_than_what_is_read_at_once(tmp_path):
+    (tmp_path / ".a.txt").write_text("owl\n")
+    prompt = "two\nlines " + "x" * 50_000
+    (tmp_path / "b.csv").write_text("prompt\n" + f'"{prompt}"\n' * 50)
+    assert load_prompts(tmp_path)["prompt"][:] == [prompt] * 50
+
+
+def test_files_of_a_folder_that_do_not_go_together_are_refused_with_its_name(tmp_path):
+    (tmp_path / "a.csv").write_text("prompt,x\ncat,1\n")
+    (tmp_path / "b.csv").write_text("prompt,x\ndog,many\n")
+    with pytest.raises(ValueError, match=f"The files of {tmp_path} don't have the same columns and types"):
+        load_prompts(tmp_path)
+
+
 def test_files_of_a_folder_are_read_as_each_of_them_is(tmp_path):
     (tmp_path / "a.csv").write_text("prompt\nnull\n")
     (tmp_path / "b.csv").write_text("\ufeffprompt\nNA\n")

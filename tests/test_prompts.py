@@ -1,13 +1,20 @@
 """Prompts from a function, a dataset or a list."""
 
+import datetime
+import decimal
+import functools
 import itertools
 from collections import Counter
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
 
-from ddpo_trl.prompts import PromptSource, prompt_pairs, prompt_source
+from ddpo_trl.descriptions import code_digest, described
+from ddpo_trl.policy.embeddings import by_value
+from ddpo_trl.prompts import PromptSource, fingerprint, prompt_pairs, prompt_source
 from ddpo_trl.prompts.sources import ShuffledPrompts
 
 
@@ -160,3 +167,90 @@ def test_a_wrong_prompt_in_a_dataset_is_refused_with_its_index():
 def test_a_wrong_answer_of_a_prompt_function_is_refused(wrong):
     with pytest.raises(TypeError, match=r"prompt_fn returned .*must return a pair \(prompt, metadata\)"):
         prompt_source(lambda: wrong, seed=0).draw(0, 1)
+
+
+# ---- Told apart ----
+
+
+def test_metadata_are_those_of_their_draw_although_the_function_fills_one_dict_again():
+    metadata: dict[str, int] = {"number": 0}
+
+    def numbered() -> tuple[str, Any]:
+        metadata["number"] += 1
+        return "cat", metadata
+
+    assert [entries["number"] for _, entries in prompt_source(numbered, seed=0).draw(0, 3)] == [1, 2, 3]
+
+
+def test_metadata_that_differ_in_a_value_are_told_apart_and_equal_ones_are_not():
+    """Also where JSON has no such value, and where the bytes of an array are addresses."""
+    moment = datetime.date(2026, 1, 1)
+    made = [
+        lambda: moment,
+        lambda: moment.replace(day=2),
+        lambda: decimal.Decimal("0.1"),
+        lambda: b"ab",
+        lambda: b"cd",
+        lambda: np.array(["a" * 30, moment], dtype=object),
+        lambda: np.array(["b" * 30, moment], dtype=object),
+    ]
+    for known in (described, lambda value: fingerprint([("cat", {"value": value})])):
+        values = [known(make()) for make in made]
+        assert values == [known(make()) for make in made]
+        assert len({str(value) for value in values}) == len(made)
+    texts = [by_value(np.array([letter * 30], dtype=object)) for letter in "aab"]
+    assert texts[0] == texts[1] != texts[2]
+    assert described(object()) == "<builtins.object>"
+
+
+def test_the_fingerprint_of_a_dataset_is_that_of_its_rows_in_order():
+    rows = {"prompt": ["cat", "dog"], "x": [1, 2]}
+    own = fingerprint(prompt_pairs(Dataset.from_dict(rows), "prompt_fn"))
+    assert own == fingerprint(prompt_pairs(Dataset.from_dict(rows).with_format("torch"), "prompt_fn"))
+    for other in ({**rows, "x": [1, 3]}, {**rows, "prompt": ["cat", "owl"]}):
+        assert own != fingerprint(prompt_pairs(Dataset.from_dict(other), "prompt_fn"))
+    assert own != fingerprint(prompt_pairs(Dataset.from_dict(rows).select([1, 0]), "prompt_fn"))
+
+
+class Reward:
+    def __init__(self, factor: float):
+        self.factor = factor
+        self.model = object()
+
+    def __call__(self, *given: Any) -> float:
+        return self.factor
+
+    def other(self, *given: Any) -> float:
+        return -self.factor
+
+
+def enclosing(value: Any) -> Any:
+    def function(*given: Any) -> Any:
+        return value if given else function
+
+    return function
+
+
+def test_code_is_told_apart_by_what_it_computes_with():
+    functions = [
+        lambda: lambda *given: 1,
+        lambda: lambda *given: 2,
+        lambda: lambda *given: (lambda: 1)(),
+        lambda: lambda *given: (lambda: 2)(),
+        lambda: enclosing(1),
+        lambda: enclosing([2.0, "b"]),
+        lambda: enclosing(lambda: 3),
+        lambda: functools.partial(enclosing(1), 2),
+        lambda: functools.partial(enclosing(1), key=2),
+        lambda: Reward(1.0),
+        lambda: Reward(2.0),
+        lambda: Reward(1.0).other,
+        lambda: Reward(2.0).other,
+        lambda: Reward(2.0).__call__,
+        lambda: Reward,
+        lambda: len,
+        lambda: max,
+    ]
+    digests = [code_digest(make()) for make in functions]
+    assert digests == [code_digest(make()) for make in functions]
+    assert len(set(digests)) == len(functions)

@@ -260,6 +260,10 @@ def test_another_reward_is_refused_without_a_word_and_named_with_it(make_config,
     assert "they are forgotten" in said and "The prompts" not in said
 
 
+def test_what_trainers_own_optimizer_would_be_does_not_matter_to_a_given_one():
+    assert list(resuming.setting_changes({"optim": "sgd"}, {"optim": "adamw"}, own_optimizer=True)) == []
+
+
 def reward_times(factor: float) -> Any:
     def reward(images: torch.Tensor, prompts: Any, metadata: Any) -> torch.Tensor:
         return factor * brightness(images, prompts, metadata)

@@ -239,6 +239,8 @@ def test_the_seconds_are_those_of_all_functions():
         ([1, 2, torch.zeros(2)], TypeError, "for image 2; it must be a number"),
         (np.array(["a", "b", "c"]), TypeError, "returned 'a' for image 0; it must be a number"),
         (torch.tensor([1.0, 2.0, 3.0j]), TypeError, "for image 0; it must be a number"),
+        ([1, np.complex64(2 + 1j), 3], TypeError, "for image 1; it must be a number"),
+        ([1, 2, b"3"], TypeError, "returned b'3' for image 2; it must be a number"),
         ([1.0, float("nan"), 3.0], ValueError, "returned nan for image 1; rewards must be finite"),
         (np.array([1.0, 2.0, -np.inf]), ValueError, "returned -inf for image 2; rewards must be finite"),
         (torch.tensor([1e39, 0.0, 0.0]), ValueError, "returned inf for image 0; rewards must be finite"),

@@ -1,6 +1,7 @@
 """Settings that contradict each other or have no effect: each is refused with argument, value and remedy."""
 
 import dataclasses
+import math
 import signal
 from collections.abc import Iterator
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 from accelerate.utils import get_int_from_env, parse_flag_from_env
 from transformers import TrainingArguments
 
-from ddpo_trl.settings import out_of_bounds
+from ddpo_trl.settings import out_of_bounds, wrong_types
 
 
 # Environment variables with the number of processes that a launcher started, as accelerate reads them.
@@ -72,6 +73,8 @@ def check_given(config: Any) -> None:
         `ValueError`: With the argument, its value and the remedy.
         `TypeError`: If a single value is given instead of a list.
     """
+    for problem in wrong_types(config):
+        raise TypeError(problem)
     for name in ("pipeline_inputs", "reward_weights", "train_timestep_range"):
         value = vars(config)[name]
         if value is not None and not isinstance(value, list | tuple):  # a string would be taken for its letters
@@ -143,6 +146,11 @@ def noise(config: Any) -> Iterator[str]:
 
 
 def ranges(config: Any) -> Iterator[str]:
+    if config.guidance_scale is not None and not math.isfinite(config.guidance_scale):
+        yield f"guidance_scale is {config.guidance_scale}; it must be finite or None."
+    for name in ("adam_beta1", "adam_beta2", "adam_epsilon", "warmup_steps", "eval_delay"):
+        if (value := vars(config)[name]) is not None and not 0 <= value < math.inf:
+            yield f"{name} is {value}; it must be at least 0, finite."
     bounds = config.train_timestep_range
     if len(bounds) != 2 or not 0 <= bounds[0] < bounds[1] <= 1:
         yield (
@@ -257,7 +265,7 @@ def boundaries(config: Any) -> Iterator[str]:
             f"max_steps is {config.max_steps}, which ends inside a round of {config.updates_per_round} optimizer "
             "steps (num_ppo_epochs x num_mini_batches). Set a multiple, or use num_train_epochs or total_episodes."
         )
-    if config.num_train_epochs != int(config.num_train_epochs):
+    if not math.isfinite(config.num_train_epochs) or config.num_train_epochs % 1:
         yield f"num_train_epochs is {config.num_train_epochs}; a run has a whole number of rounds."
     for name, strategy in (("eval_rounds", "eval_strategy"), ("save_rounds", "save_strategy")):
         if (value := vars(config)[name]) > 1 and vars(config)[strategy] != "epoch":

@@ -84,7 +84,8 @@ def _parts(value: Any) -> Any:
         case types.MethodType():
             return [_parts(value.__func__), _attributes(value.__self__)]
         case types.FunctionType():
-            enclosed = [cell.cell_contents for cell in value.__closure__ or () if cell != types.CellType()]
+            empty = types.CellType()  # has no contents to be asked for
+            enclosed = [cell.cell_contents for cell in value.__closure__ or () if cell != empty]
             return [_parts(value.__code__), *map(_visible, [value.__defaults__, value.__kwdefaults__, *enclosed])]
         case types.CodeType():
             nested = [_parts(each) for each in value.co_consts if isinstance(each, types.CodeType)]
@@ -130,3 +131,16 @@ def _object(value: Any) -> str:
     if " at 0x" in text:  # which is another one in the next run
         return kind
     return text if len(text) <= LONGEST else f"{kind}, hash {text_digest(text)[:DIGITS]}"
+
+
+def own_copy(value: Any) -> Any:
+    """A copy of dicts and lists, of tensors and arrays, and of such in tuples. Other objects stay the same."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().clone()
+    if isinstance(value, np.ndarray | Image.Image):
+        return value.copy()
+    if type(value) is dict:
+        return {key: own_copy(entry) for key, entry in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(map(own_copy, value))
+    return value

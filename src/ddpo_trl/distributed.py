@@ -46,6 +46,12 @@ def first_reason(own: str | None) -> str | None:
     return next((f"on process {rank} {reason}" for rank, reason in reasons if reason is not None), None)
 
 
+def note_process(error: BaseException) -> None:
+    """Add to an error on which of several processes it was raised: the others stop with one about the connection."""
+    if (count := PartialState().num_processes) > 1:
+        error.add_note(f"Raised on process {PartialState().process_index} of {count}.")
+
+
 def check_alike(values: Mapping[str, Any]) -> None:
     """
     Refuses processes that were given different things: what each of them decides by itself would not be the same.

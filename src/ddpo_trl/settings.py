@@ -7,10 +7,19 @@ import textwrap
 import typing
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Annotated, Any, Literal, TypeVar
 
 
 T = TypeVar("T")
+
+# Kinds of numbers by the type of a field, with their names.
+NUMBERS: dict[Any, tuple[type, str]] = {
+    int: (Integral, "an integer"),
+    int | None: (Integral, "an integer"),
+    float: (Real, "a number"),
+    float | None: (Real, "a number"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +71,16 @@ def setting(default: Any, help: str) -> Any:
     if isinstance(default, list):
         return dataclasses.field(default_factory=default.copy, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
+
+
+def wrong_types(settings: Any) -> Iterator[str]:
+    """Sentences about the fields for numbers whose value is none, such as a text."""
+    for name, hint in typing.get_type_hints(type(settings)).items():
+        kind, what = NUMBERS.get(hint, (object, ""))
+        value = vars(settings).get(name)
+        if not isinstance(value, kind | None) or (what and isinstance(value, bool)):
+            hint = " (In YAML, 1e-4 is a text and 1.0e-4 a number.)" if isinstance(value, str) else ""
+            yield f"{name} is {value!r}; give {what}.{hint}"
 
 
 def out_of_bounds(settings: Any) -> Iterator[str]:

@@ -24,9 +24,10 @@ from ddpo_trl.artifacts.saving import SavingTrainer
 from ddpo_trl.artifacts.tracking import RunRecorder, fixed_prompts
 from ddpo_trl.checks import ReplayCheck
 from ddpo_trl.config import DDPOConfig
-from ddpo_trl.distributed import check_alike, check_devices, check_wrapping
+from ddpo_trl.distributed import check_alike, check_devices, check_wrapping, note_process
 from ddpo_trl.evaluation import Evaluator, Samples, check_evaluation, reward_names
 from ddpo_trl.finite import check_update
+from ddpo_trl.policy.fingerprint import changed_weights
 from ddpo_trl.policy.per_sample_gradients import trained_weights
 from ddpo_trl.policy.pipeline import move
 from ddpo_trl.policy.policy import Policy
@@ -60,6 +61,33 @@ from ddpo_trl.update.target_kl import TargetKL
 
 
 logger = logging.get_logger(__name__)
+
+
+def check_arguments(config: Any, callbacks: Any) -> None:
+    """
+    Refuses arguments of the wrong type before anything is made from them.
+
+    Raises:
+        `TypeError`: With the argument, its type and the remedy.
+        `ValueError`: If `output_dir` can't be made.
+    """
+    if not isinstance(config, DDPOConfig):
+        raise TypeError(
+            f"config is {type(config).__name__}; give a DDPOConfig, which has the fields of TrainingArguments and "
+            "those of DDPO."
+        )
+    if not isinstance(callbacks, list | tuple | None):
+        raise TypeError(f"callbacks is {type(callbacks).__name__}; give a list of callbacks.")
+    for index, callback in enumerate(callbacks or ()):
+        kind = callback if isinstance(callback, type) else type(callback)
+        if not issubclass(kind, TrainerCallback):
+            raise TypeError(f"callbacks[{index}] is {callback!r}; give a `transformers.TrainerCallback`.")
+    try:
+        os.makedirs(config.output_dir, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"output_dir is {config.output_dir!r}, which can't be made ({error}). Set a folder that can be written to."
+        ) from error
 
 
 class DDPOTrainer(SavingTrainer):
@@ -160,11 +188,7 @@ class DDPOTrainer(SavingTrainer):
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LRScheduler | None] = (None, None),
         optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
     ):
-        if not isinstance(config, DDPOConfig):
-            raise TypeError(
-                f"config is {type(config).__name__}; give a DDPOConfig, which has the fields of TrainingArguments and "
-                "those of DDPO."
-            )
+        check_arguments(config, callbacks)
         if isinstance(pipeline, str | os.PathLike):
             pipeline = DiffusionPipeline.from_pretrained(pipeline, use_safetensors=True)
         args = copy.copy(config)
@@ -172,7 +196,7 @@ class DDPOTrainer(SavingTrainer):
         set_seed(args.seed)  # the adapter is initialized at random
         self._set_sources(args, reward_fn, prompt_fn, eval_prompts, eval_reward_fns, prompt_key_fn)
         policy = Policy.from_pipeline(pipeline, args, peft_config)
-        optimizers_.check_given(optimizers, policy)
+        optimizers_.check_given(optimizers, policy, args.eval_strategy != "no")
         trial = self._plan_round(policy, pipeline, args)
         super().__init__(
             model=policy,
@@ -317,6 +341,7 @@ class DDPOTrainer(SavingTrainer):
             with self._signals.handled():
                 return super().train(checkpoint, *args, **kwargs)
         except BaseException as error:  # whatever ends a run, one asks next what is left of it
+            note_process(error)
             error.add_note(checkpoints.what_is_left(self.args.output_dir, checkpoint))
             raise
 
@@ -349,6 +374,11 @@ class DDPOTrainer(SavingTrainer):
     def _weigh_gradients(self) -> Tensor:
         """Sets the gradient of the round, as the mean over processes, and returns the loss that it belongs to."""
         rollout = self.rollout
+        if changed := changed_weights(self._policy.denoiser, rollout.batches[-1].conditions):
+            raise RuntimeError(
+                f"The gradients of round {rollout.round} belong to other weights: {len(changed)} tensors have changed "
+                f"since they were sampled with ({changed[0]} first). Let no callback write to them inside a round."
+            )
         parameters = trained_weights(self._gradient_layers)
         for parameter, gradient in zip(parameters, policy_gradient(rollout.batches, rollout.advantages), strict=True):
             parameter.grad = self.accelerator.reduce(gradient.to(parameter), reduction="mean")

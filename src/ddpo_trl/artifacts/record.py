@@ -34,7 +34,7 @@ SAMPLES_NAME = "samples.json"
 # What is saved at the end of a run: the trained weights in each form, with what describes them.
 RESULTS = [
     LORA_WEIGHTS_NAME, PEFT_WEIGHTS_NAME, PEFT_CONFIG_NAME, "unet", "transformer", CONFIG_NAME, "README.md",
-    "report.html",
+    "report.html", "train.yaml", "summary.json",
 ]  # fmt: skip
 
 Kind = Literal["fixed", "best", "median", "worst"]

@@ -20,7 +20,6 @@ from ddpo_trl.artifacts.checkpoints import CONFIG_NAME, PLAN_NAME
 from ddpo_trl.artifacts.pushing import PushingTrainer
 from ddpo_trl.artifacts.tracking import RunRecorder
 from ddpo_trl.descriptions import DIGITS, code_digest, described
-from ddpo_trl.policy.lora import adapter_scales
 from ddpo_trl.policy.pipeline import ingredients
 from ddpo_trl.policy.policy import Policy
 from ddpo_trl.prompts import FunctionPrompts, PromptKeyFunction, PromptSource, fingerprint
@@ -156,10 +155,7 @@ class SavingTrainer(PushingTrainer):
         if isinstance(self.prompts, FunctionPrompts):
             functions["prompt_fn"] = self.prompts.prompt_fn
         code = {f"The code of {name}": code_digest(function)[:DIGITS] for name, function in functions.items()}
-        scale = {}
-        if policy.adapter is not None:
-            scale = {"The scale of the adapter": adapter_scales(policy.denoiser, policy.adapter)}
-        return {**ingredients(policy.pipeline), **code, **scale}
+        return {**ingredients(policy.pipeline), **policy.adapter_record, **code}
 
     def _optimizer_record(self) -> dict[str, Any]:
         return optimizers.record(self.optimizer, self.lr_scheduler, self._hyperparameters)

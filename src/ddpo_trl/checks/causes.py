@@ -28,7 +28,7 @@ from ddpo_trl.checks.trial import (
     without_option,
 )
 from ddpo_trl.policy.embeddings import is_setting
-from ddpo_trl.policy.fingerprint import settings_in_use
+from ddpo_trl.policy.fingerprint import changed_weights, settings_in_use
 from ddpo_trl.policy.policy import Policy
 from ddpo_trl.seeding import forked_generators
 
@@ -209,7 +209,7 @@ def weights(trial: Trial) -> str | None:
     before, now = trial.conditions, trial.policy.conditions(None)
     if before.denoiser_dtype != now.denoiser_dtype:
         return f"the denoiser's dtype: {plain(before.denoiser_dtype)} in sampling, {plain(now.denoiser_dtype)} now."
-    changed = [name for name in before.weights if name not in now.weights or before.weights[name] != now.weights[name]]
+    changed = changed_weights(trial.policy.denoiser, before)
     if not changed:
         return None
     return (

@@ -4,11 +4,13 @@ import argparse
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import yaml
 from diffusers import DiffusionPipeline
 from peft import LoraConfig
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ddpo_trl.artifacts import checkpoints
 from ddpo_trl.cli.arguments import CommandParser, Gather
@@ -166,10 +168,7 @@ def train(arguments: TrainArguments, config: DDPOConfig, settings: Mapping[str, 
             eval_reward_fns=held_out or None,
         )
         trainer.checkpoint_to_resume(config.resume_from_checkpoint)
-    if trainer.is_world_process_zero():
-        os.makedirs(config.output_dir, exist_ok=True)
-        with open(os.path.join(config.output_dir, SETTINGS_NAME), "w") as file:
-            yaml.safe_dump({name: settings[name] for name in settings if name not in NOT_KEPT}, file, sort_keys=False)
+    trainer.add_callback(SettingsFile({name: settings[name] for name in settings if name not in NOT_KEPT}))
     trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
     trainer.create_model_card()
     trainer.save_model()
@@ -177,6 +176,25 @@ def train(arguments: TrainArguments, config: DDPOConfig, settings: Mapping[str, 
         print_places(config.output_dir)
     trainer.accelerator.end_training()  # closes the process group, whose threads may else be cut off at the exit
     return 0
+
+
+class SettingsFile(TrainerCallback):
+    """
+    Writes what was given to `train.yaml` when training begins: that of an earlier run has been moved aside then.
+
+    Args:
+        settings (`Mapping[str, Any]`):
+            What was given.
+    """
+
+    def __init__(self, settings: Mapping[str, Any]):
+        self.settings = dict(settings)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero:
+            Path(str(args.output_dir), SETTINGS_NAME).write_text(yaml.safe_dump(self.settings, sort_keys=False))
 
 
 def lora_config(arguments: TrainArguments, pipeline: DiffusionPipeline) -> LoraConfig | None:

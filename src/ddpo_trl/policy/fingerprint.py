@@ -134,6 +134,13 @@ def weight_sums(denoiser: nn.Module) -> Mapping[str, Tensor]:
     }
 
 
+def changed_weights(denoiser: nn.Module, before: Conditions | None) -> list[str]:
+    """Names of the trained parameters whose sum has changed since the conditions were recorded."""
+    sums = {} if before is None else before.weights
+    now = weight_sums(denoiser)
+    return [name for name, value in sums.items() if name not in now or now[name] != value]
+
+
 def row_sums(tensor: Tensor) -> Tensor:
     """Weighted sums over all dimensions but the first: exchanged rows show. (Plain ones are 0 after a LayerNorm.)"""
     if tensor.ndim < 2:

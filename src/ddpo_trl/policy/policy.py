@@ -21,6 +21,7 @@ from ddpo_trl.policy.fingerprint import Conditions, SettingOwners, conditions, s
 from ddpo_trl.policy.gaussian import kl_divergence, log_prob
 from ddpo_trl.policy.lora import (
     adapter_layers,
+    adapter_scales,
     adapters_off,
     add_adapter,
     denoiser_name,
@@ -274,6 +275,13 @@ class Policy(nn.Module):
             return f"{what}: {weights:,} of its own weights"
         return f"LoRA on {what}: {describe_adapter(self.denoiser, self.adapter)}"
 
+    @property
+    def adapter_record(self) -> dict[str, Any]:
+        """What the record of a run says of its adapter besides the weights; empty if there is none."""
+        if self.adapter is None:
+            return {}
+        return {"The scale of the adapter": adapter_scales(self.denoiser, self.adapter)}
+
     def train(self, mode: bool = True) -> "Policy":
         """Keeps the denoiser in evaluation mode: with dropout a replayed step is not the policy that was sampled."""
         return super().train(False)
@@ -395,6 +403,7 @@ class Policy(nn.Module):
             context=context,
             images=images,
             steps={},
+            conditions=self.conditions(stochastic),
             gradients=taken,
             finite_steps=source.finite_steps,
             steps_run=source.steps_run,

@@ -52,11 +52,21 @@ def load_prompts(source: str | os.PathLike[str], column: str | None = None, spli
     elif path.is_file():
         raise ValueError(f"source is {str(source)!r}; prompts are read from files that end in {', '.join(READERS)}.")
     elif path.is_dir() and split == "train" and (files := _readable_files(path)):
-        dataset = concatenate_datasets([_read_file(file, column) for file in files])
-        column = "prompt"
+        return _joined(files, column, path)
     else:
         dataset = load_dataset(glob.escape(str(source)) if path.is_dir() else str(source), split=split)
+        if dataset.column_names == ["text"]:  # a line each, as `datasets` reads text files
+            dataset = dataset.filter(lambda row: row["text"].strip())
+            column = column or "text"
     return _with_prompt_column(dataset, column or "prompt", str(source))
+
+
+def _joined(files: Sequence[Path], column: str | None, folder: Path) -> Dataset:
+    datasets = [_read_file(file, column) for file in files]
+    try:
+        return concatenate_datasets(datasets)
+    except (ValueError, pa.ArrowException) as error:
+        raise ValueError(f"The files of {folder} don't have the same columns and types: {error}") from error
 
 
 def _readable_files(folder: Path) -> list[Path]:

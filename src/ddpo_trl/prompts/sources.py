@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 import torch
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 
-from ddpo_trl.descriptions import described
+from ddpo_trl.descriptions import described, own_copy
 from ddpo_trl.seeding import Stream, generator
 
 
@@ -104,10 +104,16 @@ class FunctionPrompts(PromptSource):
             self.prompt_fn.load_state_dict(state)
 
     def _call(self) -> PromptPair:
-        pair = self.prompt_fn()
+        try:
+            pair = self.prompt_fn()
+        except StopIteration as error:
+            raise RuntimeError(
+                "prompt_fn raised StopIteration: it has no more prompts. Begin again, with `itertools.cycle` for "
+                "instance, or give a list."
+            ) from error
         if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str)):
             raise TypeError(f"prompt_fn returned {pair!r}; it must return a pair (prompt, metadata) with a str first.")
-        return pair
+        return pair[0], own_copy(pair[1])  # the next call may fill the same dict again
 
 
 class ShuffledPrompts(PromptSource):
@@ -246,6 +252,11 @@ def _dataset_pairs(dataset: Dataset, argument: str) -> DatasetPairs:
         raise ValueError(
             f"{argument} is a dataset with the columns {dataset.column_names}; name the one with the texts "
             "'prompt' (`dataset.rename_column(...)`)."
+        )
+    if dataset.format["type"] in ("pandas", "polars", "arrow") or "prompt" not in dataset.format["columns"]:
+        raise ValueError(
+            f"{argument} is a dataset with the format {dataset.format['type']!r} and the columns "
+            f"{dataset.format['columns']}, whose rows are not dicts with a prompt: `dataset.with_format(None)`."
         )
     for index, prompt in enumerate(dataset["prompt"]):
         if not isinstance(prompt, str):

@@ -7,10 +7,11 @@ import functools
 import inspect
 import itertools
 import math
+import os
 import threading
 import time
 import types
-from collections.abc import Awaitable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from numbers import Number
@@ -19,9 +20,9 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from accelerate.utils import gather_object
-from PIL import Image
 from torch import Tensor
 
+from ddpo_trl.descriptions import own_copy
 from ddpo_trl.finite import NotFiniteError, finite_rows, image_problem
 from ddpo_trl.rewards.remote import RemoteReward
 from ddpo_trl.rewards.workers import CallTimeout, DaemonPool, call_within
@@ -46,6 +47,13 @@ class RewardFunction(Protocol):
 
     def __call__(self, images: Tensor, prompts: tuple[str, ...], metadata: tuple[Any, ...], /) -> Any: ...
 
+
+# What a reward function may change for the whole process: how it is read, and how it is put back.
+SHARED: list[tuple[Callable[[], Any], Callable[[Any], None]]] = [
+    (torch.get_default_dtype, torch.set_default_dtype),
+    (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
+    (os.getcwd, os.chdir),  # output_dir may be relative
+]
 
 # Larger rewards would overflow when they are squared for a standard deviation.
 LARGEST_REWARD = torch.finfo(torch.float32).max
@@ -391,36 +399,24 @@ def call_as_guest(
     return call_within(timeout, call)
 
 
-def own_copy(value: Any) -> Any:
-    """A copy of dicts and lists, of tensors and arrays, and of such in tuples. Other objects stay the same."""
-    if isinstance(value, Tensor):
-        return value.detach().clone()
-    if isinstance(value, np.ndarray | Image.Image):
-        return value.copy()
-    if type(value) is dict:
-        return {key: own_copy(entry) for key, entry in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(map(own_copy, value))
-    return value
-
-
 class Guests:
     """
-    Gives torch's default dtype, which all threads share, back as it was when the first of several concurrent reward
-    functions began. It is done after the last of them: one that is still loading a model may need another meanwhile.
+    Gives what all threads share ([`SHARED`]: torch's default dtype, the working directory) back as it was when the
+    first of several concurrent reward functions began. It is done after the last of them: one that is still loading a
+    model may need another dtype meanwhile.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._inside = 0
-        self._dtype = torch.get_default_dtype()
+        self._before: list[Any] = []
 
     @contextlib.contextmanager
     def visit(self) -> Iterator[None]:
         """Surrounds the call of a function."""
         with self._lock:
             if not self._inside:
-                self._dtype = torch.get_default_dtype()
+                self._before = [get() for get, _ in SHARED]
             self._inside += 1
         try:
             yield
@@ -428,7 +424,8 @@ class Guests:
             with self._lock:
                 self._inside -= 1
                 if not self._inside:
-                    torch.set_default_dtype(self._dtype)
+                    for (_, restore), value in zip(SHARED, self._before, strict=True):
+                        restore(value)
 
 
 GUESTS = Guests()
@@ -545,7 +542,7 @@ def _number(value: Any, what: str, about: str) -> float:
         return math.nan
     except (TypeError, ValueError) as error:
         raise TypeError(f"{what}; it must be a number. {about}") from error
-    if isinstance(value, str):  # "8", which float() takes
+    if isinstance(value, str | bytes | np.complexfloating):  # "8", which float() takes, or a part of 8 + 1j
         raise TypeError(f"{what}; it must be a number. {about}")
     return number if abs(number) <= LARGEST_REWARD else math.nan  # a NaN compares as false
 
@@ -561,7 +558,7 @@ def reward_name(function: Any) -> str:
         return reward_name(function.func)
     if isinstance(function, RemoteReward):
         return function.name
-    if isinstance(function, types.FunctionType | types.BuiltinFunctionType | types.MethodType):
+    if isinstance(function, type | types.FunctionType | types.BuiltinFunctionType | types.MethodType):
         return function.__name__
     return type(function).__name__
 

@@ -32,7 +32,7 @@ Populations = Callable[[Tensor, Sequence[Hashable]], list[Tensor]]
 
 def all_equal(rewards: Tensor) -> bool:
     """Whether `(M,)` rewards carry no information, because there is no difference, or none but rounding."""
-    if len(rewards) < 2:
+    if not len(rewards):
         return True
     return bool(rewards.max() - rewards.min() <= EQUAL * rewards.abs().max())
 

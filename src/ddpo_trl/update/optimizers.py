@@ -8,13 +8,13 @@ from typing import Any
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
 
 BY_CLASS = "give its class, or a function of parameters, by optimizer_cls_and_kwargs=(torch.optim.AdamW, {'lr': 1e-3})"
 
 
-def check_given(optimizers: Any, policy: nn.Module) -> None:
+def check_given(optimizers: Any, policy: nn.Module, evaluates: bool) -> None:
     """
     Refuses what would train nothing, or follow no schedule.
 
@@ -23,10 +23,13 @@ def check_given(optimizers: Any, policy: nn.Module) -> None:
             What the user gave: should be a pair of an optimizer and its schedule, each of which may be `None`.
         policy (`torch.nn.Module`):
             With the weights that are to be trained.
+        evaluates (`bool`):
+            Whether the run is evaluated.
 
     Raises:
         `TypeError`: If it is something else.
-        `ValueError`: If the optimizer leaves out weights that are to be trained, or the schedule is another one's.
+        `ValueError`: If the optimizer leaves out weights that are to be trained, or the schedule is another one's or
+            waits for evaluations that do not come.
     """
     if not (isinstance(optimizers, tuple | list) and len(optimizers) == 2):
         raise TypeError(f"optimizers is {type(optimizers).__name__}; give a pair (optimizer, lr_scheduler or None).")
@@ -42,6 +45,11 @@ def check_given(optimizers: Any, policy: nn.Module) -> None:
         raise ValueError(
             "optimizers[1] is the schedule of another optimizer than optimizers[0], whose learning rate would never "
             "change. Make it for optimizers[0], or set lr_scheduler_type."
+        )
+    if isinstance(scheduler, ReduceLROnPlateau) and not evaluates:
+        raise ValueError(
+            "optimizers[1] is ReduceLROnPlateau, which acts after evaluations only. Set eval_strategy='epoch', give "
+            "eval_prompts, and choose the figure by metric_for_best_model."
         )
     if optimizer is None:
         return
