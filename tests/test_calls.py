@@ -136,11 +136,10 @@ def test_a_mask_that_acts_behind_the_step_has_an_effect(make_config):
     assert policy.calls.without_effect == []
 
 
-def calls_of(run):
+def calls_of(run, network=None):
     """Calls of a pipeline whose inputs change no image."""
-    return BatchCalls(
-        Network(), run, images_after_one_step=lambda context: torch.zeros(len(context), 3, 2, 2), is_plain=False
-    )
+    network = network or Network()
+    return BatchCalls(network, run, lambda context: torch.zeros(len(context), 3, 2, 2), is_plain=False)
 
 
 @pytest.mark.parametrize(
@@ -181,7 +180,7 @@ def reason_of(mean, before_network=lambda context: None, hook=None):
         latents = torch.zeros(len(context), 4)
         return SimpleNamespace(latents=latents, mean=latents + mean(context))
 
-    calls = BatchCalls(network, run, images_after_one_step=one_step_images, is_plain=False)
+    calls = calls_of(run, network)
     calls.split(Context(prompts=PROMPTS, seeds=SEEDS, inputs={"x": [1.0, 2.0]}))
     return calls.one_by_one_reason
 

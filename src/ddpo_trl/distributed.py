@@ -156,4 +156,4 @@ def sharded_like(weights: Mapping[str, Tensor], model: Mapping[str, Tensor]) -> 
 
 def on_any_process(accelerator: Accelerator, flags: Sequence[bool]) -> list[bool]:
     """Of each flag, whether it is set on at least one process. All processes have to call it."""
-    return gather(accelerator, torch.tensor([flags], dtype=torch.uint8)).any(dim=0).tolist()
+    return gather(accelerator, torch.tensor([flags], dtype=torch.uint8)).bool().any(dim=0).tolist()
