@@ -9,7 +9,7 @@ import os
 import textwrap
 import time
 from collections import defaultdict
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -818,7 +818,7 @@ class DDPOTrainer(Trainer):
 
     def _code(self) -> dict[str, str]:
         """Hashes of the functions that were given, by name."""
-        functions = dict(zip(self.scorer.names, self.scorer.functions, strict=True))
+        functions: dict[str, Callable[..., Any]] = dict(zip(self.scorer.names, self.scorer.functions, strict=True))
         if isinstance(self.prompts, FunctionPrompts):
             functions["prompt_fn"] = self.prompts.prompt_fn
         return {f"The code of {name}": code_digest(function)[:DIGITS] for name, function in functions.items()}
