@@ -59,11 +59,12 @@ def test_what_the_pipeline_puts_there_itself_is_left_to_it():
     [
         lambda x: 0.5 * x + 0.1,
         lambda x: 0.5 * x,
+        lambda x: x + 0.3,
         lambda x: 2.0 * x,
         lambda x: x - x.mean(),
         lambda x: torch.zeros_like(x),
     ],
-    ids=["scaled", "halved", "doubled", "mixed", "dropped"],
+    ids=["scaled", "halved", "shifted", "doubled", "mixed", "dropped"],
 )
 def test_latents_that_are_computed_with_are_refused(to_state):
     with pytest.raises(ValueError, match="can't be handed to the pipeline to be replayed"):
