@@ -140,7 +140,7 @@ def unequal_processes(output_dir: str) -> dict[str, Any]:
         "other settings": refusal(lambda: trainer(learning_rate=1e-2 * (1 + process))),
         "other prompts": refusal(lambda: trainer(PROMPTS[:: 1 - 2 * process])),
         "other checkpoints": refusal(lambda: chosen.train(resume_from_checkpoint=process == 0)),
-        "example": trainer(drawing)._example_prompt,
+        "example": trainer(drawing)._example[0],
     }
 
 
