@@ -17,7 +17,9 @@ CONFIGS = Path(__file__).parents[1] / "examples" / "accelerate_configs"
 
 # Forked from a process that has imported everything and run nothing. It finds the tests by the environment only.
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["conftest"])
+PROCESSES.set_forkserver_preload(
+    ["ddpo_trl.trainer", "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion", "conftest"]
+)
 os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *sys.path])
 
 

@@ -13,8 +13,8 @@ from ddpo_trl.cli.demo import parse_arguments
 
 
 SHORT = [
-    "--total_episodes", "8", "--per_device_sample_batch_size", "8", "--num_sample_batches", "1",
-    "--num_images_per_prompt", "4", "--per_device_train_batch_size", "8", "--num_inference_steps", "3",
+    "--total_episodes", "4", "--per_device_sample_batch_size", "4", "--num_sample_batches", "1",
+    "--num_images_per_prompt", "2", "--per_device_train_batch_size", "4", "--num_inference_steps", "2",
     "--num_mini_batches", "1", "--disable_tqdm", "true",
 ]  # fmt: skip
 
@@ -28,7 +28,7 @@ def few_evaluation_images(monkeypatch):
 def test_the_demo_saves_weights_pictures_and_figures(tmp_path, capsys):
     assert cli.main(["demo", "--output_dir", str(tmp_path), *SHORT]) == 0
     summary = json.loads((tmp_path / "summary.json").read_text())
-    assert summary["reward_queries"] == 8
+    assert summary["reward_queries"] == 4
     assert summary["eval_reward_before"] < 0  # compressibility is minus kB
     gain = summary["eval_reward_after"] - summary["eval_reward_before"]
     assert summary["eval_reward_gain"] == pytest.approx(gain)
@@ -37,7 +37,7 @@ def test_the_demo_saves_weights_pictures_and_figures(tmp_path, capsys):
     seconds = summary["seconds"]
     assert 0 < seconds["sampling"] < seconds["total"]
     assert 0 < seconds["training"] < seconds["total"]
-    assert summary["config"]["num_inference_steps"] == 3
+    assert summary["config"]["num_inference_steps"] == 2
     with safe_open(tmp_path / "pytorch_lora_weights.safetensors", "pt") as weights:
         assert all(name.startswith("unet.") for name in weights.keys())  # noqa: SIM118 (not a dict)
     for picture in ("reward.png", "before_after.png"):

@@ -156,19 +156,14 @@ def test_it_loads_late_and_a_pickled_copy_scores_the_same(samples):
 
 
 def test_the_demo_trains_with_it_on_prompts_that_the_pipeline_does_not_know(tmp_path, monkeypatch, capsys):
-    task = dataclasses.replace(demo.TASKS["emoji_alignment"], eval_seeds=1)
+    task = demo.TASKS["emoji_alignment"]
+    task = dataclasses.replace(task, captions=task.captions[:16], eval_seeds=1)
     monkeypatch.setitem(demo.TASKS, "emoji_alignment", task)
-    flags = ["--total_episodes", "16", "--num_sample_batches", "1", "--num_inference_steps", "3"]
-    flags += [
-        "--num_mini_batches",
-        "1",
-        "--num_logged_images",
-        "2",
-        "--disable_tqdm",
-        "true",
-        "--output_dir",
-        str(tmp_path),
-    ]
+    flags = [
+        "--total_episodes", "4", "--per_device_sample_batch_size", "4", "--num_sample_batches", "1",
+        "--num_images_per_prompt", "2", "--per_device_train_batch_size", "4", "--num_inference_steps", "3",
+        "--num_mini_batches", "1", "--num_logged_images", "2", "--disable_tqdm", "true", "--output_dir", str(tmp_path),
+    ]  # fmt: skip
     cli.main(["demo", "--reward", "emoji_alignment", *flags])
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["reward"] == "EmojiAlignment"

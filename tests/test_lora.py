@@ -329,8 +329,8 @@ def test_weights_of_the_denoiser_that_would_not_be_loaded_again_are_refused():
     with pytest.raises(ValueError, match=r"projections of pipeline\.unet are fused.*unfuse_qkv_projections\(\)"):
         freeze_all_but_denoiser(pipeline, None)
     pipeline = tiny_pipeline()
-    pipeline.unet.mid_block.new = nn.Linear(2, 2)
-    with pytest.raises(ValueError, match=r"its config does not have, such as mid_block\.new\.weight"):
+    pipeline.unet.conv_out.new = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=r"its config does not have, such as conv_out\.new\.weight"):
         freeze_all_but_denoiser(pipeline, None)
 
 
@@ -537,7 +537,7 @@ def test_dropout_is_taken_out_with_a_word(came_with_the_pipeline, tmp_path, capl
     save_adapter(pipeline, adapter, tmp_path)
     with safe_open(tmp_path / "pytorch_lora_weights.safetensors", "pt") as file:
         assert json.loads(file.metadata()["lora_adapter_metadata"])["unet.lora_dropout"] == 0
-    torch.nn.init.normal_(adapter_weights(pipeline)["down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q."
+    torch.nn.init.normal_(adapter_weights(pipeline)["down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q."
                                                     f"lora_B.{adapter}.weight"])  # fmt: skip
     expected = images(pipeline)
     pipeline.unet.train()

@@ -89,7 +89,9 @@ def test_the_rollout_before_is_gone_when_the_next_is_sampled(make_config, monkey
         return batches, pending
 
     monkeypatch.setattr(RolloutLoader, "_sample", counted)
-    config = make_config(one_pass=one_pass, num_train_epochs=3, log_images_rounds=1, save_strategy="epoch")
+    config = make_config(
+        one_pass=one_pass, num_train_epochs=3, log_images_rounds=1, num_logged_images=1, save_strategy="epoch"
+    )
     trainer = DDPOTrainer(config, brightness, PROMPTS, tiny_pipeline())
     trainer.train()
     assert alive == [[], [False] * 2, [False] * 4]

@@ -105,8 +105,8 @@ def test_full_fine_tuning_is_taken_sample_by_sample_where_the_layers_allow(make_
     def pipeline():
         whole = tiny_pipeline()
         whole.unet.requires_grad_(False)
-        whole.unet.down_blocks[1].attentions.requires_grad_(True)
-        for module in whole.unet.down_blocks[1].modules():
+        whole.unet.down_blocks[0].attentions.requires_grad_(True)
+        for module in whole.unet.down_blocks[0].modules():
             if isinstance(module, nn.GroupNorm | nn.LayerNorm):
                 module.requires_grad_(False)
         return whole
@@ -197,8 +197,8 @@ def test_an_adapter_without_gradients_of_single_samples_takes_two_passes(make_co
 def test_a_denoiser_that_mixes_its_samples_takes_two_passes(make_config):
     """Rows in another order than the samples: single gradients would belong to the wrong rewards."""
     pipeline = tiny_pipeline()
-    forward = pipeline.unet.mid_block.forward
-    pipeline.unet.mid_block.forward = lambda hidden, *args, **kwargs: forward(hidden, *args, **kwargs).flip(0)
+    forward = pipeline.unet.conv_out.forward
+    pipeline.unet.conv_out.forward = lambda hidden: forward(hidden).flip(0)
     with pytest.raises(ValueError, match="one_pass is True, but"):
         DDPOTrainer(make_config(one_pass=True), brightness, PROMPTS, pipeline)
 

@@ -43,7 +43,7 @@ from ddpo_trl.update.one_pass import layers_of_samples, policy_gradient
 
 CASES = (*IMAGE_CASES, *NEWER_CASES, *MORE_CASES, *INPUT_CASES, *IMAGE_PROMPT_CASES)
 PROMPTS = ["a cat", "two dogs"]  # of different length
-STEPS = 4
+STEPS = 3
 NOT_APPLICABLE = "does not apply"
 ROUNDING = 1e-5  # of pixel values, in float32
 
