@@ -337,8 +337,8 @@ the fastest; and take the ratios to IS, not the seconds. SF takes its gradients 
 afterwards.
 """
 
-# Written by hand, of the runs of this day; the figures are filled in, and tests/test_results.py checks what it says of
-# them. The page of other runs has none until they have been looked at.
+# Written by hand for the runs of this day. The figures are filled in; test_results.py checks what it says of them. The
+# page of other runs has none until they have been looked at.
 READING_DATE = "2026-11-25"
 READING = """
 ## What they show

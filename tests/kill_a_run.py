@@ -1,5 +1,5 @@
 """
-A run that is killed and started again, for tests/test_resume.py and `make torture`.
+A run that is killed and started again, for tests/artifacts/test_resume.py and `make torture`.
 
 It trains a tiny pipeline in a process of its own, resuming from the last checkpoint, which kills itself (SIGKILL) when
 something happens for the n-th time. At the end it writes what a run that was never interrupted must equal.

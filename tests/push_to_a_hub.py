@@ -1,4 +1,4 @@
-"""Runs that push to a Hub on this machine, for tests/test_hub.py: HF_ENDPOINT is read when the client is imported."""
+"""Runs that push to a Hub on this machine (test_hub.py): HF_ENDPOINT is read when the client is imported."""
 
 import json
 import logging

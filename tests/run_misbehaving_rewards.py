@@ -1,4 +1,4 @@
-"""Training runs with a failing reward on one of two ranks, for tests/test_misbehaving_rewards.py."""
+"""Training runs with a failing reward on one of two ranks, for tests/rewards/test_misbehaving_rewards.py."""
 
 import sys
 import time

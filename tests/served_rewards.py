@@ -1,4 +1,4 @@
-"""What tests/test_remote_reward.py has `ddpo-trl serve-reward` serve."""
+"""What tests/rewards/test_remote_reward.py has `ddpo-trl serve-reward` serve."""
 
 import asyncio
 import time

@@ -28,7 +28,7 @@ SETTINGS_NAME = "train.yaml"
 # Settings that say how a run was started, and those that may be secret: the folder may go to the Hub.
 NOT_KEPT = {"resume_from_checkpoint", "launched", "hub_token", "env"}
 
-# By the groups of DDPOConfig; `tests/test_cli.py` holds it to a screen.
+# By the groups of DDPOConfig; `tests/cli/test_cli.py` holds it to a screen.
 HELP = {
     "what is trained, on which prompts, for which reward": [
         "model", "dtype", "prompts", "reward", "reward_weights", "eval_prompts", "eval_reward", "lora_r", "lora_alpha",

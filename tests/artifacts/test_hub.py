@@ -13,7 +13,7 @@ from conftest import brightness, tiny_pipeline
 from ddpo_trl import DDPOTrainer
 
 
-SCRIPT = Path(__file__).parent / "push_to_a_hub.py"
+SCRIPT = Path(__file__).parents[1] / "push_to_a_hub.py"
 
 SCHEDULER = "scheduler/scheduler_config.json"  # which the card's example loads
 ALWAYS = {"README.md", "ddpo_config.json", "environment.json", "metrics.csv", SCHEDULER}

@@ -385,7 +385,7 @@ def test_several_rewards_and_an_evaluation_by_another(tiny, tmp_path, monkeypatc
 
 
 def test_the_accelerate_configs_of_the_package_are_those_of_the_examples():
-    examples = Path(__file__).parents[1] / "examples" / "accelerate_configs"
+    examples = Path(__file__).parents[2] / "examples" / "accelerate_configs"
     presets = {entry.name: entry.read_text() for entry in PRESETS.iterdir()}
     assert {path.name: path.read_text() for path in examples.glob("*")} == presets
     for name in presets:
@@ -603,7 +603,7 @@ def test_a_parser_without_settings_takes_no_file(capsys):
 
 # ---- The page ----
 
-PAGE = (Path(__file__).parents[1] / "docs" / "cli.md").read_text()
+PAGE = (Path(__file__).parents[2] / "docs" / "cli.md").read_text()
 
 
 def commands(language: str) -> list[list[str]]:

@@ -17,7 +17,7 @@ from ddpo_trl.cli.demo import parse_arguments
 from results import Result, Run
 
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 RESULT = Result(
     task="jpeg_compressibility",

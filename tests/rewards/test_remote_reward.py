@@ -56,7 +56,7 @@ def start(spec: str, port: int, log: Path, *options: str, **environment: str) ->
     with log.open("a") as output:
         return subprocess.Popen(
             [*COMMAND, spec, "--port", str(port), *options],
-            cwd=Path(__file__).parent,
+            cwd=Path(__file__).parents[1],
             env=ENVIRONMENT | environment,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -478,7 +478,7 @@ def test_a_wrong_argument_is_refused_before_anything_is_sent(url, options, messa
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
 def test_wrong_usage_of_the_command_is_one_line(arguments, message, capsys, monkeypatch):
-    monkeypatch.chdir(Path(__file__).parent)
+    monkeypatch.chdir(Path(__file__).parents[1])
     with pytest.raises(SystemExit) as stop:
         cli.main(["serve-reward", *arguments])
     assert stop.value.code == 2

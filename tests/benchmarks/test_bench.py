@@ -19,7 +19,7 @@ from rounds import PROMPTS, Child
 from sides import Case, load, our_trainer, save_pipeline
 
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 MAKEFILE = (ROOT / "Makefile").read_text()
 
 

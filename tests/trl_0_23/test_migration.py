@@ -22,7 +22,7 @@ from ddpo_trl.trl_0_23 import DDPOTrainer as OldTrainer
 from ddpo_trl.trl_0_23 import convert_config
 
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden"
 TRL = json.loads((GOLDEN / "trl_0_23_1.json").read_text())  # made from the wheel by the script beside it
 PYTORCH = json.loads((GOLDEN / "ddpo_pytorch.json").read_text())
