@@ -28,7 +28,8 @@ LARGEST = {"total_episodes": 8, "num_inference_steps": 2}
 def shorter(code: str) -> str:
     """With one round in few steps. Batch sizes, which must divide into each other, are as they stand."""
     for name, largest in LARGEST.items():
-        code = re.sub(rf"({name})=(\d+)", lambda match, most=largest: f"{match[1]}={min(int(match[2]), most)}", code)
+        for given in set(re.findall(rf"\b{name}=(\d+)", code)):
+            code = re.sub(rf"\b{name}={given}\b", f"{name}={min(int(given), largest)}", code)
     return code
 
 

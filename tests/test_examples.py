@@ -21,8 +21,8 @@ from ddpo_trl.cli.sources import load_prompt_source, reward_spec
 from ddpo_trl.cli.train import make_parser
 from ddpo_trl.rewards.server import serve
 from ddpo_trl.rollout.plan import plan_batches
-from test_remote_reward import free_port
-from test_rewards_vlm import vlm  # noqa: F401  (a fixture)
+from rewards.test_remote_reward import free_port
+from rewards.test_rewards_vlm import vlm  # noqa: F401  (a fixture)
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
