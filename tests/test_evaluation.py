@@ -11,7 +11,7 @@ from transformers.integrations.integration_utils import rewrite_logs
 
 from conftest import brightness, in_both_passes, tiny_pipeline
 from ddpo_trl import DDPOConfig, DDPOTrainer
-from ddpo_trl.evaluation import check_evaluation, diversity, metric_names
+from ddpo_trl.evaluation.evaluator import check_evaluation, diversity, metric_names
 from ddpo_trl.seeding import Stream, derived_seed
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from conftest import brightness, tiny_pipeline
 from ddpo_trl import DDPOConfig, DDPOTrainer
-from ddpo_trl.evaluation import diversity
+from ddpo_trl.evaluation.evaluator import diversity
 from ddpo_trl.finite import NotFiniteError, check_update, finite_rows
 from ddpo_trl.rewards import jpeg_compressibility
 from ddpo_trl.rewards.scoring import RewardScorer

@@ -18,7 +18,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from ddpo_trl import rewards
 from ddpo_trl.config import DDPOConfig
 from ddpo_trl.emoji import load_emoji_pipeline, recognised_share
-from ddpo_trl.evaluation import Samples
+from ddpo_trl.evaluation.evaluator import Samples
 from ddpo_trl.rewards.scoring import RewardFunction
 from ddpo_trl.rollout.advantages import shuffled
 from ddpo_trl.seeding import Stream, generator

@@ -23,21 +23,18 @@ from ddpo_trl.artifacts import checkpoints
 from ddpo_trl.artifacts.saving import SavingTrainer
 from ddpo_trl.artifacts.tracking import RunRecorder, fixed_prompts
 from ddpo_trl.checks import ReplayCheck
+from ddpo_trl.checks.construction import check_arguments, plan_round
 from ddpo_trl.config import DDPOConfig
 from ddpo_trl.distributed import check_alike, check_devices, check_wrapping, note_process
-from ddpo_trl.evaluation import Evaluator, Samples, check_evaluation, reward_names
+from ddpo_trl.evaluation.evaluator import check_evaluation, reward_names
 from ddpo_trl.finite import check_update
 from ddpo_trl.policy.fingerprint import changed_weights
 from ddpo_trl.policy.per_sample_gradients import trained_weights
-from ddpo_trl.policy.pipeline import move
 from ddpo_trl.policy.policy import Policy
-from ddpo_trl.policy.records import Context
 from ddpo_trl.prompts import (
     PromptFunction,
     PromptKeyFunction,
-    PromptPair,
     ShuffledPrompts,
-    check_inputs,
     default_prompt_key,
     fingerprint,
     prompt_keys,
@@ -46,48 +43,20 @@ from ddpo_trl.prompts import (
 )
 from ddpo_trl.rewards.scoring import RewardFunction, RewardScorer
 from ddpo_trl.rollout.advantages import Advantages
-from ddpo_trl.rollout.boundary import RoundCallbacks, RoundSchedule, StopSignals, agree, end_round
+from ddpo_trl.rollout.boundary import RoundCallbacks, RoundSchedule, StopSignals, end_round
 from ddpo_trl.rollout.callbacks import RoundProgress, TrainingClock
 from ddpo_trl.rollout.loader import RolloutLoader
 from ddpo_trl.rollout.metrics import Metrics
-from ddpo_trl.rollout.plan import plan_batches
 from ddpo_trl.rollout.records import Rollout
-from ddpo_trl.rollout.trial import TRIAL_SAMPLES, known_prompts, preview, trial_samples, try_reward_functions
+from ddpo_trl.rollout.trial import preview, try_reward_functions
 from ddpo_trl.suggestions import checks_names
 from ddpo_trl.update import optimizers as optimizers_  # the argument's name is Trainer's
 from ddpo_trl.update.objectives import objective
-from ddpo_trl.update.one_pass import autocast, choose_passes, policy_gradient
+from ddpo_trl.update.one_pass import policy_gradient
 from ddpo_trl.update.target_kl import TargetKL
 
 
 logger = logging.get_logger(__name__)
-
-
-def check_arguments(config: Any, callbacks: Any) -> None:
-    """
-    Refuses arguments of the wrong type before anything is made from them.
-
-    Raises:
-        `TypeError`: With the argument, its type and the remedy.
-        `ValueError`: If `output_dir` can't be made.
-    """
-    if not isinstance(config, DDPOConfig):
-        raise TypeError(
-            f"config is {type(config).__name__}; give a DDPOConfig, which has the fields of TrainingArguments and "
-            "those of DDPO."
-        )
-    if not isinstance(callbacks, list | tuple | None):
-        raise TypeError(f"callbacks is {type(callbacks).__name__}; give a list of callbacks.")
-    for index, callback in enumerate(callbacks or ()):
-        kind = callback if isinstance(callback, type) else type(callback)
-        if not issubclass(kind, TrainerCallback):
-            raise TypeError(f"callbacks[{index}] is {callback!r}; give a `transformers.TrainerCallback`.")
-    try:
-        os.makedirs(config.output_dir, exist_ok=True)
-    except OSError as error:
-        raise ValueError(
-            f"output_dir is {config.output_dir!r}, which can't be made ({error}). Set a folder that can be written to."
-        ) from error
 
 
 class DDPOTrainer(SavingTrainer):
@@ -197,7 +166,8 @@ class DDPOTrainer(SavingTrainer):
         self._set_sources(args, reward_fn, prompt_fn, eval_prompts, eval_reward_fns, prompt_key_fn)
         policy = Policy.from_pipeline(pipeline, args, peft_config)
         optimizers_.check_given(optimizers, policy, args.eval_strategy != "no")
-        trial = self._plan_round(policy, pipeline, args)
+        planned = plan_round(policy, pipeline, args, self.prompts, self.eval_prompts)
+        self.plan, self._gradient_layers, trial = planned
         super().__init__(
             model=policy,
             args=args,
@@ -255,28 +225,6 @@ class DDPOTrainer(SavingTrainer):
         (self._example,) = preview(self.prompts, 1)
         prompt_keys([self._example], self.prompt_key_fn)
         self.advantages = Advantages(args, self.scorer.weight_of, self.prompt_key_fn)
-
-    def _plan_round(self, policy: Policy, pipeline: DiffusionPipeline, args: DDPOConfig) -> Context:
-        """Moves the pipeline, tries it, and sets the sizes of a round. Returns the samples that were tried."""
-        if isinstance(self.prompts, ShuffledPrompts):
-            check_inputs(self.prompts.pairs, policy.input_names, "prompt_fn")
-        if self.eval_prompts is not None:
-            check_inputs(self.eval_prompts, policy.input_names, "eval_prompts")
-        if args.offload_text_encoders:  # before the denoiser is beside them
-            with autocast(args):
-                policy.encode(known_prompts(policy, self.prompts, self.eval_prompts or ()), args.device)
-        move(pipeline, args.device, args)
-        batches = trial_samples(policy, self.prompts)
-        trial = batches.rows(range(min(TRIAL_SAMPLES, args.per_device_sample_batch_size)))
-        with autocast(args):
-            plan = plan_batches(args, *policy.survey(batches))
-            self.plan, self._gradient_layers = choose_passes(args, policy, trial, plan)
-        args.gradient_accumulation_steps = self.plan.micro_batches_per_update
-        if args.save_total_limit == 1 and args.metric_for_best_model is not None:
-            args.save_total_limit = 2  # at the end Trainer would delete the last one, which a stopped run goes on from
-        if args.total_episodes is not None:
-            args.num_train_epochs = self.plan.rounds_for(args.total_episodes)
-        return trial
 
     def _try_reward_functions(self, size: int) -> None:
         scorers = [self.scorer] if self.eval_scorer is None else [self.scorer, self.eval_scorer]
@@ -483,91 +431,3 @@ class DDPOTrainer(SavingTrainer):
         super().log(logs, start_time)
         if is_evaluation:
             del logs["episode"]  # `evaluate` returns these very logs, and it is not a measurement
-
-    # ---- Evaluation ----
-
-    def generate_samples(self, prompts: Dataset | Sequence[str] | None = None) -> Samples:
-        """
-        Makes and scores one image per prompt with the pipeline's own scheduler, as its users will.
-
-        The i-th image has the same seed in every call: images before and after training can be laid side by side.
-
-        Args:
-            prompts (`datasets.Dataset` or `list[str]`, *optional*):
-                The prompts, `eval_prompts` by default.
-
-        Raises:
-            `ValueError`: If there are no prompts.
-        """
-        return self._evaluator.generate(self._pairs_to_evaluate(prompts))
-
-    def evaluate(
-        self,
-        eval_dataset: Any = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> dict[str, float]:
-        """
-        Measures the pipeline on `eval_prompts`, with its own scheduler, and what the training sampler makes of them.
-
-        Each prompt gives two images, from one seed: one as [`~DDPOTrainer.generate_samples`] makes it, and one by the
-        sampler of the training rounds, so an evaluation costs twice the images and reward queries that it has prompts.
-        `metric_for_best_model` may name any of the figures. Trackers show them as `eval/reward` and so on.
-
-        Args:
-            eval_dataset (`datasets.Dataset` or `list[str]`, *optional*):
-                The prompts, `eval_prompts` by default. A prompt given several times gets as many images.
-            ignore_keys (`list[str]`, *optional*):
-                Not used: there are no model outputs to drop.
-            metric_key_prefix (`str`, *optional*, defaults to `"eval"`):
-                Prefix of the metrics.
-
-        Returns:
-            `dict` with
-
-            - `{prefix}_reward`, `{prefix}_reward_std`: mean and standard deviation of the reward.
-            - `{prefix}_rewards/<name>/mean`, `{prefix}_rewards/<name>/std`: those of each reward function, the
-              held-out `eval_reward_fns` among them.
-            - `{prefix}_reward_sde_gap`: mean reward under the training sampler less `{prefix}_reward`: what training
-              reports and users don't get.
-            - `{prefix}_diversity`: root mean square distance, in [0, 1], between images of the same prompt, averaged
-              over the prompts that are given at least twice. Absent if there are none.
-        """
-        last_round = max(0, self.state.global_step // self.plan.updates_per_round - 1)  # whose sampler is meant
-        steps = self.plan.noisy_steps(last_round, self.args.seed)
-        metrics = self._evaluator.metrics(self._pairs_to_evaluate(eval_dataset), steps, metric_key_prefix)
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
-
-    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        metrics = super()._evaluate(*args, **kwargs)
-        if not self.callback_handler.inside:  # before it is saved: a callback may have ended training, on one process
-            agree(self, self._signals)
-        return metrics
-
-    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        is_best = super()._determine_best_metric(metrics, trial)
-        if is_best and self.args.load_best_model_at_end:  # whatever save_rounds says
-            self.control.should_save = True
-        return is_best
-
-    @property
-    def _evaluator(self) -> Evaluator:
-        return Evaluator(
-            policy=self._policy,
-            scorer=self.scorer,
-            held_out=self.eval_scorer,
-            drop_invalid=self.args.on_invalid_reward == "drop",
-            accelerator=self.accelerator,
-            seed=self.args.seed,
-            batch_size=self.args.per_device_eval_batch_size or self.args.per_device_sample_batch_size,
-            progress=self.progress,
-        )
-
-    def _pairs_to_evaluate(self, prompts: Dataset | Sequence[str] | None) -> Sequence[PromptPair]:
-        pairs = self.eval_prompts if prompts is None else prompt_pairs(prompts, "prompts")
-        if pairs is None:
-            raise ValueError("There are no prompts to sample: give `prompts` here or `eval_prompts` to the trainer.")
-        check_inputs(pairs, self._policy.input_names, "prompts")
-        return pairs

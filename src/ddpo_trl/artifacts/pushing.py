@@ -2,33 +2,23 @@
 
 from typing import Any, ClassVar
 
-from transformers import Trainer
 from transformers.trainer_utils import HubStrategy
 from transformers.utils.hub import PushInProgress
 
 from ddpo_trl.artifacts import hub
 from ddpo_trl.artifacts.model_card import write_model_card
-from ddpo_trl.config import DDPOConfig
-from ddpo_trl.policy.policy import Policy
+from ddpo_trl.evaluation.evaluating import EvaluatingTrainer
 from ddpo_trl.prompts import PromptPair
-from ddpo_trl.rewards.scoring import RewardScorer
 
 
-class PushingTrainer(Trainer):
+class PushingTrainer(EvaluatingTrainer):
     """Trainer that pushes what it trained to the Hub, with a model card."""
 
-    args: DDPOConfig
-    scorer: RewardScorer
-    eval_scorer: RewardScorer | None
     _tag_names: ClassVar[list[str]]
     _paper: ClassVar[dict[str, str]]
     _example: PromptPair
     _example_inputs: dict[str, Any]
     _staging: str | None
-
-    @property
-    def _policy(self) -> Policy:
-        return self.accelerator.unwrap_model(self.model)
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Makes the repository; Trainer does so at construction, so that what is refused is refused there."""

@@ -24,7 +24,6 @@ from ddpo_trl.policy.pipeline import ingredients
 from ddpo_trl.policy.policy import Policy
 from ddpo_trl.prompts import FunctionPrompts, PromptKeyFunction, PromptSource, fingerprint
 from ddpo_trl.rollout.advantages import Advantages
-from ddpo_trl.rollout.plan import BatchPlan
 from ddpo_trl.update import optimizers
 
 
@@ -43,9 +42,7 @@ class SavingTrainer(PushingTrainer):
             Parts of the run whose state belongs to a checkpoint.
     """
 
-    plan: BatchPlan
     prompts: PromptSource
-    eval_prompts: Any
     prompt_key_fn: PromptKeyFunction
     advantages: Advantages
     recorder: RunRecorder

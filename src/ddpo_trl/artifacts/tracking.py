@@ -17,7 +17,7 @@ from ddpo_trl.artifacts.record import Kind, LoggedImage
 from ddpo_trl.artifacts.report import write_report
 from ddpo_trl.config import DDPOConfig
 from ddpo_trl.distributed import gather
-from ddpo_trl.evaluation import Evaluator
+from ddpo_trl.evaluation.evaluator import Evaluator
 from ddpo_trl.prompts import PromptPair
 from ddpo_trl.rollout.records import Rollout
 from ddpo_trl.seeding import randomness_untouched
