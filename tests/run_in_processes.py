@@ -95,7 +95,7 @@ def stopped_run(output_dir: str, num_processes: int) -> dict[str, Any]:
     config = make_config(output_dir, num_processes, save_strategy="no", num_ppo_epochs=3, target_kl=1e-30)
     prompts = [*PROMPTS, *PROMPTS[:2]]
     trainer = DDPOTrainer(
-        config, brightness, PROMPTS, tiny_pipeline(), eval_prompts=prompts, eval_reward_fns=brightness
+        config, brightness, PROMPTS, tiny_pipeline(), eval_prompts=prompts, eval_reward_fn=brightness
     )
     trainer.train()
     return {

@@ -36,7 +36,7 @@ def refusal(make_config: Any, **given: Any) -> str:
     [
         ({"reward_fn": "brightness"}, "reward_fn is the string 'brightness'; give the function itself"),
         ({"reward_fn": ["brightness"]}, "reward_fn[0] is 'brightness', which can't be called"),
-        ({"eval_reward_fns": "brightness"}, "eval_reward_fns is the string 'brightness'"),
+        ({"eval_reward_fn": "brightness"}, "eval_reward_fn is the string 'brightness'"),
         ({"prompt_fn": "prompts.csv"}, "`ddpo_trl.prompts.load_prompts('prompts.csv')`"),
         ({"eval_prompts": "prompts.csv"}, "eval_prompts is str; give"),
         ({"prompt_fn": DatasetDict(test=Dataset.from_dict({"prompt": ["a"]}))}, "its splits, test: `dataset['test']`"),

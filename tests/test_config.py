@@ -527,3 +527,8 @@ def test_target_kl_is_refused_under_deepspeed(make_config):
     config.deepspeed_plugin = object()  # as TrainingArguments sets it, which needs the package
     with pytest.raises(ValueError, match="target_kl is set, but DeepSpeed makes the optimizer step"):
         check_relations(config)
+
+
+def test_a_config_is_shown_by_what_differs_from_the_defaults(make_config):
+    config = DDPOConfig(output_dir="run", use_cpu=True, eta=0.5, stop_on_signal=[], bf16=True)
+    assert repr(config) == "DDPOConfig(output_dir='run', bf16=True, use_cpu=True, eta=0.5, stop_on_signal=[])"

@@ -48,7 +48,7 @@ def test_every_logged_figure_is_on_its_page_and_no_other(make_config):
     config = make_config(num_mini_batches=2, kl_coef=0.1, target_kl=1.0, eval_strategy="epoch")
     prompts = ["a", "a"]
     trainer = DDPOTrainer(
-        config, brightness, prompts, tiny_pipeline(), eval_prompts=prompts, eval_reward_fns=rewards.redness
+        config, brightness, prompts, tiny_pipeline(), eval_prompts=prompts, eval_reward_fn=rewards.redness
     )
     trainer.train()
     logged = {name for log in trainer.state.log_history for name in log} - {"step"}  # which is the Trainer's count

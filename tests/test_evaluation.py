@@ -11,7 +11,7 @@ from transformers.integrations.integration_utils import rewrite_logs
 
 from conftest import brightness, in_both_passes, tiny_pipeline
 from ddpo_trl import DDPOConfig, DDPOTrainer
-from ddpo_trl.evaluation.evaluator import check_evaluation, diversity, metric_names
+from ddpo_trl.evaluation.evaluator import Samples, check_evaluation, diversity, metric_names
 from ddpo_trl.seeding import Stream, derived_seed
 
 
@@ -141,7 +141,7 @@ def test_held_out_rewards_are_scored_in_evaluation_only_and_logged_by_name(make_
         return 10 * redness(images, prompts, metadata)
 
     config = make_config(num_train_epochs=2, eval_strategy="epoch", eval_rounds=2)
-    trainer = trainer_for(config, eval_reward_fns=[held_out, brightness])
+    trainer = trainer_for(config, eval_reward_fn=[held_out, brightness])
     assert batches == [2]  # the trial at construction
     trainer.train()
     assert batches == [2, 3]  # the evaluation prompts, once
@@ -156,7 +156,7 @@ def test_held_out_rewards_are_scored_in_evaluation_only_and_logged_by_name(make_
 
 
 def test_one_held_out_reward_needs_no_list(make_config):
-    assert "eval_rewards/darkness/mean" in trainer_for(make_config(), eval_reward_fns=darkness).evaluate()
+    assert "eval_rewards/darkness/mean" in trainer_for(make_config(), eval_reward_fn=darkness).evaluate()
 
 
 def test_diversity_is_the_mean_pairwise_distance_within_prompts():
@@ -193,7 +193,7 @@ def test_figures_do_not_depend_on_the_sample_batch(make_config):
 
 @pytest.mark.parametrize("prompts", [PROMPTS, REPEATED])
 def test_the_figures_names_are_known_beforehand(make_config, prompts):
-    trainer = trainer_for(make_config(), [brightness, redness], eval_prompts=prompts, eval_reward_fns=[darkness])
+    trainer = trainer_for(make_config(), [brightness, redness], eval_prompts=prompts, eval_reward_fn=[darkness])
     names = metric_names(["brightness", "redness", "darkness"], prompts)
     assert list(trainer.evaluate()) == [*names, "epoch"]  # which Trainer adds
     assert all(name.startswith("eval/") for name in rewrite_logs(dict.fromkeys(names, 0.0)))  # what trackers show
@@ -234,7 +234,7 @@ def test_a_callback_may_ask_for_more_evaluations(make_config):
 def test_evaluation_leaves_training_alone(make_config, one_pass):
     settings = {"num_train_epochs": 3, "num_mini_batches": 1 if one_pass else 2}
     plain, evaluated = (
-        trainer_for(make_config(**settings, **more), eval_reward_fns=redness)
+        trainer_for(make_config(**settings, **more), eval_reward_fn=redness)
         for more in ({}, {"eval_strategy": "epoch", "eval_on_start": True})
     )
     plain.train()
@@ -277,7 +277,7 @@ def test_a_held_out_reward_that_falls_stops_the_run_and_the_best_weights_are_bac
     )  # fmt: skip
     recorder = WeightsAtEvaluations()
     callbacks = [EarlyStoppingCallback(early_stopping_patience=2), recorder]
-    trainer = trainer_for(config, darkness, eval_reward_fns=[brightness], callbacks=callbacks)
+    trainer = trainer_for(config, darkness, eval_reward_fn=[brightness], callbacks=callbacks)
     trainer.train()
     first, second, third = [log["eval_rewards/brightness/mean"] for log in evaluations(trainer)]
     assert first > second and first > third
@@ -294,7 +294,7 @@ def test_a_held_out_reward_that_falls_stops_the_run_and_the_best_weights_are_bac
 def test_early_stopping_works_on_every_figure(make_config, tmp_path):
     """Which way a figure goes is seen in a run without a stop; going the other way is then what is wished for."""
     settings = {**KEEP_BEST, "num_train_epochs": 3}
-    kwargs = {"eval_prompts": REPEATED, "eval_reward_fns": [redness]}
+    kwargs = {"eval_prompts": REPEATED, "eval_reward_fn": [redness]}
     free = trainer_for(make_config(**settings, output_dir=str(tmp_path / "free")), **kwargs)
     free.train()
     for metric in ("eval_reward", "reward_std", "eval_reward_sde_gap", "eval_diversity", "eval_rewards/redness/mean"):
@@ -329,13 +329,13 @@ def test_save_strategy_best_saves_better_rounds_only_and_they_are_resumable(make
         "load_best_model_at_end": True, "num_train_epochs": 3, "seed": FALLING,
     }  # fmt: skip
     recorder = WeightsAtEvaluations()
-    trainer = trainer_for(make_config(**settings), darkness, eval_reward_fns=brightness, callbacks=[recorder])
+    trainer = trainer_for(make_config(**settings), darkness, eval_reward_fn=brightness, callbacks=[recorder])
     trainer.train()
     values = [log["eval_rewards/brightness/mean"] for log in evaluations(trainer)]
     assert values[0] == max(values)
     assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-1"]
     assert_best_is_back(trainer, recorder.weights[0], recorder.weights[-1])
-    resumed = trainer_for(make_config(**settings), darkness, eval_reward_fns=brightness)
+    resumed = trainer_for(make_config(**settings), darkness, eval_reward_fn=brightness)
     resumed.train(resume_from_checkpoint=True)
     assert [log["eval_rewards/brightness/mean"] for log in evaluations(resumed)] == values
     assert [log["epoch"] for log in resumed.state.log_history if "reward" in log] == [1, 2, 3]  # with its own round
@@ -356,10 +356,10 @@ def test_save_strategy_best_saves_better_rounds_only_and_they_are_resumable(make
         ),
         ({"metric_for_best_model": "eval_diversity"}, {}, r"is 'eval_diversity', .*needs a prompt given twice"),
         ({"metric_for_best_model": "rewards/redness/mean"}, {}, "one of .*eval_rewards/brightness/mean"),
-        ({}, {"eval_reward_fns": []}, "eval_reward_fns is an empty list"),
-        ({}, {"eval_reward_fns": [brightness, 3]}, r"eval_reward_fns\[1\] is 3, which can't be called"),
-        ({}, {"eval_reward_fns": lambda images: [0.0]}, r"eval_reward_fns\[0\] .* is called with three"),
-        ({}, {"eval_reward_fns": lambda i, p, m: [0.0]}, "returned 1 values for 2 images"),
+        ({}, {"eval_reward_fn": []}, "eval_reward_fn is an empty list"),
+        ({}, {"eval_reward_fn": [brightness, 3]}, r"eval_reward_fn\[1\] is 3, which can't be called"),
+        ({}, {"eval_reward_fn": lambda images: [0.0]}, r"eval_reward_fn\[0\] .* is called with three"),
+        ({}, {"eval_reward_fn": lambda i, p, m: [0.0]}, "returned 1 values for 2 images"),
     ],
 )
 def test_a_mistake_is_refused_at_construction_with_its_remedy(make_config, settings, kwargs, message):
@@ -405,3 +405,8 @@ def test_images_without_a_valid_reward_are_left_out_if_they_are_dropped(make_con
     cat, dog, _ = images_of_plain_diffusers(tiny_pipeline(), PROMPTS)[:, 0].flatten(1).mean(1).tolist()
     assert metrics["eval_reward"] == pytest.approx((cat + dog) / 2, abs=1e-6)
     assert metrics["eval_reward_std"] == pytest.approx(abs(cat - dog) / 2, abs=1e-6)
+
+
+def test_samples_are_shown_by_their_figures():
+    samples = Samples(["a", "b"], torch.zeros(2, 3, 8, 16), torch.tensor([[1.0], [2.0]]))
+    assert repr(samples) == "Samples of 2 prompts: images of 3x8x16, mean rewards 1.5"

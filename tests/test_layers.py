@@ -3,6 +3,7 @@
 import ast
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -137,7 +138,8 @@ def test_modules_are_named_after_what_they_hold():
 def test_the_public_names_are_few_and_exist():
     assert {"DDPOConfig", "DDPOTrainer"} <= set(ddpo_trl.__all__)
     assert [getattr(ddpo_trl, name).__name__ for name in ddpo_trl.__all__] == ddpo_trl.__all__
-    assert set(ddpo_trl.__all__) <= set(dir(ddpo_trl))
+    assert set(dir(ddpo_trl)) == {*ddpo_trl.__all__, "__version__", "prompts", "rewards"}  # tab completion
+    assert ddpo_trl.__version__ == version("ddpo_trl")
     with pytest.raises(AttributeError, match="DDPOTrainr"):
         getattr(ddpo_trl, "DDPOTrainr")  # noqa: B009 (mypy knows that there is none)
     assert len(ddpo_trl.__all__) <= 12

@@ -1,6 +1,7 @@
 """Fine-tune diffusion models with reinforcement learning: DDPO as a Hugging Face TRL-style trainer."""
 
 from importlib import import_module
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 
@@ -9,6 +10,8 @@ if TYPE_CHECKING:
     from ddpo_trl.config import DDPOConfig
     from ddpo_trl.emoji import load_emoji_pipeline
     from ddpo_trl.trainer import DDPOTrainer
+
+__version__ = version("ddpo_trl")
 
 __all__ = ["DDPOConfig", "DDPOTrainer", "PipelineReport", "check_pipeline", "load_emoji_pipeline"]
 
@@ -30,4 +33,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return [*__all__, "__version__", "prompts", "rewards"]

@@ -1,5 +1,6 @@
 """DDPOConfig: every setting of a run, as a `transformers.TrainingArguments`."""
 
+import dataclasses
 import json
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -18,6 +19,11 @@ TransitionWeighting = Literal["uniform", "std"]
 # Settings in which processes may differ: verbosity, trackers, identity.
 OWN_SETTINGS = {
     "disable_tqdm", "hub_token", "local_rank", "log_level", "log_level_replica", "report_to", "run_name",
+}  # fmt: skip
+
+# Settings that Trainer derives where they are not given.
+DERIVED_SETTINGS = {
+    "accelerator_config", "dataloader_pin_memory", "debug", "disable_tqdm", "per_device_eval_batch_size", "report_to",
 }  # fmt: skip
 
 
@@ -315,6 +321,17 @@ class DDPOConfig(TrainingArguments):
             self.metric_for_best_model = "eval_reward"  # Trainer falls back to a loss, which evaluation does not have
         super().__post_init__()
         check_relations(self)
+
+    def __repr__(self) -> str:
+        """The settings that differ from their defaults."""
+        given = {}
+        for field in dataclasses.fields(self):
+            factory = field.default_factory
+            default = field.default if factory is dataclasses.MISSING else factory()
+            value = vars(self)[field.name]
+            if value != default and (value or default) and field.name not in DERIVED_SETTINGS:
+                given[field.name] = value
+        return f"DDPOConfig({', '.join(f'{name}={value!r}' for name, value in given.items())})"
 
     def steps_in_range(self, steps: int) -> range:
         """Indices of the denoising steps in `train_timestep_range`, out of `steps`."""

@@ -28,7 +28,7 @@ WITHOUT_EFFECT = {
     "auto_find_batch_size": "the batch plan is made once, for all processes alike: set per_device_sample_batch_size "
     "and per_device_train_batch_size",
     "average_tokens_across_devices": "there are no tokens to count",
-    "batch_eval_metrics": "an evaluation measures rewards: give eval_reward_fns",
+    "batch_eval_metrics": "an evaluation measures rewards: give eval_reward_fn",
     "bf16_full_eval": "images are made in the dtype of the pipeline: load it in bfloat16, or set bf16",
     "data_seed": "the order of prompts follows seed",
     "dataloader_drop_last": "there is no data loader: a round has per_device_sample_batch_size x num_sample_batches "
@@ -42,7 +42,7 @@ WITHOUT_EFFECT = {
     "eval_do_concat_batches": "an evaluation has no predictions to join",
     "eval_use_gather_object": "an evaluation has no predictions to gather",
     "fp16_full_eval": "images are made in the dtype of the pipeline: load it in float16, or set fp16",
-    "include_for_metrics": "an evaluation measures rewards: give eval_reward_fns",
+    "include_for_metrics": "an evaluation measures rewards: give eval_reward_fn",
     "include_num_input_tokens_seen": "there are no tokens to count: logs have episode, the reward queries so far",
     "label_names": "there are no labels",
     "label_smoothing_factor": "there are no labels",

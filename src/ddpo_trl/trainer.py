@@ -101,7 +101,7 @@ class DDPOTrainer(SavingTrainer):
         eval_prompts (`datasets.Dataset` or `list[str]`, *optional*):
             Prompts of [`~DDPOTrainer.evaluate`] and [`~DDPOTrainer.generate_samples`]. Each gives one image, with a
             seed of its own: give it several times for more, and for `eval_diversity`.
-        eval_reward_fns (`Callable` or `list[Callable]`, *optional*):
+        eval_reward_fn (`Callable` or `list[Callable]`, *optional*):
             Reward functions as `reward_fn` that evaluation logs and training does not see: a reward that rises while
             these fall is being gamed.
         prompt_key_fn (`Callable`, *optional*):
@@ -151,7 +151,7 @@ class DDPOTrainer(SavingTrainer):
         *,
         peft_config: PeftConfig | None = None,
         eval_prompts: Dataset | Sequence[str] | None = None,
-        eval_reward_fns: RewardFunction | Sequence[RewardFunction] | None = None,
+        eval_reward_fn: RewardFunction | Sequence[RewardFunction] | None = None,
         prompt_key_fn: PromptKeyFunction | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LRScheduler | None] = (None, None),
@@ -163,7 +163,7 @@ class DDPOTrainer(SavingTrainer):
         args = copy.copy(config)
         check_devices(args)
         set_seed(args.seed)  # the adapter is initialized at random
-        self._set_sources(args, reward_fn, prompt_fn, eval_prompts, eval_reward_fns, prompt_key_fn)
+        self._set_sources(args, reward_fn, prompt_fn, eval_prompts, eval_reward_fn, prompt_key_fn)
         policy = Policy.from_pipeline(pipeline, args, peft_config)
         optimizers_.check_given(optimizers, policy, args.eval_strategy != "no")
         planned = plan_round(policy, pipeline, args, self.prompts, self.eval_prompts)
@@ -201,15 +201,15 @@ class DDPOTrainer(SavingTrainer):
         reward_fn: Any,
         prompt_fn: Any,
         eval_prompts: Any,
-        eval_reward_fns: Any,
+        eval_reward_fn: Any,
         prompt_key_fn: PromptKeyFunction | None,
     ) -> None:
         """Rewards and prompts, checked as far as that is possible without the pipeline, and alike on all processes."""
         self.scorer = RewardScorer(reward_fn, args.reward_weights, args.max_workers, args.reward_timeout)
         self.eval_scorer = None
-        if eval_reward_fns is not None:
+        if eval_reward_fn is not None:
             self.eval_scorer = RewardScorer(
-                eval_reward_fns, None, args.max_workers, args.reward_timeout, argument="eval_reward_fns"
+                eval_reward_fn, None, args.max_workers, args.reward_timeout, argument="eval_reward_fn"
             )
         self.prompts = prompt_source(prompt_fn, args.seed)
         self.eval_prompts = None if eval_prompts is None else prompt_pairs(eval_prompts, "eval_prompts")

@@ -76,7 +76,7 @@ def test_the_trainers_card_names_model_rewards_settings_and_versions(make_config
         ["cat", "dog"],
         tiny_pipeline(),
         eval_prompts=["cat"],
-        eval_reward_fns=held_out,
+        eval_reward_fn=held_out,
     )
     trainer.train()
     trainer.model.model_tags = ["trackio"]  # as transformers' TrackioCallback does

@@ -75,6 +75,9 @@ class PipelineReport:
     notes: list[str] = field(default_factory=list)
     problem: str | None = None
 
+    def __repr__(self) -> str:
+        return "\n".join(f"{what:<20} {found}" for what, found in self.rows())
+
     def rows(self) -> list[tuple[str, str]]:
         """The report as `(what, finding)` lines, without what was not reached."""
         differences = ", ".join(f"{step}: {value:.2g}" for step, value in self.replay_differences.items())

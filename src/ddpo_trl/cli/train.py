@@ -165,7 +165,7 @@ def train(arguments: TrainArguments, config: DDPOConfig, settings: Mapping[str, 
             pipeline,
             peft_config=lora_config(arguments, pipeline),
             eval_prompts=eval_prompts,
-            eval_reward_fns=held_out or None,
+            eval_reward_fn=held_out or None,
         )
         trainer.checkpoint_to_resume(config.resume_from_checkpoint)
     trainer.add_callback(SettingsFile({name: settings[name] for name in settings if name not in NOT_KEPT}))

@@ -74,7 +74,7 @@ class EvaluatingTrainer(Trainer):
 
             - `{prefix}_reward`, `{prefix}_reward_std`: mean and standard deviation of the reward.
             - `{prefix}_rewards/<name>/mean`, `{prefix}_rewards/<name>/std`: those of each reward function, the
-              held-out `eval_reward_fns` among them.
+              held-out `eval_reward_fn` among them.
             - `{prefix}_reward_sde_gap`: mean reward under the training sampler less `{prefix}_reward`: what training
               reports and users don't get.
             - `{prefix}_diversity`: root mean square distance, in [0, 1], between images of the same prompt, averaged

@@ -42,6 +42,11 @@ class Samples(NamedTuple):
     images: Tensor
     rewards: Tensor
 
+    def __repr__(self) -> str:
+        size = "x".join(map(str, self.images.shape[1:]))
+        means = ", ".join(f"{mean:.4g}" for mean in self.rewards.nanmean(dim=0))
+        return f"Samples of {len(self.prompts)} prompts: images of {size}, mean rewards {means}"
+
 
 class Made(NamedTuple):
     """

@@ -267,6 +267,9 @@ class BatchPlan:
     def __str__(self) -> str:
         return "\n".join(f"  {what:<32} {how}" for what, how in self.rows())
 
+    def __repr__(self) -> str:
+        return f"Batch plan\n{self}"
+
 
 def plan_batches(config: DDPOConfig, stds: list[float], state_bytes: int = 0, embedding_bytes: int = 0) -> BatchPlan:
     """
