@@ -44,7 +44,7 @@ EVENTS: dict[str, tuple[str, str]] = {
     "saving weights": ("ddpo_trl.policy.policy", "Policy.save"),
     "saving the rest": ("ddpo_trl.artifacts.saving", "SavingTrainer._save_round"),
     "publishing": ("ddpo_trl.artifacts.checkpoints", "publish"),
-    "synchronising": ("ddpo_trl.artifacts.checkpoints", "synchronise"),
+    "synchronising": ("ddpo_trl.artifacts.checkpoints", "synchronize"),
     "rotating": ("ddpo_trl.artifacts.saving", "rotate_checkpoints"),
 }
 

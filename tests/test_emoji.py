@@ -19,7 +19,7 @@ from ddpo_trl.emoji import (
     emoji_captions,
     load_emoji_pipeline,
     nearest_captions,
-    recognised_share,
+    recognized_share,
 )
 
 
@@ -152,23 +152,23 @@ class TestMeasure:
     def test_every_training_image_is_its_own_nearest(self):
         tiles = contact_sheet_tiles()
         images = F.interpolate(torch.stack(list(tiles.values())), scale_factor=2)
-        assert recognised_share(images, list(tiles)) == 1
+        assert recognized_share(images, list(tiles)) == 1
         # Fluent draws one pair of concepts alike; all others also go by their own name.
         assert sum(a != b for a, b in zip(nearest_captions(images), tiles, strict=True)) <= 1
 
     def test_asks_for_the_style_only_where_the_caption_does(self):
         image = contact_sheet_tiles()["3d panda"][None]
-        assert recognised_share(image, ["panda"]) == 1
-        assert recognised_share(image, ["3d panda"]) == 1
-        assert recognised_share(image, ["flat panda"]) == 0
+        assert recognized_share(image, ["panda"]) == 1
+        assert recognized_share(image, ["3d panda"]) == 1
+        assert recognized_share(image, ["flat panda"]) == 0
 
     def test_counts_shares(self):
         tiles = contact_sheet_tiles()
         images = torch.stack([tiles["flat panda"], tiles["3d pizza"], tiles["3d rose"], tiles["flat rose"]])
-        assert recognised_share(images, ["panda", "pizza", "frog", "3d rose"]) == 0.5
+        assert recognized_share(images, ["panda", "pizza", "frog", "3d rose"]) == 0.5
 
     def test_accepts_keywords(self):
-        assert recognised_share(contact_sheet_tiles()["flat hamburger"][None], ["burger"]) == 1
+        assert recognized_share(contact_sheet_tiles()["flat hamburger"][None], ["burger"]) == 1
 
     def test_compares_after_averaging_so_fine_noise_changes_nothing(self):
         tile = contact_sheet_tiles()["flat lemon"][None] * 0.8 + 0.1
@@ -193,20 +193,20 @@ class TestMeasure:
 
     def test_refuses_unknown_captions_and_other_numbers_of_them(self):
         with pytest.raises(ValueError, match=r"'blue dog face'.*emoji_captions"):
-            recognised_share(torch.zeros(1, 3, 64, 64), ["blue dog face"])
+            recognized_share(torch.zeros(1, 3, 64, 64), ["blue dog face"])
         with pytest.raises(ValueError, match="2 images and 1 captions"):
-            recognised_share(torch.zeros(2, 3, 64, 64), ["panda"])
+            recognized_share(torch.zeros(2, 3, 64, 64), ["panda"])
         with pytest.raises(ValueError, match="0 images"):
-            recognised_share(torch.zeros(0, 3, 64, 64), [])
+            recognized_share(torch.zeros(0, 3, 64, 64), [])
 
 
 class TestSamples:
     def test_show_what_their_captions_say(self, samples):
-        assert recognised_share(samples, SAMPLED) >= 0.85
+        assert recognized_share(samples, SAMPLED) >= 0.85
 
     def test_do_not_show_what_other_captions_say(self, samples):
         # The control: with captions shifted by one, the same measure finds next to nothing.
-        assert recognised_share(samples, SAMPLED[1:] + SAMPLED[:1]) <= 0.13
+        assert recognized_share(samples, SAMPLED[1:] + SAMPLED[:1]) <= 0.13
 
     def test_follow_the_style_word(self, samples):
         asked = [caption.split()[0] for caption in SAMPLED]

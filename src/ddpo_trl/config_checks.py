@@ -253,7 +253,7 @@ def pipeline_arguments(config: Any) -> Iterator[str]:
 
 
 def boundaries(config: Any) -> Iterator[str]:
-    """What a round would be cut by."""
+    """Settings that would end a round in the middle."""
     if config.gradient_accumulation_steps != 1:
         yield (
             f"gradient_accumulation_steps is {config.gradient_accumulation_steps}, but it is derived: gradients "

@@ -17,7 +17,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from ddpo_trl import rewards
 from ddpo_trl.config import DDPOConfig
-from ddpo_trl.emoji import load_emoji_pipeline, recognised_share
+from ddpo_trl.emoji import load_emoji_pipeline, recognized_share
 from ddpo_trl.evaluation.evaluator import Samples
 from ddpo_trl.rewards.scoring import RewardFunction
 from ddpo_trl.rollout.advantages import shuffled
@@ -252,7 +252,7 @@ def recognised(samples: Samples, captions: list[str]) -> Tensor:
     """1 for each image that is nearest to its own subject, else 0: `(N,)`. The captions may be fewer and recur."""
     subjects = captions * (len(samples.images) // len(captions))
     pairs = zip(samples.images, subjects, strict=True)
-    return torch.tensor([recognised_share(image[None], [caption]) for image, caption in pairs])
+    return torch.tensor([recognized_share(image[None], [caption]) for image, caption in pairs])
 
 
 def summarise(trainer: DDPOTrainer, task: Task, before: Samples, after: Samples, seconds: float) -> dict[str, Any]:

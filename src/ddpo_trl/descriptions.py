@@ -105,7 +105,7 @@ def _attributes(value: Any) -> Any:
 
 
 def _visible(value: Any) -> Any:
-    """What JSON knows; of a function its code, since it may enclose itself; of others the type."""
+    """Reduce a value to JSON's types: a function to its code, since it may enclose itself, others to their type."""
     if isinstance(value, types.FunctionType):
         return _parts(value.__code__)
     try:

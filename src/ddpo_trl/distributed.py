@@ -1,4 +1,4 @@
-"""What the processes of a run hold together: gathered results, decisions, weights that are sharded (FSDP2)."""
+"""Results, decisions and sharded weights (FSDP2) that the processes of a run share."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -135,7 +135,7 @@ def check_wrapping(accelerator: Accelerator) -> None:
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Whether each process holds a part of the weights only, so that running the module takes all of them."""
+    """Return whether each process holds a part of the weights only, so that running the module takes all of them."""
     return any(isinstance(parameter, DTensor) for parameter in module.parameters())
 
 

@@ -167,11 +167,11 @@ def nearest_captions(images: torch.Tensor) -> list[str]:
     return [_styled_captions()[tile] for tile in _nearest_tiles(images).tolist()]
 
 
-def recognised_share(images: torch.Tensor, captions: Sequence[str]) -> float:
+def recognized_share(images: torch.Tensor, captions: Sequence[str]) -> float:
     """
     Measures how many images show what their captions say.
 
-    An image is recognised if the training image nearest to it (see [`nearest_captions`]) has its caption; where the
+    An image is recognized if the training image nearest to it (see [`nearest_captions`]) has its caption; where the
     caption begins with a style word, that drawing's style must be the same too.
 
     Args:
@@ -181,7 +181,7 @@ def recognised_share(images: torch.Tensor, captions: Sequence[str]) -> float:
             One of [`emoji_captions`] for each image, or one of its keywords; "flat" or "3d" may stand before it.
 
     Returns:
-        `float`: The recognised share of the images, from 0 to 1.
+        `float`: The recognized share of the images, from 0 to 1.
 
     Raises:
         ValueError: If there are no images, their number is not that of the captions, a caption is not among the

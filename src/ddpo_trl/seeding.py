@@ -10,7 +10,7 @@ import torch
 
 
 class Stream(IntEnum):
-    """What a random stream is for."""
+    """Purpose of a random stream."""
 
     SAMPLE = 0
     MICRO_BATCHES = 1

@@ -1,4 +1,4 @@
-"""What was probably meant by a name that does not exist: the words of other tools, and misspellings."""
+"""Suggestions for names that do not exist: words of other tools, and misspellings."""
 
 import difflib
 import functools

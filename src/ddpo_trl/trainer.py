@@ -65,7 +65,7 @@ class DDPOTrainer(SavingTrainer):
 
     Fine-tunes a diffusers pipeline by reinforcement learning, as proposed in [Training Diffusion Models with
     Reinforcement Learning](https://huggingface.co/papers/2305.13301). One Trainer epoch is one round: sample images,
-    score them, turn the scores into advantages, optimise.
+    score them, turn the scores into advantages, optimize.
 
     Example:
 

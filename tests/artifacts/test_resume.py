@@ -161,7 +161,7 @@ def test_resuming_without_a_checkpoint_starts_anew(tmp_path):
         ),
         (
             {"per_device_train_batch_size": 2},
-            ["train_batch_size is 2 and was 4: no longer equal to the bit"],
+            ["train_batch_size is 2 and was 4: no longer bitwise identical"],
         ),
         ({"num_images_per_prompt": 2}, ["num_images_per_prompt is 2 and was 1: from here on this is another run"]),
         ({}, []),

@@ -98,7 +98,7 @@ def test_a_resumed_run_ends_as_if_never_interrupted(make_config, tmp_path, monke
     config = make_config(num_train_epochs=2, **{**settings, "one_pass": False})
     DDPOTrainer(config, brightness, PROMPTS, tiny_pipeline()).train(resume_from_checkpoint=checkpoint)
     (warning,) = [line for line in warnings if "Resuming" in line]
-    assert "one_pass is False and was True: no longer equal to the bit are gradients" in warning
+    assert "one_pass is False and was True: no longer bitwise identical are gradients" in warning
 
 
 def test_full_fine_tuning_is_taken_sample_by_sample_where_the_layers_allow(make_config):

@@ -15,7 +15,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image, ImageDraw, ImageFont
 
-from ddpo_trl.emoji import EMOJI_PATH, emoji_captions, load_emoji_pipeline, nearest_captions, recognised_share
+from ddpo_trl.emoji import EMOJI_PATH, emoji_captions, load_emoji_pipeline, nearest_captions, recognized_share
 
 
 ROOT = Path(__file__).parents[2]
@@ -117,7 +117,7 @@ def main() -> None:
     captions = fixed_captions()
     images = draw_samples(pipeline, captions, NUM_SEEDS, args.guidance_scale)
     hits = [
-        [recognised_share(image[None], [caption]) == 1 for image in row]
+        [recognized_share(image[None], [caption]) == 1 for image in row]
         for caption, row in zip(captions, images, strict=True)
     ]
     print("\nSeen in training, and what the misses come nearest to:")

@@ -231,17 +231,17 @@ def publish(staged: str, final: str) -> None:
     """
     for directory, _, files in os.walk(staged):
         for name in files:
-            synchronise(os.path.join(directory, name))
-        synchronise(directory)
+            synchronize(os.path.join(directory, name))
+        synchronize(directory)
     parent = os.path.dirname(final)
     if os.path.isdir(final):
         os.rename(final, f"{staged}.replaced")
     os.rename(staged, final)
-    synchronise(parent)
+    synchronize(parent)
     shutil.rmtree(f"{staged}.replaced", ignore_errors=True)
 
 
-def synchronise(path: str) -> None:
+def synchronize(path: str) -> None:
     """Waits until a file or folder is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -1,4 +1,4 @@
-"""What a run ran on: versions, platform and device, for reports and for questions to the maintainers."""
+"""Versions, platform and device of a run, for reports and bug reports."""
 
 import importlib.metadata
 import platform

@@ -104,12 +104,12 @@ def check_name(config: DDPOConfig) -> None:
 
 
 def refusal(name: str, error: HfHubHTTPError) -> Exception:
-    """What it means that the Hub answered with an error, and what to do about it."""
+    """Explain an error of the Hub, with the remedy."""
     says = f"The model is to be pushed to {name!r}, but the Hub answers {error.response.status_code}"
     message = error.server_message or error.response.reason_phrase
     match error.response.status_code:
         case 401:
-            return ValueError(f"{says} ({message}): it does not accept the token. Log in anew with `hf auth login`.")
+            return ValueError(f"{says} ({message}): it does not accept the token. Log in again with `hf auth login`.")
         case 403:
             return ValueError(
                 f"{says} ({message}): the token may not write there. Give one that may, or set hub_model_id to a "

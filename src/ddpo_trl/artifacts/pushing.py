@@ -36,7 +36,7 @@ class PushingTrainer(EvaluatingTrainer):
         **kwargs: Any,
     ) -> Any:
         """
-        Saves to `output_dir`, and pushes that to the Hub, but for the checkpoints: weights, model card, pictures,
+        Saves to `output_dir`, and pushes that to the Hub, except for the checkpoints: weights, model card, pictures,
         settings. All processes have to call it.
 
         Args:

@@ -1,4 +1,4 @@
-"""What a run leaves on the disk beside its weights: figures, sample images, pictures, settings, environment."""
+"""Files of a run besides its weights: figures, sample images, pictures, settings, environment."""
 
 import csv
 import json
@@ -99,7 +99,7 @@ def frames(image: Tensor) -> list[Image.Image]:
 
 
 def valid(reward: float) -> float | None:
-    """`None` in place of NaN, which stands for no valid reward and is no JSON."""
+    """`None` instead of NaN, which stands for no valid reward and is no JSON."""
     return None if math.isnan(reward) else reward
 
 

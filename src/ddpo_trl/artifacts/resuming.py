@@ -12,7 +12,7 @@ from ddpo_trl.artifacts.checkpoints import CONFIG_NAME, PLAN_NAME, moved_best, r
 
 RUN_NAME = "run.json"  # what the settings don't tell: rewards, prompts, the optimizer
 
-# Settings that change a result by rounding only, with what then is no longer equal to the bit.
+# Settings that change a result by rounding only, with what then is no longer bitwise identical.
 ROUNDING = {
     "num_processes": "images, by the rounding of other batches, and the composition of mini-batches",
     "per_device_sample_batch_size": "images, by the rounding of other batches",
@@ -23,7 +23,7 @@ ROUNDING = {
         ("gradient_checkpointing", "activation_checkpointing", "torch_compile", "tf32"), "gradients, by rounding"
     ),
     **dict.fromkeys(("vae_slicing", "vae_tiling"), "images"),
-    **dict.fromkeys(("metric_for_best_model", "greater_is_better"), "the best checkpoint, which is sought anew"),
+    **dict.fromkeys(("metric_for_best_model", "greater_is_better"), "the best checkpoint, which is chosen again"),
 }
 
 # Settings that say where something goes, how fast it is made, when it is shown or saved, or that follow from others.
@@ -123,7 +123,7 @@ def setting_changes(
         if name in HARMLESS or name.startswith(HARMLESS_PREFIXES) or (own_optimizer and name in OF_THE_OPTIMIZER):
             continue
         if name in ROUNDING:
-            yield f"{name} is {value!r} and was {before!r}: no longer equal to the bit are {ROUNDING[name]}."
+            yield f"{name} is {value!r} and was {before!r}: no longer bitwise identical are {ROUNDING[name]}."
         elif name in LENGTH:
             if not is_constant:
                 yield f"{name} is {value!r} and was {before!r}: the learning rate follows the schedule of this length."

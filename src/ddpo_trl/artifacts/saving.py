@@ -108,7 +108,7 @@ class SavingTrainer(PushingTrainer):
             self._push_from_checkpoint(final)
 
     def _save_round(self, directory: str) -> None:
-        """What Trainer does not know of: the batch plan, the prompts' state, the rewards remembered of each prompt."""
+        """Write the state that Trainer does not know: batch plan, prompts, remembered rewards."""
         self.state.save_to_json(os.path.join(directory, TRAINER_STATE_NAME))  # with the final name of the best one
         with open(os.path.join(directory, PLAN_NAME), "w") as file:
             json.dump(dataclasses.asdict(self.plan), file)
@@ -159,7 +159,7 @@ class SavingTrainer(PushingTrainer):
 
     @functools.cached_property
     def _what_is_run(self) -> dict[str, Any]:
-        """What makes this run another one than others with its settings, as a checkpoint holds it."""
+        """Return the identity of the run beyond its settings, as a checkpoint holds it."""
         return {
             "rewards": self.scorer.weight_of,
             "prompts": self.prompts.fingerprint,
@@ -186,11 +186,11 @@ class SavingTrainer(PushingTrainer):
         if checkpoint is not None:
             self._changes_since(checkpoint)
         elif asked:
-            logger.warning(f"There is no checkpoint in {directory} to resume from: starting anew.")
+            logger.warning(f"There is no checkpoint in {directory} to resume from: starting from the beginning.")
         return checkpoint
 
     def _changes_since(self, checkpoint: str) -> list[str]:
-        """What the resumed run does otherwise, in words; an error if it can't be continued."""
+        """Return a sentence per difference of the resumed run; raise if it can't be continued."""
         saved = resuming.read(checkpoint)
         plan = json.loads(json.dumps(dataclasses.asdict(self.plan)))  # tuples as lists, as they were saved
         settings = resuming.with_plan(json.loads(self.args.to_json_string()), plan)

@@ -63,7 +63,7 @@ class RunRecorder(TrainerCallback):
         self._current: tuple[str, TrainerState] | None = None  # of this call: the folder and the state
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint has to hold: the record of earlier calls of `train`."""
+        """Return the state for a checkpoint: the record of earlier calls of `train`."""
         return {"earlier_logs": self._earlier, "earlier_steps": self._earlier_steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -175,7 +175,7 @@ def fixed_prompts(
 
 
 def fixed_images(evaluator: Evaluator, pairs: Sequence[PromptPair]) -> list[LoggedImage]:
-    """Those of the fixed prompts, with the evaluation's seeds. All processes have to call it."""
+    """Make the images of the fixed prompts, with the evaluation's seeds. All processes have to call it."""
     samples = evaluator.generate(pairs)
     return [
         logged_image(evaluator, "fixed", index, image, prompt, evaluator.image_seed(index), rewards)

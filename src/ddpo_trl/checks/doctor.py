@@ -1,4 +1,4 @@
-"""Whether a pipeline can be a policy: tried out on a few steps, and told in one sentence where it can't."""
+"""Check of a pipeline on a few steps: it can be a policy, or one sentence says why not."""
 
 import copy
 import inspect
@@ -265,7 +265,7 @@ def storage_bytes(tensors: Sequence[Tensor]) -> int:
 
 @contextmanager
 def counted_activations(module: nn.Module) -> Iterator[list[Tensor]]:
-    """Collects what autograd keeps for the backward pass, but for the module's own weights."""
+    """Collects what autograd keeps for the backward pass, except for the module's own weights."""
     weights = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
     kept: list[Tensor] = []
 

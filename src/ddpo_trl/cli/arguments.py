@@ -241,7 +241,7 @@ class CommandParser(TrlParser):
             raise UsageError(f"{unknown[0]!r} is the value of no flag.")
 
     def given(self, argv: Sequence[str]) -> dict[str, Any]:
-        """What the file and the flags say, without any default: a file of it says the same. Parses nothing after."""
+        """Return the settings of the file and the flags, without defaults. The parser can't be used afterwards."""
         for action in self._actions:
             action.default, action.required = argparse.SUPPRESS, False
         flags = vars(self.parse_known_args(self._without_debug(argv))[0])

@@ -13,7 +13,7 @@ HELP = {
     "length of the run": ["total_episodes", "num_train_epochs"],
     "sampler": ["num_inference_steps", "guidance_scale", "num_sample_batches", "num_images_per_prompt"],
     "objective": ["loss_type", "cliprange", "kl_coef", "advantage_normalization", "train_timestep_range"],
-    "optimisation": ["learning_rate", "num_mini_batches", "per_device_train_batch_size", "use_cpu", "seed"],
+    "optimization": ["learning_rate", "num_mini_batches", "per_device_train_batch_size", "use_cpu", "seed"],
     "logging and saving": ["output_dir", "report_to", "save_strategy", "disable_tqdm"],
 }
 
@@ -35,7 +35,7 @@ def parse_arguments(argv: Sequence[str]) -> tuple[DemoArguments, DDPOConfig]:
     defaults = dict(DEFAULTS)
     if chosen.reward in TASKS:  # what is not, the parser refuses
         defaults |= TASKS[chosen.reward].defaults
-    if chosen.loss_type == "sf":  # one optimizer step a round in place of four has to be larger
+    if chosen.loss_type == "sf":  # one optimizer step a round instead of four has to be larger
         defaults |= {"num_mini_batches": 1, "learning_rate": SCORE_FUNCTION_RATE * defaults["learning_rate"]}
     parser.set_defaults(**defaults)
     arguments, config = parser.parse(argv)

@@ -43,7 +43,7 @@ class DoctorArguments:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Whether a pipeline can be a policy. The exit status is 0 if it can, else 1."""
+    """Checks whether a pipeline can be a policy. The exit status is 0 if it can, else 1."""
     parser = CommandParser(
         [DoctorArguments, DDPOConfig],
         "ddpo-trl doctor",

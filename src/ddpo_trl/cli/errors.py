@@ -1,4 +1,4 @@
-"""What a user reads when something is wrong: one line, with what was probably meant."""
+"""Errors as one line, with a suggestion."""
 
 import textwrap
 from collections.abc import Iterator, Sequence
@@ -55,5 +55,5 @@ def debug_position(argv: Sequence[str]) -> int | None:
 
 
 def wants_debug(argv: Sequence[str]) -> bool:
-    """Whether a command line asks for tracebacks."""
+    """Return whether a command line asks for tracebacks."""
     return debug_position(argv) is not None

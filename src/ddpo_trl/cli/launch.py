@@ -23,7 +23,7 @@ PRESETS = files("ddpo_trl") / "assets" / "accelerate_configs"
 
 
 def launch_flags() -> set[str]:
-    """The flags of `accelerate launch`, such as `--num_processes`, but for the one that we set."""
+    """The flags of `accelerate launch`, such as `--num_processes`, except for the one that we set."""
     return {flag for action in launch_command_parser()._actions for flag in action.option_strings} - {"--module", "-m"}
 
 

@@ -24,7 +24,7 @@ class ReportArguments:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Writes the report of a run anew."""
+    """Writes the report of a run again."""
     parser = CommandParser(
         [ReportArguments],
         "ddpo-trl report",

@@ -135,7 +135,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def run_settings(folder: Path) -> dict[str, Any]:
-    """What `ddpo-trl train` was told in the run of a folder or checkpoint; nothing if it was not used."""
+    """Return the arguments that `ddpo-trl train` got in the run of a folder; empty if it was not used."""
     for place in (folder, folder.parent):
         if (place / SETTINGS_NAME).is_file():
             settings: dict[str, Any] = yaml.safe_load((place / SETTINGS_NAME).read_text())

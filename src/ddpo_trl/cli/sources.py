@@ -1,4 +1,4 @@
-"""What the names on a command line stand for: pipelines, rewards and prompts."""
+"""Pipelines, rewards and prompts by their names on a command line."""
 
 import os
 from collections.abc import Callable, Sequence

@@ -212,7 +212,7 @@ def lora_config(arguments: TrainArguments, pipeline: DiffusionPipeline) -> LoraC
 
 
 def print_places(output_dir: str) -> None:
-    """What a run has left, and what can be done with it."""
+    """Describe the files of a finished run, and how to use them."""
     names = sorted(name for name in os.listdir(output_dir) if not name.startswith(("_", ".")))
     print(f"Saved in {output_dir}: {', '.join(names)}")
     print(f"Look at it: ddpo-trl sample {output_dir}, ddpo-trl report {output_dir}")

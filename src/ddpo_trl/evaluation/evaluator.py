@@ -201,7 +201,7 @@ class Evaluator:
 
 
 def mean(rewards: Tensor) -> float:
-    """Of the `(N,)` rewards that are valid; the others are NaN."""
+    """Mean and standard deviation of the valid ones of `(N,)` rewards; the others are NaN."""
     return rewards[~rewards.isnan()].mean().item()
 
 
@@ -240,12 +240,12 @@ def mean_distance(images: Iterable[Tensor]) -> float | None:
 
 
 def repeated(prompts: Sequence[str]) -> set[str]:
-    """Those that occur at least twice."""
+    """Return the values that occur at least twice."""
     return {prompt for prompt, count in Counter(prompts).items() if count > 1}
 
 
 def keys_of(pairs: Sequence[PromptPair]) -> list[str]:
-    """What tells which images are of the same prompt: not the text alone, where an image is edited."""
+    """Return the key that images of the same prompt share: not only the text, where an image is edited."""
     return prompt_keys(pairs, default_prompt_key)
 
 

@@ -96,7 +96,7 @@ def in_words(config: PeftConfig) -> str:
 
 
 def changed_fields(config: PeftConfig) -> dict[str, Any]:
-    """The settings of a config that are not their class's defaults, but for those of every config."""
+    """The settings of a config that are not their class's defaults, except for those of every config."""
     values = {field.name: vars(config)[field.name] for field in dataclasses.fields(config)}
     return {
         name: value
@@ -117,7 +117,7 @@ def _with_default(config: PeftConfig, name: str) -> PeftConfig:
 
 
 def _leaves_base_alone(config: PeftConfig) -> bool:
-    """Whether a layer whose adapter was trained and switched off computes what it did before it had one."""
+    """Return whether a layer whose adapter was trained and switched off computes what it did before it had one."""
     config = copy.deepcopy(config)
     vars(config).update(dict.fromkeys(PLACES & vars(config).keys()))
     vars(config).update({name: {} for name in PATTERNS & vars(config).keys()})

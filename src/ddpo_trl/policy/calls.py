@@ -252,7 +252,7 @@ def coarsest_precision(denoiser: ModelMixin, latents: Tensor) -> float:
 
 
 def is_batch_of(batch: Replay, alone: list[Replay], precision: float) -> bool:
-    """Whether a step of a batch is that of each of its samples alone, to half the digits of a precision."""
+    """Return whether a step of a batch is that of each of its samples alone, to half the digits of a precision."""
     means = [each.mean for each in alone]
     if [mean.shape[1:] for mean in means] != [batch.mean.shape[1:]] * len(batch.mean):
         return False

@@ -1,4 +1,4 @@
-"""What a diffusers pipeline needs to run as a policy: the right arguments, and a copy that steps as it is told."""
+"""Arguments that a diffusers pipeline needs to run as a policy, and its copy with a policy scheduler."""
 
 import copy
 import functools
@@ -66,7 +66,7 @@ def check_call(pipeline: DiffusionPipeline, config: DDPOConfig) -> None:
 
 
 def is_required(parameter: inspect.Parameter) -> bool:
-    """Whether a call fails without the parameter."""
+    """Return whether a call fails without the parameter."""
     variadic = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
     return parameter.default is parameter.empty and not variadic
 
@@ -139,12 +139,12 @@ def frozen_weights_hash(network: nn.Module) -> str:
 
 
 def makes_video(pipeline: DiffusionPipeline) -> bool:
-    """Whether a pipeline's output has frames."""
+    """Return whether a pipeline's output has frames."""
     return bool({"num_frames", "video_length"} & inspect.signature(type(pipeline).__call__).parameters.keys())
 
 
 def move(pipeline: DiffusionPipeline, device: torch.device, config: DDPOConfig) -> None:
-    """Moves a pipeline to a device, but for what waits in CPU memory."""
+    """Moves a pipeline to a device, except for what waits in CPU memory."""
     if not (config.offload_text_encoders or config.offload_vae):
         pipeline.to(device)  # knows what must not be moved, such as quantised networks
         return
@@ -172,7 +172,7 @@ def with_grad(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def is_no_grad(factory: Any) -> bool:
-    """Whether a context manager that torch decorates with switches gradients off."""
+    """Return whether a context manager that torch decorates with switches gradients off."""
     return isinstance(factory, MethodType) and isinstance(factory.__self__, torch.no_grad | torch.inference_mode)
 
 
@@ -230,7 +230,7 @@ def with_denoiser(pipeline: DiffusionPipeline, denoiser: ModelMixin) -> Diffusio
 
 
 def class_with_grad(pipeline_class: type[DiffusionPipeline]) -> type[DiffusionPipeline]:
-    """The same class, but for the `torch.no_grad()` of its `__call__`, and of those that it calls by `super()`."""
+    """The same class, except for the `torch.no_grad()` of its `__call__`, and of those that it calls by `super()`."""
     parents = [
         type(parent.__name__, (parent,), {"__call__": with_grad(vars(parent)["__call__"])})
         for parent in pipeline_class.__mro__[1:]
@@ -260,7 +260,7 @@ def class_with_known_device(pipeline_class: type[DiffusionPipeline], denoiser: s
 
 def starting_from_state(prepare_latents: Callable[..., Any], scheduler: PolicyScheduler) -> Callable[..., Any]:
     """
-    A pipeline's `prepare_latents` that gives the state to replay in place of the first latents.
+    A pipeline's `prepare_latents` that gives the state to replay instead of the first latents.
 
     (The argument `latents` of `__call__` is no such place: FLUX.2 packs it once more, image-to-image has none.)
     """

@@ -97,7 +97,7 @@ def steps_to(steps: Mapping[int, Step], device: torch.device | str) -> dict[int,
 @dataclass(frozen=True, kw_only=True)
 class Gradients:
     """
-    What one pass keeps of a batch in place of its transitions.
+    What one pass keeps of a batch instead of its transitions.
 
     Args:
         log_probs (`torch.Tensor` of shape `(B, T)`):

@@ -45,7 +45,7 @@ class PromptSource(ABC):
         """Tells this source from others in a checkpoint, in words."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint has to hold beside the global random states."""
+        """Return the state for a checkpoint, in addition to the global random states."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

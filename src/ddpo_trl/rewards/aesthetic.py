@@ -42,8 +42,8 @@ class LaionAesthetic(RewardModel[AestheticPredictor]):
 
     The [improved aesthetic predictor](https://github.com/christophschuhmann/improved-aesthetic-predictor) of LAION,
     the aesthetic reward of [DDPO](https://huggingface.co/papers/2305.13301): five linear layers without activations
-    rate the normalised image embedding of CLIP ViT-L/14. It was trained on ratings from 1 to 10. Most images get 4 to
-    7; nothing holds an optimised one below 10.
+    rate the normalized image embedding of CLIP ViT-L/14. It was trained on ratings from 1 to 10. Most images get 4 to
+    7; nothing holds an optimized one below 10.
 
     Licences: Apache-2.0 according to those who republish the head (`trl-lib` names none); of
     [CLIP](https://github.com/openai/CLIP), MIT.

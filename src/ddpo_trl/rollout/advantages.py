@@ -45,7 +45,7 @@ def standardize(rewards: Tensor, population: Tensor | None = None) -> Tensor:
 
     Args:
         rewards (`torch.Tensor` of shape `(N,)`):
-            The rewards to standardise.
+            The rewards to standardize.
         population (`torch.Tensor` of shape `(M,)`, *optional*):
             The rewards that define mean and standard deviation.
 
@@ -60,13 +60,13 @@ def standardize(rewards: Tensor, population: Tensor | None = None) -> Tensor:
 
 
 def normalize_by_batch(rewards: Tensor, keys: Sequence[Hashable]) -> Tensor:
-    """Standardises over all samples of the round; `keys` play no part."""
+    """Standardizes over all samples of the round; `keys` play no part."""
     return standardize(rewards)
 
 
 def normalize_by_group(rewards: Tensor, keys: Sequence[Hashable]) -> Tensor:
     """
-    Standardises over the samples of the round that share a key, by which each draw of a prompt is one group (GRPO,
+    Standardizes over the samples of the round that share a key, by which each draw of a prompt is one group (GRPO,
     https://huggingface.co/papers/2402.03300).
     """
     advantages = torch.zeros_like(rewards, dtype=torch.float64)
@@ -109,7 +109,7 @@ def normalize_valid(normalizer: Normalizer, rewards: Tensor, keys: Sequence[Hash
 
 
 def select(values: Sequence[Any], mask: Tensor) -> list[Any]:
-    """Those of N values for which a boolean mask of shape `(N,)` is true."""
+    """Select the values for which a boolean mask of shape `(N,)` is true."""
     return list(itertools.compress(values, mask.tolist()))
 
 
@@ -137,10 +137,10 @@ def shuffled(normalizer: Normalizer, generator: torch.Generator) -> Normalizer:
 
 class PromptStatistics:
     """
-    Standardises with running statistics per prompt, section 5.2 of https://huggingface.co/papers/2305.13301.
+    Standardizes with running statistics per prompt, section 5.2 of https://huggingface.co/papers/2305.13301.
 
     Every key, a prompt with what belongs to it, keeps its last `buffer_size` rewards, those of the current round
-    included. One with fewer than `min_count` of them is standardised with the mean and standard deviation of the
+    included. One with fewer than `min_count` of them is standardized with the mean and standard deviation of the
     round instead.
 
     Args:
@@ -162,7 +162,7 @@ class PromptStatistics:
         return advantages
 
     def populations(self, rewards: Tensor, keys: Sequence[Hashable]) -> list[Tensor]:
-        """What the rewards of each key of the round, once remembered, are standardised with."""
+        """Return the rewards that each key of the round is standardized with, once its own are remembered."""
         return [self._population(key, rewards) for key in indices_by_key(keys)]
 
     def _population(self, key: Hashable, rewards: Tensor) -> Tensor:
@@ -170,7 +170,7 @@ class PromptStatistics:
         return torch.tensor(remembered, dtype=torch.float64) if len(remembered) >= self.min_count else rewards
 
     def state_dict(self) -> dict[Any, list[float]]:
-        """The remembered rewards by key, JSON-serialisable where the keys are strings, for a checkpoint."""
+        """The remembered rewards by key, JSON-serializable where the keys are strings, for a checkpoint."""
         return {key: list(rewards) for key, rewards in self.rewards.items()}
 
     def load_state_dict(self, state: dict[Any, list[float]]) -> None:

@@ -1,4 +1,4 @@
-"""What is followed while a run goes on: progress bars with the running reward, and the time spent in training."""
+"""Progress bars with the running reward, and the time spent in training."""
 
 import time
 from collections.abc import Sequence

@@ -175,7 +175,7 @@ class RolloutLoader:
         return batches, pending
 
     def _context(self, pairs: Sequence[PromptPair], first: int) -> Context:
-        """Of a batch whose samples are those from `first` on of this process."""
+        """Context of a batch; `first` is the index of its first sample on this process."""
         prompts, metadata = zip(*pairs, strict=True)
         # The index counts over all processes: the images of a round don't depend on how many there are.
         offset = self.accelerator.process_index * self.plan.samples_per_process + first

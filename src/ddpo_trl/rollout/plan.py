@@ -33,7 +33,7 @@ class BatchPlan:
             noise in every step.
         window_strategy (`"fixed"`, `"progressive"` or `"random"`):
             Where the window is: at the first of them; moving on by one every `window_interval` rounds, and from the
-            last position back to the first; or anywhere, drawn anew in each round.
+            last position back to the first; or anywhere, drawn again in each round.
         window_interval (`int`):
             Rounds between two moves of a progressive window.
         timestep_fraction (`float`):
@@ -118,7 +118,7 @@ class BatchPlan:
         return {step: self.weight(step) for step in self.trained_steps(round, seed)}
 
     def weight(self, step: int) -> float:
-        """Of a transition in the objective; 1 on average over the steps that may be trained on."""
+        """Weight of a transition in the objective; 1 on average over the steps that may be trained on."""
         if self.transition_weighting == "uniform":
             return 1.0
         return self.stds[step] * len(self.trainable_steps) / sum(self.stds[index] for index in self.trainable_steps)
@@ -236,7 +236,7 @@ class BatchPlan:
 
     @property
     def _samples_at_once(self) -> int:
-        """Those of a backward pass."""
+        """Number of samples per backward pass."""
         return self.per_device_sample_batch_size if self.one_pass else self.per_device_train_batch_size
 
     def _rows_of_passes(self) -> list[tuple[str, str]]:

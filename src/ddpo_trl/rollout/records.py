@@ -76,7 +76,7 @@ class Rollout:
         scores (`torch.Tensor` of shape `(N, F)`):
             A column per reward function, float64 on the CPU; NaN where one is not valid.
         advantages (`torch.Tensor` of shape `(N,)`):
-            Normalised rewards, float32; 0 where the reward is not valid.
+            Normalized rewards, float32; 0 where the reward is not valid.
         metrics (`dict[str, float]`):
             Statistics over the samples of all processes.
     """

@@ -50,7 +50,7 @@ class DDPOTrainer(trainer.DDPOTrainer):
         prompt_function (`Callable`):
             Returns `(prompt, metadata)`.
         sd_pipeline ([`~diffusers.DiffusionPipeline`]):
-            A pipeline of diffusers, in place of TRL's `DefaultDDPOStableDiffusionPipeline`.
+            A pipeline of diffusers, instead of TRL's `DefaultDDPOStableDiffusionPipeline`.
         image_samples_hook (`Callable`, *optional*):
             Called on the first process in every round, after scoring, with the batches as `[images, prompts, metadata,
             rewards, info]`, the number of optimizer steps made, and accelerate's tracker for `log_with`. It takes the

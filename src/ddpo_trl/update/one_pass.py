@@ -1,4 +1,4 @@
-"""Whether a round can be trained in one pass, and what the rewards make of the gradients it kept."""
+"""Choice between one pass and two, and the policy gradient from per-sample gradients."""
 
 import contextlib
 import dataclasses
@@ -95,7 +95,7 @@ def _try_one_pass(
 
 
 def autocast(config: DDPOConfig) -> AbstractContextManager[None]:
-    """What `accelerator.autocast()` is going to be, before there is an accelerator."""
+    """Return the context that `accelerator.autocast()` will be, before there is an accelerator."""
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
     if config.mixed_precision not in dtypes:
         return contextlib.nullcontext()

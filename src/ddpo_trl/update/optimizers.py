@@ -83,7 +83,7 @@ def unwrapped(optimizer: Optimizer) -> Optimizer:
 
 
 def hyperparameters(optimizer: Optimizer) -> list[dict[str, Any]]:
-    """Those of each group, with the learning rate at the start of its schedule (`initial_lr`) and not the current."""
+    """Hyperparameters of each group, with the initial (`initial_lr`) instead of the current learning rate."""
     return [
         {name: value for name, value in group.items() if name not in ("params", "lr")}
         for group in optimizer.param_groups
@@ -98,7 +98,7 @@ def as_json(value: Any) -> Any:
 
 
 def record(optimizer: Optimizer, scheduler: LRScheduler, groups: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What `run.json` says of the optimizer; `groups` are [`hyperparameters`] at the start."""
+    """Describe the optimizer for `run.json`; `groups` are the [`hyperparameters`] at the start."""
     return {
         "optimizer": type(unwrapped(optimizer)).__name__,
         "lr_scheduler": type(scheduler).__name__,

@@ -54,7 +54,7 @@ class Chart:
 
     @property
     def description(self) -> str:
-        """What the chart shows, for those who can't see it."""
+        """Text alternative of the chart."""
         told = [
             f"{name} from {number(values[0])} to {number(values[-1])}, lowest {number(min(values))}, highest "
             f"{number(max(values))}"
@@ -74,7 +74,7 @@ class Phase:
 
 
 def columns(rows: Sequence[Row]) -> list[str]:
-    """Those that hold a finite number somewhere, in their order."""
+    """Select the names with at least one finite number, in order."""
     return list(dict.fromkeys(name for row in rows for name, value in row.items() if math.isfinite(value)))
 
 
@@ -124,7 +124,7 @@ def reward_charts(rows: Sequence[Row]) -> list[Chart]:
 
 
 def evaluation_charts(rows: Sequence[Row]) -> list[Chart]:
-    """What the evaluations measured, but for how long they took."""
+    """Figures of the evaluations, except their duration."""
     skipped = (*SPREADS, "_runtime", "_per_second", "_loss")
     figures = [
         name
@@ -181,5 +181,5 @@ def time_charts(rows: Sequence[Row]) -> list[Chart]:
 
 
 def as_data(charts: Sequence[Chart]) -> dict[str, dict]:
-    """What the page's script draws, by key."""
+    """Data for the page's script, by key."""
     return {chart.key: dataclasses.asdict(chart) for chart in charts}

@@ -30,7 +30,7 @@ def signed(value: float) -> str:
 
 
 def percent(share: float) -> str:
-    """Of a share in [0, 1]."""
+    """Format a share in [0, 1]."""
     return f"{100 * share:.0f} %" if share >= 0.01 or share == 0 else "< 1 %"
 
 

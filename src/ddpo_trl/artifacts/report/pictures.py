@@ -28,7 +28,7 @@ class Picture:
 
 
 def longest_side(paths: Sequence[Path]) -> int:
-    """What the longest side of each image may be, in pixels, for all of them to have at most [`MAX_PIXELS`]."""
+    """Return the longest side in pixels at which all images together have at most [`MAX_PIXELS`]."""
     weight = sum(VIDEO_WEIGHT if path.suffix == ".gif" else 1 for path in paths)
     return max(SMALLEST_SIDE, min(LARGEST_SIDE, math.isqrt(MAX_PIXELS // max(1, weight))))
 

@@ -1,4 +1,4 @@
-"""What a run left in its folder."""
+"""Files of a run, read for the report."""
 
 import csv
 import json
@@ -80,7 +80,7 @@ class Round:
 
     @property
     def label(self) -> str:
-        """What the slider says of the round."""
+        """Label of the round on the slider."""
         queries = f"{number(self.queries)} reward queries" if self.queries else ""
         reward = "" if self.fixed_reward is None else f"mean reward {short(self.fixed_reward)}"
         return " · ".join(filter(None, [self.title, queries, reward]))

@@ -19,7 +19,7 @@ class StepReplayed(Exception):
 
 
 class NoGradient(RuntimeError):
-    """What a step was differentiated for has no part in it."""
+    """The differentiated output does not depend on the trained weights."""
 
 
 class ActionSource(ABC):
@@ -71,7 +71,7 @@ class ActionSource(ABC):
 
     @abstractmethod
     def is_stochastic(self, index: int) -> bool:
-        """Whether step `index` gets noise."""
+        """Return whether step `index` gets noise."""
 
     @abstractmethod
     def next_latents(self, index: int, latents: Tensor, mean: Tensor, std: float) -> Tensor:

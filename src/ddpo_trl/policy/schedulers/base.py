@@ -125,7 +125,7 @@ class PolicyScheduler(ABC):
         self._begin_index = self._skipped = begin_index
 
     def begin_schedule(self) -> None:
-        """What every `set_timesteps` ends with: the source chooses among the timesteps of the full schedule."""
+        """Last step of every `set_timesteps`: the source chooses among the timesteps of the full schedule."""
         self._source.begin()
         self._begin_index = self._step_index = None
         self._visits = 0
@@ -169,7 +169,7 @@ class PolicyScheduler(ABC):
         return sample
 
     def _begin_loop(self, timestep: Any, sample: Tensor) -> None:
-        """What the first step shows of the pipeline: how many it leaves out, and whether its latents are the state."""
+        """Learn from the first step how many steps the pipeline skips, and whether its latents are the state."""
         if self._begin_index is None:
             self._skipped = self._position(timestep)
         if self._prepared is not None and is_whole(self._prepared, sample):
@@ -208,7 +208,7 @@ def by_sample(tensor: Tensor, samples: int) -> Tensor:
 
 
 def shares_memory(view: Tensor, tensor: Tensor) -> bool:
-    """Whether a tensor is a view of another's memory."""
+    """Return whether a tensor is a view of another's memory."""
     return view.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
 
 

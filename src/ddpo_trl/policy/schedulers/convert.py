@@ -115,7 +115,7 @@ def refuse_clipping(scheduler: SchedulerMixin) -> None:
 
 
 def is_flow_matching(scheduler: SchedulerMixin) -> bool:
-    """Whether the scheduler belongs to a model that predicts a velocity."""
+    """Return whether the scheduler belongs to a model that predicts a velocity."""
     if isinstance(scheduler, (FlowMatchEulerDiscreteScheduler, *FLOW_MATCHING_LIKE_EULER)):
         return True
     return isinstance(scheduler, FLOW_MATCHING_SCHEDULERS) and scheduler.config.get("use_flow_sigmas", False)

@@ -3,7 +3,7 @@
 The state at time σ is x_σ = (1 − σ) x_0 + σ ε, the denoiser predicts the velocity v = ε − x_0, and a step goes from σ
 to σ' < σ. Both forms are Gaussian and become the ODE's Euler step x + (σ' − σ) v without noise.
 
-- "sde" discretises the SDE with the ODE's marginals. Their error is O(σ − σ'), but for the first steps from σ = 1,
+- "sde" discretises the SDE with the ODE's marginals. Their error is O(σ − σ'), except for the first steps from σ = 1,
   where std² = a²/k at the k-th step however short it is.
 - "cps" gives signal and noise the exact weights of x_σ'. In return the noise that stays is correlated with the image
   predicted: Gaussian data of variance s² come out with s² (1 + cos(a π / 2)) / 2, however many steps there are.
@@ -32,7 +32,7 @@ def sde_std(sigma: float, next_sigma: float, noise_level: float) -> float:
     Standard deviation g(σ)·√(σ − σ') of a marginal-preserving step, eq. 9 and sec. 4.1 of
     https://huggingface.co/papers/2505.05470, with the diffusion coefficient g(σ) = a·√(σ / (1 − σ)).
 
-    g is infinite at σ = 1, where the authors' code puts 1 − σ' in place of 1 − σ. Here the length of the step, σ − σ',
+    g is infinite at σ = 1, where the authors' code puts 1 − σ' instead of 1 − σ. Here the length of the step, σ − σ',
     takes its place wherever it is longer: the same at σ = 1, and without a leap just below it, where solvers start
     (UniPC at 1 − 10⁻⁶, whose first step would have std 200). So std² never exceeds a²·σ.
 
@@ -84,7 +84,7 @@ def cps_std(next_sigma: float, noise_level: float) -> float:
         next_sigma (`float`):
             σ', in [0, 1].
         noise_level (`float`):
-            a, in [0, 1]: the share, as an angle, of the noise that is drawn anew.
+            a, in [0, 1]: the share, as an angle, of the noise that is drawn again.
     """
     return next_sigma * math.sin(noise_level * math.pi / 2)
 
@@ -158,7 +158,7 @@ class FlowMatchPolicyScheduler(PolicyScheduler):
 
     def largest_noise(self, index: int) -> float:
         if self.sde_type == "cps":
-            return 1.0  # all of the noise is drawn anew
+            return 1.0  # all of the noise is drawn again
         sigma, next_sigma = self._sigmas[index : index + 2]
         return largest_sde_noise(sigma, next_sigma)
 
@@ -203,7 +203,7 @@ class FlowMatchPolicyScheduler(PolicyScheduler):
 
     @property
     def _is_inverted(self) -> bool:
-        """Whether the schedule runs from 0 to 1 and the velocity towards the image, as Mochi's do."""
+        """Return whether the schedule runs from 0 to 1 and the velocity towards the image, as Mochi's do."""
         return self.config.get("invert_sigmas", False)
 
 

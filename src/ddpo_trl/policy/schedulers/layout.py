@@ -52,7 +52,7 @@ WHOLE = StateLayout()
 
 
 def is_whole(prepared: Tensor, state: Tensor) -> bool:
-    """Whether the first latents arrive at the first step as they are."""
+    """Return whether the first latents arrive at the first step as they are."""
     return prepared.shape == state.shape and torch.equal(prepared.to(state.dtype), state)
 
 
