@@ -44,7 +44,8 @@ from ddpo_trl.prompts import (
     prompt_pairs,
     prompt_source,
 )
-from ddpo_trl.rewards.scoring import RewardFunction, RewardScorer
+from ddpo_trl.rewards.function import RewardFunction
+from ddpo_trl.rewards.scoring import RewardScorer
 from ddpo_trl.rollout.advantages import Advantages
 from ddpo_trl.rollout.boundary import RoundCallbacks, RoundSchedule, StopSignals, agree, end_round
 from ddpo_trl.rollout.callbacks import RoundProgress, TrainingClock
@@ -115,7 +116,7 @@ class DDPOTrainer(SavingTrainer):
         config ([`DDPOConfig`]):
             Settings. It is copied: a config can serve several trainers.
         reward_fn (`Callable` or `list[Callable]`):
-            See [`~ddpo_trl.rewards.scoring.RewardFunction`]. Several are added up, weighted by
+            See [`~ddpo_trl.rewards.function.RewardFunction`]. Several are added up, weighted by
             `config.reward_weights`. Called once at construction, on an image made with a single denoising step and,
             unless batches have one image, a darker copy of it: so a wrong signature or return value is refused before
             time is spent.

@@ -27,9 +27,9 @@ from safetensors.torch import save
 from conftest import tiny_pipeline
 from ddpo_trl import DDPOTrainer, cli
 from ddpo_trl.rewards import RemoteReward
-from ddpo_trl.rewards.remote import pack, unpack
 from ddpo_trl.rewards.scoring import RewardScorer
 from ddpo_trl.rewards.server import Batcher
+from ddpo_trl.rewards.wire_format import pack, unpack
 from launch import PROCESSES
 
 
@@ -299,7 +299,7 @@ def test_a_single_value_that_is_no_reward_costs_one_image(server, value):
     answer = ask(connect(server), *wishes)
     assert answer == [0.0, None if value == "None" else pytest.approx(math.nan, nan_ok=True), 0.0]
     pending = RewardScorer(connect(server)).submit(torch.zeros(3, 3, 8, 8), ["a", "b", "c"], wishes, "round 7")
-    assert [math.isnan(value) for value in pending.marked().flatten().tolist()] == [False, True, False]
+    assert [math.isnan(value) for value in pending.rewards_or_nan().flatten().tolist()] == [False, True, False]
     with pytest.raises((TypeError, ValueError), match=r"`obedient` \(round 7\) returned None|nan for image 1; .* 'b'"):
         pending.result()
 

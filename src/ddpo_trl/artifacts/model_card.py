@@ -1,38 +1,23 @@
 """The model card that goes to the Hub beside the weights."""
 
-import json
-import math
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from functools import cache
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import httpx2
-import numpy as np
-import torch
-from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard, ModelCardData
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
-from PIL.Image import Image
-from transformers.utils import logging
-from yaml import YAMLError
 
 from ddpo_trl.artifacts import record
+from ddpo_trl.artifacts.code_example import SCHEDULER_FOLDER, example
 from ddpo_trl.artifacts.environment import PACKAGES
+from ddpo_trl.artifacts.hub_metadata import hub_name, license_of, pipeline_tag
 from ddpo_trl.config import DDPOConfig
-from ddpo_trl.emoji import EMOJI_PATH
-from ddpo_trl.policy.lora import has_lora_loader
-from ddpo_trl.policy.pipeline import makes_video
 from ddpo_trl.policy.policy import Policy
 from ddpo_trl.policy.schedulers.flow_match import FlowMatchPolicyScheduler
 
-
-logger = logging.get_logger(__name__)
 
 # The page of a LoRA on the Hub shows the pictures of its widget if it has this tag.
 LORA_TEMPLATE_TAG = "template:diffusion-lora"
@@ -41,8 +26,6 @@ LORA_TEMPLATE_TAG = "template:diffusion-lora"
 GALLERY_FOLDER = "images"
 GALLERY_PROMPTS = 4
 
-# The pipeline's own may have been replaced since it was loaded, and images depend on it.
-SCHEDULER_FOLDER = "scheduler"
 
 # Settings that are shown; all of them are in ddpo_config.json.
 SETTINGS = [
@@ -239,122 +222,6 @@ def take_gallery(directory: Path) -> list[tuple[str, str]]:
             shutil.copyfile(source, directory / target)
             gallery.append((f"{of[0]} (before training)" if moment == "before" else of[0], target))
     return gallery
-
-
-def hub_name(pipeline: DiffusionPipeline) -> str | None:
-    """The Hub id that a pipeline was loaded by. A path on this machine means nothing to others."""
-    name = str(pipeline.name_or_path or "")
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return None
-    return name if "/" in name and not os.path.exists(name) else None
-
-
-@cache
-def license_of(base_model: str | None) -> dict[str, Any]:
-    """The metadata that say what the base model allows, which goes for its adapters as well; empty if not known."""
-    if base_model is None:
-        return {}
-    try:
-        data = ModelCard.load(base_model, ignore_metadata_errors=True).data.to_dict()
-    except (OSError, ValueError, YAMLError, httpx2.RequestError) as error:  # no network, no card, no metadata
-        logger.info(f"The licence of {base_model} is not in the model card, because its card can't be read: {error}")
-        return {}
-    fields = {name: data[name] for name in ("license", "license_name", "license_link") if name in data}
-    link = fields.get("license_link")
-    if link is not None and "://" not in link:  # a file beside that card
-        fields["license_link"] = f"https://huggingface.co/{base_model}/blob/main/{link}"
-    return fields
-
-
-def pipeline_tag(pipeline: DiffusionPipeline, config: DDPOConfig) -> str:
-    """The Hub's name for what a pipeline makes out of what."""
-    given = {*(config.pipeline_inputs or ()), *(config.pipeline_kwargs or ())}
-    source = "image" if "image" in given else "text"
-    return f"{source}-to-{'video' if makes_video(pipeline) else 'image'}"
-
-
-def example(
-    policy: Policy, config: DDPOConfig, repo_id: str, prompt: str, task: str, inputs: Mapping[str, Any]
-) -> str:
-    """Python that loads the model and makes an image with it, as evaluation does."""
-    pipeline, component = policy.pipeline, policy.denoiser_name
-    pipeline_class, scheduler_class = type(pipeline).__name__, type(pipeline.scheduler).__name__
-    where = f'"{repo_id}"' + (f', revision="{config.hub_revision}"' if config.hub_revision else "")
-    imports, arguments = [], ""
-    classes = [pipeline_class, scheduler_class]
-    after = [f'pipeline.scheduler = {scheduler_class}.from_pretrained({where}, subfolder="{SCHEDULER_FOLDER}")']
-    if policy.adapter is None:
-        model_class = type(policy.denoiser).__name__
-        classes.append(model_class)
-        arguments = f', {component}={model_class}.from_pretrained({where}, subfolder="{component}")'
-    elif has_lora_loader(pipeline):
-        after.append(f"pipeline.load_lora_weights({where})")
-    else:
-        imports.append("from peft import PeftModel")
-        after.append(f"PeftModel.from_pretrained(pipeline.{component}, {where})  # adds the adapter in place")
-    base = f'"{hub_name(pipeline) or "path/to/the/base/pipeline"}"'
-    if str(pipeline.name_or_path) == str(EMOJI_PATH):
-        imports.append("from ddpo_trl.emoji import EMOJI_PATH")
-        base = "EMOJI_PATH"
-    dtype = next(policy.denoiser.parameters()).dtype  # of the adapter it may be another
-    if dtype in (torch.float16, torch.bfloat16):
-        imports.insert(0, "import torch")
-        arguments += f", dtype={dtype}"
-    written, defined = written_arguments(config, inputs)
-    if any("load_image(" in line for line in defined):
-        imports.append("from diffusers.utils import load_image")
-    imports.insert(imports[:1] == ["import torch"], f"from diffusers import {', '.join(classes)}")
-    load = f"pipeline = {pipeline_class}.from_pretrained({base}{arguments})"
-    result, field = ("video", "frames") if task.endswith("video") else ("image", "images")
-    call = f"{result} = pipeline({', '.join([literal(prompt), *written])}).{field}[0]"
-    return "\n".join([*imports, "", load, *after, *defined, call])
-
-
-def written_arguments(config: DDPOConfig, inputs: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """
-    The arguments of the pipeline's call, as evaluation gives them.
-
-    Args:
-        config ([`DDPOConfig`]):
-            Settings of the run.
-        inputs (`Mapping[str, Any]`):
-            What `config.pipeline_inputs` names, of the prompt.
-
-    Returns:
-        The arguments in Python, and the lines before the call that define those that can't be written there.
-    """
-    assert not isinstance(config.pipeline_kwargs, str), "DDPOConfig parses strings"
-    values: dict[str, Any] = {"num_inference_steps": config.num_inference_steps}
-    if config.guidance_scale is not None:
-        values["guidance_scale"] = config.guidance_scale
-    values |= {**(config.pipeline_kwargs or {}), **{name: inputs.get(name) for name in config.pipeline_inputs or ()}}
-    written, defined = [], []
-    for name, value in values.items():
-        value = value.item() if isinstance(value, np.generic) else value
-        is_picture = isinstance(value, Image) or (value is None and name.endswith("image"))
-        if is_literal(value) and not is_picture:
-            written.append(f"{name}={literal(value)}")
-            continue
-        written.append(f"{name}={name}")
-        source = f'load_image("{name}.png")' if is_picture else f"...  # the {type(value).__name__} of the run"
-        defined.append(f"{name} = {source}")
-    return written, defined
-
-
-def is_literal(value: Any) -> bool:
-    """Whether Python reads a value back from what `repr` writes."""
-    if isinstance(value, dict):
-        return all(is_literal(part) for item in value.items() for part in item)
-    if isinstance(value, list | tuple):
-        return all(is_literal(part) for part in value)
-    return value is None or type(value) in (str, int, bool) or (type(value) is float and math.isfinite(value))
-
-
-def literal(value: Any) -> str:
-    """A value in Python, texts in double quotes."""
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
 
 
 def reward_rows(

@@ -1,9 +1,7 @@
 """Rewards from another process or machine: the client of `ddpo-trl serve-reward`, and how a request is written."""
 
 import functools
-import io
 import ipaddress
-import json
 import logging
 import math
 import os
@@ -13,20 +11,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import httpx2
-import numpy as np
-import torch
-from PIL import Image
-from safetensors.torch import load, save
 from torch import Tensor
 
-from ddpo_trl.rewards.model import as_pictures
+from ddpo_trl.rewards.wire_format import FORMATS, pack
 from ddpo_trl.rewards.workers import CallTimeout, call_within
 
 
 logger = logging.getLogger(__name__)
 
 TOKEN_VARIABLE = "DDPO_TRL_REWARD_TOKEN"
-FORMATS = ("png", "fp16")
 MEGABYTE = 10**6
 START = "Start one by `ddpo-trl serve-reward module:function`"
 
@@ -286,83 +279,6 @@ def checked_token(token: str | None) -> str | None:
         f"token (or {TOKEN_VARIABLE}) has {len(token)} characters, which are not all printable ASCII without spaces; "
         "give another one, or none."
     )
-
-
-def pack(images: Tensor, prompts: Sequence[str], metadata: Sequence[Any], image_format: str) -> bytes:
-    """
-    A request: a safetensors file, which says itself what is in it and runs no code when it is read.
-
-    Its tensors are `images`, float16, or else the bytes of a PNG file for every image or frame, named `0`, `1`, ...
-    Its header has `image_format`, and as JSON `shape`, `prompts` and `metadata`.
-
-    Raises:
-        `TypeError`: If the metadata is not JSON.
-    """
-    header = {
-        "image_format": image_format,
-        "shape": json.dumps(list(images.shape)),
-        "prompts": json.dumps(list(prompts)),
-        "metadata": f"[{', '.join(map(_as_json, metadata, prompts))}]",
-    }
-    if image_format == "fp16":
-        return save({"images": images.detach().half().cpu().contiguous()}, header)
-    frames = images.detach().flatten(0, -4)
-    return save({str(index): _as_png(picture) for index, picture in enumerate(as_pictures(frames))}, header)
-
-
-def unpack(body: bytes) -> tuple[Tensor, tuple[str, ...], tuple[Any, ...]]:
-    """
-    What [`pack`] packed, from anywhere.
-
-    Returns:
-        Images as float32 in [0, 1] on the CPU, prompts and metadata.
-
-    Raises:
-        `ValueError`: If it is malformed.
-    """
-    try:
-        tensors = load(body)
-        header = json.loads(body[8 : 8 + int.from_bytes(body[:8], "little")])["__metadata__"]
-        shape, prompts, metadata = (json.loads(header[name]) for name in ("shape", "prompts", "metadata"))
-        if header["image_format"] == "fp16":
-            images = tensors["images"].float()
-        else:
-            images = torch.stack([_from_png(tensors[str(index)]) for index in range(len(tensors))])
-        images = images.view(shape)
-    except Exception as error:  # whichever of safetensors, JSON, PIL and torch finds the fault
-        raise ValueError(f"The request is malformed ({type(error).__name__}: {error}).") from error
-    _check_request(images, prompts, metadata)
-    return images, tuple(prompts), tuple(metadata)
-
-
-def _check_request(images: Tensor, prompts: Any, metadata: Any) -> None:
-    if images.ndim not in (4, 5) or images.shape[-3] != 3 or not images.numel():
-        raise ValueError(f"The request is malformed: its images have the shape {tuple(images.shape)}.")
-    if not (isinstance(prompts, list) and all(isinstance(prompt, str) for prompt in prompts)):
-        raise ValueError("The request is malformed: its prompts are no list of strings.")
-    if not (isinstance(metadata, list) and len(prompts) == len(metadata) == len(images)):
-        raise ValueError("The request is malformed: it has not one prompt and one metadata for each image.")
-
-
-def _as_json(metadata: Any, prompt: str) -> str:
-    try:
-        return json.dumps(metadata)
-    except (TypeError, ValueError) as error:
-        raise TypeError(
-            f"The metadata of prompt {prompt!r} can't travel to a reward server: {error}. It must be JSON: None, "
-            "numbers, strings, lists, dicts. Take out the rest in a function that calls the RemoteReward."
-        ) from error
-
-
-def _as_png(picture: Image.Image) -> Tensor:
-    buffer = io.BytesIO()
-    picture.save(buffer, format="PNG", compress_level=1, compress_type=3)  # by runs: as small, in half of the time
-    return torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
-
-
-def _from_png(data: Tensor) -> Tensor:
-    with Image.open(io.BytesIO(data.numpy().tobytes()), formats=["PNG"]) as picture:
-        return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1).float() / 255
 
 
 def _is_passing(response: httpx2.Response) -> bool:

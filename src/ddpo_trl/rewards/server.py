@@ -18,8 +18,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ddpo_trl.rewards.remote import MEGABYTE, checked_token, unpack
-from ddpo_trl.rewards.scoring import RewardFunction, RewardScorer, as_rewards, call_as_guest
+from ddpo_trl.rewards.answers import as_rewards
+from ddpo_trl.rewards.function import RewardFunction
+from ddpo_trl.rewards.guests import call_as_guest
+from ddpo_trl.rewards.remote import MEGABYTE, checked_token
+from ddpo_trl.rewards.scoring import RewardScorer
+from ddpo_trl.rewards.wire_format import unpack
 from ddpo_trl.rewards.workers import DaemonPool
 
 
@@ -58,7 +62,7 @@ class Batcher:
 
     Args:
         function (`Callable`):
-            See [`~ddpo_trl.rewards.scoring.RewardFunction`].
+            See [`~ddpo_trl.rewards.function.RewardFunction`].
         batch_size (`int`):
             Images scored at once, at most.
         device (`str` or `torch.device`):
@@ -142,7 +146,7 @@ class Batcher:
 def create_app(batcher: Batcher, token: str | None = None, max_request_bytes: int = 256 * MEGABYTE) -> "FastAPI":
     """
     The service: `GET /health` tells the function's name, `POST /score` takes what
-    [`~ddpo_trl.rewards.remote.pack`] packs and answers `{"rewards": [...], "not_finite": [...]}`: `null` for
+    [`~ddpo_trl.rewards.wire_format.pack`] packs and answers `{"rewards": [...], "not_finite": [...]}`: `null` for
     images that have no reward, and the indices of those for which this is because it was not finite.
 
     Errors are JSON, `{"detail": reason}`: 400 for a malformed request, 401 without the token, 413 if it is too large,
@@ -213,7 +217,7 @@ def serve(
 
     Args:
         function (`Callable`):
-            See [`~ddpo_trl.rewards.scoring.RewardFunction`].
+            See [`~ddpo_trl.rewards.function.RewardFunction`].
         host, port:
             Where to listen; port 0 is any that is free.
         token (`str`, *optional*):
