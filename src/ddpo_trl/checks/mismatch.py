@@ -1,4 +1,4 @@
-"""A transition whose replay differs, the conditions under which it is replayed, and what the scheduler sees of it."""
+"""A transition whose replay differs from sampling, and the changed conditions under which to replay it."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
@@ -17,21 +17,21 @@ from ddpo_trl.policy.records import SampledBatch, Step
 from ddpo_trl.rollout.records import Transition
 
 
-# How far a log-probability, averaged over dimensions, may move between sampling and training before any update. At the
-# batch size of sampling it does not move at all, in half precision neither. Other kernels, which another micro-batch
-# size or autograd may choose, move it by about 1e-6 in float32 (more with TensorFloat-32), and by up to 4e-3 in
-# bfloat16, where the last steps are the most sensitive; a fault like another guidance by 1e-3 to 10. So a difference
-# up to the second number is accepted, but only if it vanishes at the batch size of sampling.
+# Largest accepted difference of a log-probability, averaged over dimensions, between sampling and training before any
+# update. At the batch size of sampling it is 0, in half precision too. Other kernels, which another micro-batch size
+# or autograd may select, change it by about 1e-6 in float32 (more with TensorFloat-32), and by up to 4e-3 in bfloat16,
+# where the last steps are the most sensitive. A fault such as another guidance scale changes it by 1e-3 to 10. A
+# difference up to the rounding limits is accepted only if it vanishes at the batch size of sampling.
 FLOAT32_TOLERANCE = 1e-5
 FLOAT32_ROUNDING = 1e-3
 HALF_PRECISION_ROUNDING = 0.1
 HALF_DTYPES = (torch.bfloat16, torch.float16)
 
-# A condition under which so little of the difference is left is its cause.
+# A condition is the cause if without it at most this fraction of the difference is left.
 VANISHED = 0.1
 
-# So many replays are compared to tell whether they differ from each other. A source of randomness is found if without
-# it they agree up to this part of what they differed by: by chance they would not agree so well.
+# Number of replays that are compared with each other. A source of randomness is the cause if without it at most the
+# fraction `REPEATED` of their spread is left, which is unlikely to happen by chance.
 REPLAYS = 4
 REPEATED = 0.01
 
@@ -39,15 +39,15 @@ DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropou
 
 
 def log_prob_difference(config: DDPOConfig, replayed: Tensor, recorded: Tensor, latents: Tensor) -> float:
-    """Largest difference between `(B,)` log-probabilities, in nats per latent dimension."""
+    """Return the largest difference between `(B,)` log-probabilities, in nats per latent dimension."""
     dimensions = latents[0].numel() if config.log_prob_reduction == "sum" else 1
     return (replayed - recorded).abs().max().item() / dimensions
 
 
 @dataclass(kw_only=True)
-class Trial:
+class Mismatch:
     """
-    A transition whose replay has another log-probability than was recorded, to be replayed under other conditions.
+    A transition whose replay has another log-probability than the recorded one, to be replayed in other ways.
 
     Args:
         policy ([`~ddpo_trl.policy.policy.Policy`]):
@@ -55,14 +55,14 @@ class Trial:
         micro_batch ([`~ddpo_trl.rollout.records.Transition`]):
             As training replayed it.
         batch ([`~ddpo_trl.policy.records.SampledBatch`]):
-            In which its worst sample was drawn. Suspects replay the whole of it, so that its size and composition are
-            no further difference.
+            The batch in which its worst sample was drawn. It is replayed as a whole, so that size and composition of
+            the batch are as in sampling.
         difference (`float`):
-            What is to be explained, nats per latent dimension.
+            The difference to explain, in nats per latent dimension.
 
     Attributes:
         spread (`float`):
-            How far replays of it differ from each other, if that is what is to be explained; else 0.
+            Largest difference between replays of it, if replays differ from each other; else 0.
     """
 
     policy: Policy
@@ -73,60 +73,63 @@ class Trial:
 
     @property
     def recorded(self) -> Step:
+        """The recorded step, on the device of the micro-batch."""
         return self.batch.steps[self.micro_batch.step].to(self.micro_batch.latents.device)
 
     @property
     def conditions(self) -> Conditions:
-        """Those of sampling."""
-        assert self.batch.conditions is not None, "Policy.sample puts them there"
+        """Conditions of sampling."""
+        assert self.batch.conditions is not None, "Policy.sample records them"
         return self.batch.conditions
 
     def replay(self, run: Callable[..., Any] | None = None) -> Tensor:
-        """Log-probabilities of the batch as it was sampled, by `policy` or by another way to call it."""
+        """Return the log-probabilities of the sampled batch, by `policy` or another way to call it."""
         step = self.recorded
         with torch.no_grad():
             output = (run or self.policy)(self.micro_batch.step, step.latents, step.next_latents, self.batch.context)
         return output.log_probs
 
     def replay_micro_batch(self) -> Tensor:
-        """Log-probabilities of the micro-batch, with gradients if they are on."""
+        """Return the log-probabilities of the micro-batch, computed with gradients if they are enabled."""
         batch = self.micro_batch
         return self.policy(batch.step, batch.latents, batch.next_latents, batch.context).log_probs.detach()
 
-    def apart(self, left: Tensor, right: Tensor) -> float:
-        """Largest difference between two results, in the unit of `difference`."""
+    def distance(self, left: Tensor, right: Tensor) -> float:
+        """Return the largest difference between two results, in the unit of `difference`."""
         return log_prob_difference(self.policy.settings, left, right, self.micro_batch.latents)
 
-    def explains(self, left: float) -> bool:
-        """Whether little enough of the difference is left."""
+    def is_explained_by(self, left: float) -> bool:
+        """Return whether little enough of the difference is left."""
         return left <= VANISHED * self.difference  # and not a NaN
 
-    def is_cured_by(self, condition: AbstractContextManager) -> bool:
-        """Whether the difference vanishes under a condition."""
+    def vanishes_under(self, condition: AbstractContextManager) -> bool:
+        """Return whether the difference vanishes under a condition."""
         with condition:
             if self.spread:
                 return self.spread_of(self.replay) <= REPEATED * self.spread
-            return self.explains(self.apart(self.replay(), self.recorded.log_probs))
+            return self.is_explained_by(self.distance(self.replay(), self.recorded.log_probs))
 
     def spread_of(self, replay: Callable[[], Tensor]) -> float:
-        """How far some replays differ from the first; two alone may agree by chance."""
+        """Return the largest difference of several replays from the first; two alone may agree by chance."""
         first = replay()
-        return max(self.apart(replay(), first) for _ in range(REPLAYS - 1))
+        return max(self.distance(replay(), first) for _ in range(REPLAYS - 1))
 
-    def repeats_itself(self, condition: AbstractContextManager | None = None) -> bool:
-        """Whether the batch, sampled and replayed anew under a condition, does not differ as it does now."""
+    def vanishes_when_resampled(self, condition: AbstractContextManager | None = None) -> bool:
+        """Return whether the difference vanishes if the batch is sampled and replayed again under a condition."""
         with condition or nullcontext():
             with autocast_as(self):
                 context, stochastic = self.batch.context, self.conditions.stochastic
                 fresh = self.policy.sample(context, record=[self.micro_batch.step], stochastic=stochastic)
-            trial = Trial(policy=self.policy, micro_batch=self.micro_batch, batch=fresh, difference=self.difference)
-            return self.explains(self.apart(trial.replay(), trial.recorded.log_probs))
+            mismatch = Mismatch(
+                policy=self.policy, micro_batch=self.micro_batch, batch=fresh, difference=self.difference
+            )
+            return self.is_explained_by(self.distance(mismatch.replay(), mismatch.recorded.log_probs))
 
     def is_rounding(self) -> bool:
-        """Whether the difference is no more than rounding: it is not there at the batch size of sampling."""
+        """Return whether the difference is rounding only: it vanishes at the batch size of sampling."""
         if is_sharded(self.policy):
-            return True  # unknown: nothing can be replayed
-        return self.apart(self.replay(), self.recorded.log_probs) <= FLOAT32_TOLERANCE
+            return True  # unknown: one process can't replay alone
+        return self.distance(self.replay(), self.recorded.log_probs) <= FLOAT32_TOLERANCE
 
 
 # ---- Conditions ----
@@ -134,7 +137,7 @@ class Trial:
 
 @contextmanager
 def in_evaluation_mode(policy: Policy) -> Iterator[None]:
-    """All networks of the pipeline in evaluation mode."""
+    """Set all networks of the pipeline to evaluation mode meanwhile."""
     before = [(module, module.training) for _, module in named_modules(policy)]
     try:
         for module, _ in before:
@@ -147,7 +150,7 @@ def in_evaluation_mode(policy: Policy) -> Iterator[None]:
 
 @contextmanager
 def without_dropout(policy: Policy) -> Iterator[None]:
-    """All dropout with probability 0."""
+    """Set the probability of all dropout layers to 0 meanwhile."""
     dropouts: list[Any] = [module for _, module in named_modules(policy) if is_dropout(module)]
     before = [module.p for module in dropouts]
     try:
@@ -161,7 +164,7 @@ def without_dropout(policy: Policy) -> Iterator[None]:
 
 @contextmanager
 def without_hooks(policy: Policy) -> Iterator[None]:
-    """All networks in evaluation mode and without their forward hooks, one of which may switch the mode."""
+    """Remove all forward hooks meanwhile, and set evaluation mode, since a hook may have changed it."""
     registries = [
         registry
         for _, module in named_modules(policy)
@@ -179,29 +182,29 @@ def without_hooks(policy: Policy) -> Iterator[None]:
                 registry.update(entries)
 
 
-def autocast_as(trial: Trial) -> torch.autocast:
-    """The autocast of sampling."""
-    dtype = trial.conditions.autocast
-    return torch.autocast(trial.micro_batch.latents.device.type, dtype=dtype, enabled=dtype is not None)
+def autocast_as(mismatch: Mismatch) -> torch.autocast:
+    """Return the autocast that was used in sampling."""
+    dtype = mismatch.conditions.autocast
+    return torch.autocast(mismatch.micro_batch.latents.device.type, dtype=dtype, enabled=dtype is not None)
 
 
 @contextmanager
-def settings_of_sampling(trial: Trial) -> Iterator[None]:
-    """The settings as they were in sampling."""
-    owners = trial.policy.setting_owners
+def settings_of_sampling(mismatch: Mismatch) -> Iterator[None]:
+    """Restore the settings of sampling meanwhile."""
+    owners = mismatch.policy.setting_owners
     now = settings_in_use(owners)
-    before = trial.conditions.settings
+    before = mismatch.conditions.settings
     try:
         for owner, values in before.items():
-            put(owners[owner], old=now[owner], new=values)
+            replace_entries(owners[owner], old=now[owner], new=values)
         yield
     finally:
         for owner, values in before.items():
-            put(owners[owner], old=values, new=now[owner])
+            replace_entries(owners[owner], old=values, new=now[owner])
 
 
-def put(owner: dict[str, Any], old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
-    """Replaces some entries of a dictionary, in place."""
+def replace_entries(owner: dict[str, Any], old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    """Replace some entries of a dictionary, in place."""
     for name in old.keys() - new.keys():
         del owner[name]
     owner.update(new)
@@ -209,7 +212,7 @@ def put(owner: dict[str, Any], old: Mapping[str, Any], new: Mapping[str, Any]) -
 
 @contextmanager
 def without_option(options: dict[str, Any], name: str) -> Iterator[None]:
-    """The pipeline's default in place of one of its further arguments."""
+    """Remove an option meanwhile, so that the pipeline uses its default."""
     before = dict(options)
     try:
         del options[name]
@@ -219,18 +222,18 @@ def without_option(options: dict[str, Any], name: str) -> Iterator[None]:
         options.update(before)
 
 
-# ---- What the scheduler sees ----
+# ---- Observed steps of the scheduler ----
 
 
 class Observation(NamedTuple):
     """
-    One step of the scheduler, all of shape `(B, ...)`.
+    One step of the scheduler, tensors of shape `(B, ...)`.
 
     Args:
         latents, model_output (`torch.Tensor`):
-            What it was given: x_t and the prediction.
+            Inputs: x_t and the prediction.
         mean (`torch.Tensor`):
-            What it made of them.
+            Result: mean of x_{t-1}.
     """
 
     latents: Tensor
@@ -239,16 +242,16 @@ class Observation(NamedTuple):
 
 
 @contextmanager
-def observed_transitions(trial: Trial) -> Iterator[list[Observation]]:
-    """Collects what the scheduler does with the step of the trial."""
-    scheduler: Any = trial.policy.scheduler
+def observed_transitions(mismatch: Mismatch) -> Iterator[list[Observation]]:
+    """Collect inputs and result of the scheduler at the step of the mismatch."""
+    scheduler: Any = mismatch.policy.scheduler
     transition = scheduler.transition
     own = vars(scheduler).copy()
     seen: list[Observation] = []
 
     def observe(model_output: Tensor, index: int, latents: Tensor, stochastic: bool) -> tuple[Tensor, float]:
         mean, std = transition(model_output, index, latents, stochastic)
-        if index == scheduler._skipped + trial.micro_batch.step:
+        if index == scheduler._skipped + mismatch.micro_batch.step:
             seen.append(Observation(latents, model_output, mean))
         return mean, std
 
@@ -262,10 +265,10 @@ def observed_transitions(trial: Trial) -> Iterator[list[Observation]]:
             del vars(scheduler)["transition"]
 
 
-def sampled_and_replayed_anew(trial: Trial) -> list[Observation]:
-    """The step of the trial in the course of sampling, and replayed."""
-    with observed_transitions(trial) as seen:
-        trial.repeats_itself()
+def sampled_and_replayed_again(mismatch: Mismatch) -> list[Observation]:
+    """Return the observations of the step, during sampling and in replay."""
+    with observed_transitions(mismatch) as seen:
+        mismatch.vanishes_when_resampled()
     return seen
 
 
@@ -273,7 +276,7 @@ def sampled_and_replayed_anew(trial: Trial) -> list[Observation]:
 
 
 def named_modules(policy: Policy) -> list[tuple[str, nn.Module]]:
-    """All modules of all networks of the pipeline, by component and name."""
+    """Return all modules of all networks of the pipeline, by component and name."""
     return [
         (f"{component}.{name}" if name else component, module)
         for component, network in policy.policy_pipeline.components.items()
@@ -283,5 +286,10 @@ def named_modules(policy: Policy) -> list[tuple[str, nn.Module]]:
 
 
 def is_dropout(module: nn.Module) -> bool:
-    """Whether a module drops something in training mode."""
+    """Return whether a module is a dropout layer with a probability above 0."""
     return isinstance(module, DROPOUTS) and module.p > 0
+
+
+def hooked_modules(policy: Policy) -> list[str]:
+    """Return the names of the modules with forward hooks."""
+    return [name for name, module in named_modules(policy) if module._forward_hooks or module._forward_pre_hooks]
