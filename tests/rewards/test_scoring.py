@@ -442,7 +442,7 @@ def test_a_call_that_takes_too_long_is_named_with_the_limit_and_the_remedy(slow)
     with pytest.raises(TimeoutError) as caught:
         scorer.submit(IMAGES[:1], ("dog",), ({},), when="round 7").result()
     assert 0.2 <= time.perf_counter() - start < 10
-    for part in ("`Slow` gave no answer within 0.2 s", "round 7", "['dog']", "raise reward_timeout"):
+    for part in ("`Slow` did not return within 0.2 s", "round 7", "['dog']", "increase reward_timeout"):
         assert part in str(caught.value)
 
 
@@ -478,7 +478,7 @@ def test_an_asynchronous_call_that_takes_too_long_is_cancelled():
             raise
         return [1, 2, 3]
 
-    with pytest.raises(TimeoutError, match=r"`hangs` gave no answer within 0\.2 s \(round 7, prompts"):
+    with pytest.raises(TimeoutError, match=r"`hangs` did not return within 0\.2 s \(round 7, prompts"):
         rewards_of(hangs, timeout=0.2)
     assert cancelled.wait(10)
 
@@ -523,7 +523,7 @@ def test_what_cannot_be_called_is_refused_with_its_index():
 
 
 def test_an_empty_list_of_functions_is_refused():
-    with pytest.raises(ValueError, match="reward_fn is an empty list; give at least one reward function"):
+    with pytest.raises(ValueError, match="reward_fn is an empty list; pass at least one reward function"):
         RewardScorer([])
 
 

@@ -18,15 +18,15 @@ LARGEST_REWARD = torch.finfo(torch.float32).max
 @dataclass(frozen=True)
 class Answer:
     """
-    What a call of a reward function gave; as in [`Scores`], for the images that it saw.
+    Checked result of one call of a reward function, for the images it was called with.
 
     Args:
         rewards (`torch.Tensor` of shape `(B,)`):
             Float64 on the CPU, NaN for values that are `None`, NaN or infinite.
         problem (`Exception`, *optional*):
-            The error for the first value that is NaN or infinite, or for the call.
+            Error for the first value that is NaN or infinite, or for the whole call.
         not_applicable (`dict[int, Exception]`):
-            The errors for those that are `None`.
+            Errors for the values that are `None`, by index.
     """
 
     rewards: Tensor
@@ -36,13 +36,13 @@ class Answer:
 
 def as_rewards(answer: Any, prompts: Sequence[str], name: str, when: str = "") -> Answer:
     """
-    What a reward function returned, as a tensor.
+    Convert the value that a reward function returned to a tensor.
 
     Args:
         answer (list, array or tensor, or a pair of one of these and anything):
-            B numbers, integers too, on any device; or `(rewards, info)`.
+            B numbers on any device, integers too; or `(rewards, info)`.
         prompts (`Sequence[str]` of length `B`):
-            The prompts of the images.
+            Prompts of the images.
         name, when (`str`):
             For error messages.
 
@@ -50,8 +50,8 @@ def as_rewards(answer: Any, prompts: Sequence[str], name: str, when: str = "") -
         [`Answer`]
 
     Raises:
-        `TypeError`: If it is not a collection of numbers.
-        `ValueError`: If it has not B values.
+        `TypeError`: If the value is not a collection of numbers.
+        `ValueError`: If it does not have B entries.
     """
     where = f"Reward function `{name}`" + (f" ({when})" if when else "")
     of_batch = f"The prompts are {list(prompts)}."
@@ -82,29 +82,29 @@ def as_rewards(answer: Any, prompts: Sequence[str], name: str, when: str = "") -
 
 
 def _has_info(answer: Any, count: int) -> bool:
-    """Whether it is `(rewards, info)`, as TRL ≤ 0.23 and ddpo-pytorch want it, and not a tuple of rewards."""
+    """Return whether it is a pair `(rewards, info)`, as in TRL ≤ 0.23 and ddpo-pytorch, not a tuple of rewards."""
     if not (isinstance(answer, tuple) and len(answer) == 2):
         return False
-    if count == 2 and answer[0] is None:  # an invalid reward, if a reward follows
+    if count == 2 and answer[0] is None:  # the invalid reward of a tuple of rewards, if a reward follows
         return not (answer[1] is None or is_number(answer[1], count))
     return not is_number(answer[0], count)
 
 
 def _number(value: Any, what: str, about: str) -> float:
-    """The value as a finite float, or else NaN."""
+    """Return the value as a finite float, or NaN."""
     if value is None:
         return math.nan
     try:
         number = float(value)
-    except OverflowError:  # an integer beyond all floats
+    except OverflowError:  # an integer too large for a float
         return math.nan
     except (TypeError, ValueError) as error:
         raise TypeError(f"{what}; it must be a number. {about}") from error
-    if isinstance(value, str | bytes | np.complexfloating):  # "8", which float() takes, or a part of 8 + 1j
+    if isinstance(value, str | bytes | np.complexfloating):  # float() accepts "8", and the real part of NumPy's 8 + 1j
         raise TypeError(f"{what}; it must be a number. {about}")
-    return number if abs(number) <= LARGEST_REWARD else math.nan  # a NaN compares as false
+    return number if abs(number) <= LARGEST_REWARD else math.nan  # false for NaN
 
 
 def is_number(value: Any, count: int) -> bool:
-    """Whether `value` is one of `count` rewards; a 0-dim tensor may also be all of a batch of one."""
+    """Return whether `value` is one of `count` rewards; a 0-dim tensor may also be the result for a batch of one."""
     return isinstance(value, Number) or (isinstance(value, np.ndarray | Tensor) and value.ndim == 0 and count > 1)

@@ -22,31 +22,43 @@ class RewardFunction(Protocol):
         prompts (`tuple[str, ...]` of length `B`):
             The prompts.
         metadata (`tuple[Any, ...]` of length `B`):
-            What `prompt_fn` returned beside each prompt; a dataset's other columns as a dict.
+            Second value that `prompt_fn` returned with each prompt; for a dataset, a dict of its other columns.
 
     Returns:
-        B numbers as list, array or tensor (any device, integers too), or a pair `(rewards, info)` as reward functions
-        written for TRL ≤ 0.23 and ddpo-pytorch return; `info` is ignored.
+        B numbers as a list, array or tensor (on any device, integers too), or a pair `(rewards, info)` as returned by
+        reward functions for TRL ≤ 0.23 and ddpo-pytorch; `info` is ignored.
     """
 
     def __call__(self, images: Tensor, prompts: tuple[str, ...], metadata: tuple[Any, ...], /) -> Any: ...
 
 
 def check_signature(function: RewardFunction, which: str) -> None:
+    """
+    Check that a reward function can be called with three arguments.
+
+    Args:
+        function (`Callable`):
+            The reward function.
+        which (`str`):
+            Its argument and name, for the error message.
+
+    Raises:
+        `TypeError`: If it can't.
+    """
     try:
         signature = inspect.signature(function)
-    except ValueError:  # some functions written in C don't tell theirs
+    except ValueError:  # some functions written in C have none
         return
     try:
         signature.bind("images", "prompts", "metadata")
     except TypeError as error:
         raise TypeError(
-            f"{which} has the parameters {signature}, but is called with three: (images, prompts, metadata)."
+            f"{which} has the parameters {signature}, but it is called with three: (images, prompts, metadata)."
         ) from error
 
 
 def reward_name(function: Any) -> str:
-    """The name of a reward function: a function's own, a callable object's class, that of what a server computes."""
+    """Return the name of a function, the class name of a callable object, or the name of a served function."""
     if isinstance(function, functools.partial):
         return reward_name(function.func)
     if isinstance(function, RemoteReward):
@@ -57,7 +69,7 @@ def reward_name(function: Any) -> str:
 
 
 def unique_names(names: Sequence[str]) -> list[str]:
-    """Names in the same order; those that occur again get a number: `["a", "a"]` → `["a", "a_2"]`."""
+    """Return the names in the same order, repeated ones with a number: `["a", "a"]` → `["a", "a_2"]`."""
     unique: list[str] = []
     for name in names:
         candidates = itertools.chain([name], (f"{name}_{number}" for number in itertools.count(2)))

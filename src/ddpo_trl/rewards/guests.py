@@ -1,4 +1,4 @@
-"""Calls of a user's function that leave no trace in the rest of the process."""
+"""Isolated calls of a user's function: its side effects on arguments, torch and the process are undone."""
 
 import asyncio
 import contextlib
@@ -16,7 +16,7 @@ from ddpo_trl.rewards.function import RewardFunction
 from ddpo_trl.rewards.workers import CallTimeout, call_within
 
 
-# What a reward function may change for the whole process: how it is read, and how it is put back.
+# Process-wide settings that a reward function may change: getter and setter.
 SHARED: list[tuple[Callable[[], Any], Callable[[Any], None]]] = [
     (torch.get_default_dtype, torch.set_default_dtype),
     (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
@@ -32,9 +32,9 @@ def call_as_guest(
     timeout: float | None = None,
 ) -> Any:
     """
-    Call a reward function so that nothing it does to its arguments or to torch's settings is seen outside: with
-    images and metadata of its own, in a thread of its own, without gradients, and with the images' GPU as the current
-    device. It may be `async`.
+    Call a reward function so that changes to its arguments or to torch's settings have no effect outside: with copies
+    of images and metadata, in its own thread, without gradients, and with the images' GPU as the current device. The
+    function may be `async`.
 
     Args:
         function (`Callable`):
@@ -42,14 +42,17 @@ def call_as_guest(
         images, prompts, metadata:
             Its arguments.
         timeout (`float`, *optional*):
-            Seconds that it may take.
+            Time limit in seconds.
+
+    Returns:
+        The value that the function returned.
 
     Raises:
-        [`~ddpo_trl.rewards.workers.CallTimeout`]: If it takes longer. Whatever the function raises, it raises too.
+        [`~ddpo_trl.rewards.workers.CallTimeout`]: If it takes longer. Exceptions of the function are passed on.
     """
 
     def call() -> Any:
-        # Every thread starts on the first GPU: a model that the function loads to "cuda" would go there on all ranks.
+        # Every thread starts on GPU 0: a model that the function loads to "cuda" would be there on all ranks.
         on_gpu = torch.accelerator.device_index(None if images.device.type == "cpu" else images.device.index)
         with GUESTS.visit(), on_gpu, torch.no_grad():
             answer = function(images.detach().clone(), prompts, tuple(map(own_copy, metadata)))
@@ -60,9 +63,9 @@ def call_as_guest(
 
 class Guests:
     """
-    Gives what all threads share ([`SHARED`]: torch's default dtype, the working directory) back as it was when the
-    first of several concurrent reward functions began. It is done after the last of them: one that is still loading a
-    model may need another dtype meanwhile.
+    Restores process-wide settings ([`SHARED`]: torch's default dtype, the working directory) to their values from
+    before the first of several concurrent reward functions. They are restored after the last of them, since one that
+    is still loading a model may need another dtype meanwhile.
     """
 
     def __init__(self) -> None:
@@ -72,7 +75,7 @@ class Guests:
 
     @contextlib.contextmanager
     def visit(self) -> Iterator[None]:
-        """Surrounds the call of a function."""
+        """Surround the call of a function."""
         with self._lock:
             if not self._inside:
                 self._before = [get() for get, _ in SHARED]
@@ -91,7 +94,7 @@ GUESTS = Guests()
 
 
 async def _await_within(seconds: float | None, answer: Awaitable[Any]) -> Any:
-    """Cancels what is awaited when the time is over: unlike a thread, it can be."""
+    """Await with a time limit; unlike a thread, a coroutine can be canceled."""
     limit = asyncio.timeout(seconds)
     try:
         async with limit:

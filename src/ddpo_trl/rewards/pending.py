@@ -1,4 +1,4 @@
-"""Rewards that worker threads still compute, and the problems that came up."""
+"""Rewards that worker threads are computing, and the problems they found."""
 
 import math
 from collections.abc import Sequence
@@ -13,19 +13,19 @@ from torch import Tensor
 @dataclass(frozen=True, kw_only=True)
 class Scores:
     """
-    What one reward function said about one batch.
+    Result of one reward function for one batch.
 
     Args:
         rewards (`torch.Tensor` of shape `(B,)`):
-            Float64 on the CPU. NaN where there is no valid reward: for single images whose value is NaN, infinite or
-            `None`, for all images of a call that failed.
+            Float64 on the CPU. NaN if there is no valid reward: for images whose value is NaN, infinite or `None`, and
+            for all images of a call that failed.
         problem (`Exception`, *optional*):
-            Why there is a NaN that is not a `None`; of several, the first. Its message names the function, round,
-            prompt and value.
+            First error for a NaN whose value was not `None`. Its message names the function, round, prompt and
+            value.
         not_applicable (`dict[int, Exception]`):
-            The images whose value is `None`, each with the error to show if no other function applies either.
+            Images whose value is `None`, each with the error to raise if no other function applies either.
         seconds (`float`):
-            The time it took.
+            Time that the call took.
     """
 
     rewards: Tensor
@@ -34,7 +34,7 @@ class Scores:
     seconds: float
 
     def invalid(self) -> Tensor:
-        """Whether each image lacks a reward that it should have: `(B,)`."""
+        """Return which images lack a reward, except those whose value is `None`: `(B,)`."""
         invalid = self.rewards.isnan()
         invalid[list(self.not_applicable)] = False
         return invalid
@@ -43,7 +43,7 @@ class Scores:
 @dataclass(frozen=True, kw_only=True)
 class PendingRewards:
     """
-    The rewards of one batch while worker threads compute them.
+    Rewards of one batch while worker threads compute them. Every method except `done` waits for them.
 
     Args:
         futures (`Sequence[Future[Scores]]`):
@@ -53,13 +53,13 @@ class PendingRewards:
     futures: Sequence[Future[Scores]]
 
     def done(self) -> bool:
-        """Whether nothing has to be waited for."""
+        """Return whether all rewards are computed."""
         return all(future.done() for future in self.futures)
 
     def rewards_or_nan(self) -> Tensor:
         """
-        Waits for the rewards: `(B, F)` float64, a column per reward function. NaN where a function returned `None`,
-        and in the whole row of an image for which one of them has no valid reward.
+        Return the rewards: `(B, F)` float64, one column per reward function. NaN for a function that returned `None`,
+        and in the whole row of an image for which a function has no valid reward.
         """
         scores = [future.result() for future in self.futures]
         rewards = torch.stack([each.rewards for each in scores], dim=1)
@@ -67,7 +67,7 @@ class PendingRewards:
         return rewards
 
     def problem(self) -> Exception | None:
-        """Waits, and gives the first reason why a sample has no valid reward; `None` if all have one."""
+        """Return the error for the first sample without a valid reward; `None` if all have one."""
         scores = [future.result() for future in self.futures]
         if problem := next((each.problem for each in scores if each.problem is not None), None):
             return problem
@@ -75,26 +75,26 @@ class PendingRewards:
         return next((error for row, error in first.items() if all(row in other for other in others)), None)
 
     def result(self) -> Tensor:
-        """Waits for the rewards as [`~PendingRewards.rewards_or_nan`] does, but raises the first problem."""
+        """Return the rewards as [`~PendingRewards.rewards_or_nan`] does, or raise the first problem."""
         if problem := self.problem():
             raise problem
         return self.rewards_or_nan()
 
     def seconds(self) -> float:
-        """Waits, and gives the time spent in the reward functions, summed over threads."""
+        """Return the time spent in the reward functions, summed over threads."""
         return sum(future.result().seconds for future in self.futures)
 
 
 def first_problem(pending: Sequence[PendingRewards], raises: bool) -> str | None:
     """
-    Waits, and gives the first problem with a reward on any process. All processes have to call it.
+    Wait for rewards, and return the message of the first problem on any process. All processes have to call it.
 
     Args:
         pending (`Sequence[PendingRewards]`):
             The batches of this process.
         raises (`bool`):
-            Whether a problem is raised, on all processes at once: if only one left, the others would wait for it in
-            their next collective call.
+            Raise the problem instead, on all processes: if only one stopped, the others would wait for it in their
+            next collective call.
     """
     own = next((problem for scores in pending if (problem := scores.problem())), None)
     messages = gather_object([None if own is None else str(own)])

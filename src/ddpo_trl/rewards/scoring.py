@@ -1,4 +1,4 @@
-"""Runs the reward functions, in worker threads while the next batch is sampled, and checks what they return."""
+"""Scoring: runs the reward functions in worker threads while the next batch is sampled, and sums their rewards."""
 
 import dataclasses
 import functools
@@ -28,14 +28,14 @@ class ScoredBatch:
         images (`torch.Tensor` of shape `(B, 3, H, W)` or `(B, F, 3, H, W)`):
             Float32 in [0, 1].
         prompts, metadata (`tuple` of length `B`):
-            What belongs to each image.
+            Prompt and metadata of each image.
         when (`str`):
             For error messages, for instance `"round 3"`.
         finite (`torch.Tensor` of shape `(B,)`):
-            Whether each image and its latents are finite. One that is not has no reward, and no reward function sees
-            it.
+            True for each image that is finite, as its latents are. The others get no reward, and are not passed to
+            the reward functions.
         finite_steps (`torch.Tensor` of shape `(B,)`, *optional*), steps (`int`):
-            Denoising steps after which the latents of each sample were finite, of how many.
+            Number of denoising steps after which the latents of each sample were finite, and of all steps.
     """
 
     images: Tensor
@@ -74,21 +74,21 @@ class RewardScorer:
         reward_fn (`Callable` or `Sequence[Callable]`):
             See [`~ddpo_trl.rewards.function.RewardFunction`].
         weights (`Sequence[float]`, *optional*):
-            One per function, 1 each by default.
+            One per function; 1 for each by default.
         max_workers (`int`):
-            Worker threads.
+            Number of worker threads.
         timeout (`float`, *optional*):
-            Seconds that a call may take, counted from when it starts to run. No limit by default.
+            Time limit of a call in seconds, from when it starts to run. No limit by default.
         argument (`str`, *optional*, defaults to `"reward_fn"`):
-            What the user gave the functions as, for error messages.
+            Name of the argument that the functions come from, for error messages.
 
     Attributes:
         names (`list[str]`):
-            The functions' names, as they are logged.
+            Names of the functions, as they are logged.
 
     Raises:
         `TypeError`: If a reward function can't be called with three arguments.
-        `ValueError`: If there is none, or their number is not that of the weights.
+        `ValueError`: If there is no function, or the number of weights is different.
     """
 
     def __init__(
@@ -101,23 +101,23 @@ class RewardScorer:
     ):
         if isinstance(reward_fn, str):
             raise TypeError(
-                f"{argument} is the string {reward_fn!r}; give the function itself, such as "
-                "`ddpo_trl.rewards.jpeg_compressibility`. Names are for the command line."
+                f"{argument} is the string {reward_fn!r}; pass the function itself, such as "
+                "`ddpo_trl.rewards.jpeg_compressibility`. Only the command line accepts names."
             )
         self.functions = list(reward_fn) if isinstance(reward_fn, Sequence) else [reward_fn]
         if not self.functions:
-            raise ValueError(f"{argument} is an empty list; give at least one reward function.")
+            raise ValueError(f"{argument} is an empty list; pass at least one reward function.")
         for index, function in enumerate(self.functions):
             if not callable(function):
                 raise TypeError(
-                    f"{argument}[{index}] is {function!r}, which can't be called; give a function of (images, "
+                    f"{argument}[{index}] is {function!r}, which can't be called; pass a function of (images, "
                     "prompts, metadata)."
                 )
             check_signature(function, f"{argument}[{index}] (`{reward_name(function)}`)")
         weights = [1.0] * len(self.functions) if weights is None else list(weights)
         if len(weights) != len(self.functions):
             raise ValueError(
-                f"reward_weights has {len(weights)} values for {len(self.functions)} reward functions; give one each."
+                f"reward_weights has {len(weights)} values for {len(self.functions)} reward functions; pass one each."
             )
         if not all(abs(weight) <= LARGEST_REWARD for weight in weights):
             raise ValueError(f"reward_weights is {weights}; all of them must be finite.")
@@ -136,20 +136,20 @@ class RewardScorer:
         steps: int = 0,
     ) -> PendingRewards:
         """
-        Starts scoring a batch in the worker threads.
+        Start scoring a batch in the worker threads.
 
         Args:
             images (`torch.Tensor` of shape `(B, 3, H, W)` or `(B, F, 3, H, W)`):
                 Float32 in [0, 1].
             prompts, metadata (`Sequence` of length `B`):
-                What belongs to each image.
+                Prompt and metadata of each image.
             when (`str`):
                 For error messages, for instance `"round 3"`.
             finite_steps (`torch.Tensor` of shape `(B,)`, *optional*), steps (`int`, *optional*):
-                See [`ScoredBatch`]; for the message about an image that is not finite.
+                See [`ScoredBatch`]; for the error about an image that is not finite.
         """
         finite = finite_rows(images)
-        if finite_steps is not None:  # some autoencoders make finite images of infinite latents
+        if finite_steps is not None:  # some autoencoders decode infinite latents to finite images
             finite = finite & (finite_steps == steps).to(finite.device)
         batch = ScoredBatch(
             images=images,
@@ -174,8 +174,8 @@ class RewardScorer:
 
     def total(self, rewards: Tensor) -> Tensor:
         """
-        The weighted sum over the functions of `(..., F)` rewards: `(...)` float64. NaN stands for a function that does
-        not apply; the sum is NaN where none does.
+        Return the weighted sum of `(..., F)` rewards over the functions: `(...)` float64. NaN stands for a function
+        that does not apply; the sum is NaN if none applies.
         """
         rewards = rewards.cpu().double()
         return (rewards.nan_to_num(nan=0.0) @ self.weights).masked_fill(rewards.isnan().all(-1), math.nan)
@@ -183,10 +183,10 @@ class RewardScorer:
 
 def score(function: RewardFunction, name: str, batch: ScoredBatch, timeout: float | None = None) -> Scores:
     """
-    Call one reward function on the finite images of a batch and check its answer.
+    Call one reward function on the finite images of a batch, and check the result.
 
-    It never raises: a failure is kept as the `problem`, because on one of several processes it must not be raised
-    before the others know of it, and because it may be configured to cost no more than the samples concerned.
+    It never raises. A failure is returned as the `problem`, because all processes have to learn of it before one of
+    them raises, and because the run may be configured to drop only the affected samples.
     """
     start = time.perf_counter()
     finite = batch.finite.tolist()
@@ -206,24 +206,24 @@ def _answer(function: RewardFunction, name: str, batch: ScoredBatch, timeout: fl
     where = f"{batch.when}, prompts {list(batch.prompts)}"
     try:
         answer = call_as_guest(function, batch.images, batch.prompts, batch.metadata, timeout)
-    except BaseException as error:  # a user's function may raise anything, and must be named whatever it is
+    except BaseException as error:  # a user's function may raise anything, SystemExit too
         problem = _failure(error, name, where, timeout)
     else:
         try:
             return as_rewards(answer, batch.prompts, name, batch.when)
         except (TypeError, ValueError) as error:
             problem = error
-        except Exception as error:  # an error on the GPU, for instance, comes up when its tensor is read
+        except Exception as error:  # a CUDA error, for instance, appears when the tensor is read
             problem = _failure(error, name, where, timeout)
     return Answer(torch.full((len(batch.prompts),), math.nan, dtype=torch.float64), problem)
 
 
 def _failure(error: BaseException, name: str, where: str, timeout: float | None) -> Exception:
-    """The error to show for a call that gave no answer."""
+    """Return the error for a call that raised an exception or timed out."""
     failure: Exception
     if isinstance(error, CallTimeout):
         failure = TimeoutError(
-            f"Reward function `{name}` gave no answer within {timeout:g} s ({where}). If it needs more, raise "
+            f"Reward function `{name}` did not return within {timeout:g} s ({where}). If it needs more time, increase "
             "reward_timeout."
         )
     else:

@@ -1,4 +1,4 @@
-"""The body of a request to a reward server."""
+"""Encoding of a request to a reward server."""
 
 import io
 import json
@@ -19,13 +19,24 @@ FORMATS = ("png", "fp16")
 
 def pack(images: Tensor, prompts: Sequence[str], metadata: Sequence[Any], image_format: str) -> bytes:
     """
-    A request: a safetensors file, which says itself what is in it and runs no code when it is read.
+    Encode a request as a safetensors file, which is self-describing and runs no code when it is read.
 
-    Its tensors are `images`, float16, or else the bytes of a PNG file for every image or frame, named `0`, `1`, ...
-    Its header has `image_format`, and as JSON `shape`, `prompts` and `metadata`.
+    Its tensors are `images` in float16, or the bytes of a PNG file for every image or frame, named `0`, `1`, ... Its
+    header contains `image_format`, and `shape`, `prompts` and `metadata` as JSON.
+
+    Args:
+        images (`torch.Tensor` of shape `(B, 3, H, W)`, or `(B, F, 3, H, W)` for video):
+            Values in [0, 1].
+        prompts, metadata (`Sequence` of length `B`):
+            Prompt and metadata of each image.
+        image_format (`str`):
+            `"png"` or `"fp16"`.
+
+    Returns:
+        `bytes`: The body of the request.
 
     Raises:
-        `TypeError`: If the metadata is not JSON.
+        `TypeError`: If the metadata can't be written as JSON.
     """
     header = {
         "image_format": image_format,
@@ -41,13 +52,17 @@ def pack(images: Tensor, prompts: Sequence[str], metadata: Sequence[Any], image_
 
 def unpack(body: bytes) -> tuple[Tensor, tuple[str, ...], tuple[Any, ...]]:
     """
-    What [`pack`] packed, from anywhere.
+    Decode a request that [`pack`] encoded, from an untrusted client.
+
+    Args:
+        body (`bytes`):
+            The body of the request.
 
     Returns:
         Images as float32 in [0, 1] on the CPU, prompts and metadata.
 
     Raises:
-        `ValueError`: If it is malformed.
+        `ValueError`: If the request is malformed.
     """
     try:
         tensors = load(body)
@@ -58,7 +73,7 @@ def unpack(body: bytes) -> tuple[Tensor, tuple[str, ...], tuple[Any, ...]]:
         else:
             images = torch.stack([_from_png(tensors[str(index)]) for index in range(len(tensors))])
         images = images.view(shape)
-    except Exception as error:  # whichever of safetensors, JSON, PIL and torch finds the fault
+    except Exception as error:  # from safetensors, JSON, PIL or torch
         raise ValueError(f"The request is malformed ({type(error).__name__}: {error}).") from error
     _check_request(images, prompts, metadata)
     return images, tuple(prompts), tuple(metadata)
@@ -68,9 +83,9 @@ def _check_request(images: Tensor, prompts: Any, metadata: Any) -> None:
     if images.ndim not in (4, 5) or images.shape[-3] != 3 or not images.numel():
         raise ValueError(f"The request is malformed: its images have the shape {tuple(images.shape)}.")
     if not (isinstance(prompts, list) and all(isinstance(prompt, str) for prompt in prompts)):
-        raise ValueError("The request is malformed: its prompts are no list of strings.")
+        raise ValueError("The request is malformed: its prompts are not a list of strings.")
     if not (isinstance(metadata, list) and len(prompts) == len(metadata) == len(images)):
-        raise ValueError("The request is malformed: it has not one prompt and one metadata for each image.")
+        raise ValueError("The request is malformed: it must have one prompt and one metadata entry per image.")
 
 
 def _as_json(metadata: Any, prompt: str) -> str:
@@ -78,14 +93,16 @@ def _as_json(metadata: Any, prompt: str) -> str:
         return json.dumps(metadata)
     except (TypeError, ValueError) as error:
         raise TypeError(
-            f"The metadata of prompt {prompt!r} can't travel to a reward server: {error}. It must be JSON: None, "
-            "numbers, strings, lists, dicts. Take out the rest in a function that calls the RemoteReward."
+            f"The metadata of prompt {prompt!r} can't be sent to a reward server: {error}. It must be JSON: None, "
+            "numbers, strings, lists, dicts. Remove the rest in a function that calls the RemoteReward."
         ) from error
 
 
 def _as_png(picture: Image.Image) -> Tensor:
     buffer = io.BytesIO()
-    picture.save(buffer, format="PNG", compress_level=1, compress_type=3)  # by runs: as small, in half of the time
+    picture.save(
+        buffer, format="PNG", compress_level=1, compress_type=3
+    )  # run-length encoding: same size, half the time
     return torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
 
 
