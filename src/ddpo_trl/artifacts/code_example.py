@@ -1,4 +1,4 @@
-"""The Python code of a model card, which loads the trained model and makes an image with it."""
+"""Example code in the model card: loads the trained model and generates an image."""
 
 import json
 import math
@@ -16,14 +16,14 @@ from ddpo_trl.policy.lora import has_lora_loader
 from ddpo_trl.policy.policy import Policy
 
 
-# The pipeline's own may have been replaced since it was loaded, and images depend on it.
+# The scheduler is saved too, since it may have been replaced after loading and images depend on it.
 SCHEDULER_FOLDER = "scheduler"
 
 
 def example(
     policy: Policy, config: DDPOConfig, repo_id: str, prompt: str, task: str, inputs: Mapping[str, Any]
 ) -> str:
-    """Python that loads the model and makes an image with it, as evaluation does."""
+    """Return Python code that loads the model and generates an image as evaluation does."""
     pipeline, component = policy.pipeline, policy.denoiser_name
     pipeline_class, scheduler_class = type(pipeline).__name__, type(pipeline.scheduler).__name__
     where = f'"{repo_id}"' + (f', revision="{config.hub_revision}"' if config.hub_revision else "")
@@ -43,7 +43,7 @@ def example(
     if str(pipeline.name_or_path) == str(EMOJI_PATH):
         imports.append("from ddpo_trl.emoji import EMOJI_PATH")
         base = "EMOJI_PATH"
-    dtype = next(policy.denoiser.parameters()).dtype  # of the adapter it may be another
+    dtype = next(policy.denoiser.parameters()).dtype  # an adapter may have another dtype
     if dtype in (torch.float16, torch.bfloat16):
         imports.insert(0, "import torch")
         arguments += f", dtype={dtype}"
@@ -59,16 +59,16 @@ def example(
 
 def written_arguments(config: DDPOConfig, inputs: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     """
-    The arguments of the pipeline's call, as evaluation gives them.
+    Write the arguments of the pipeline call as in evaluation.
 
     Args:
         config ([`DDPOConfig`]):
             Settings of the run.
         inputs (`Mapping[str, Any]`):
-            What `config.pipeline_inputs` names, of the prompt.
+            Values of `config.pipeline_inputs` for the prompt.
 
     Returns:
-        The arguments in Python, and the lines before the call that define those that can't be written there.
+        Arguments in Python, and lines before the call that define the arguments without a literal.
     """
     assert not isinstance(config.pipeline_kwargs, str), "DDPOConfig parses strings"
     values: dict[str, Any] = {"num_inference_steps": config.num_inference_steps}
@@ -89,7 +89,7 @@ def written_arguments(config: DDPOConfig, inputs: Mapping[str, Any]) -> tuple[li
 
 
 def is_literal(value: Any) -> bool:
-    """Whether Python reads a value back from what `repr` writes."""
+    """Return whether the `repr` of a value is a Python literal."""
     if isinstance(value, dict):
         return all(is_literal(part) for item in value.items() for part in item)
     if isinstance(value, list | tuple):
@@ -98,5 +98,5 @@ def is_literal(value: Any) -> bool:
 
 
 def literal(value: Any) -> str:
-    """A value in Python, texts in double quotes."""
+    """Return a value as a Python literal, strings in double quotes."""
     return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)

@@ -1,4 +1,4 @@
-"""Metadata of the Hub: the base model, its license, and the task of a pipeline."""
+"""Hub metadata of a pipeline: base model, license and task."""
 
 import os
 from functools import cache
@@ -20,7 +20,7 @@ logger = logging.get_logger(__name__)
 
 
 def hub_name(pipeline: DiffusionPipeline) -> str | None:
-    """The Hub id that a pipeline was loaded by. A path on this machine means nothing to others."""
+    """Return the Hub id that a pipeline was loaded from; `None` for a local path."""
     name = str(pipeline.name_or_path or "")
     try:
         validate_repo_id(name)
@@ -31,23 +31,23 @@ def hub_name(pipeline: DiffusionPipeline) -> str | None:
 
 @cache
 def license_of(base_model: str | None) -> dict[str, Any]:
-    """The metadata that say what the base model allows, which goes for its adapters as well; empty if not known."""
+    """Return the license metadata of the base model, which apply to its adapters too; empty if unknown."""
     if base_model is None:
         return {}
     try:
         data = ModelCard.load(base_model, ignore_metadata_errors=True).data.to_dict()
     except (OSError, ValueError, YAMLError, httpx2.RequestError) as error:  # no network, no card, no metadata
-        logger.info(f"The licence of {base_model} is not in the model card, because its card can't be read: {error}")
+        logger.info(f"The license of {base_model} is not in the model card, because its card can't be read: {error}")
         return {}
     fields = {name: data[name] for name in ("license", "license_name", "license_link") if name in data}
     link = fields.get("license_link")
-    if link is not None and "://" not in link:  # a file beside that card
+    if link is not None and "://" not in link:  # a file next to that card
         fields["license_link"] = f"https://huggingface.co/{base_model}/blob/main/{link}"
     return fields
 
 
 def pipeline_tag(pipeline: DiffusionPipeline, config: DDPOConfig) -> str:
-    """The Hub's name for what a pipeline makes out of what."""
+    """Return the Hub's task of a pipeline, such as `"text-to-image"`."""
     given = {*(config.pipeline_inputs or ()), *(config.pipeline_kwargs or ())}
     source = "image" if "image" in given else "text"
     return f"{source}-to-{'video' if makes_video(pipeline) else 'image'}"

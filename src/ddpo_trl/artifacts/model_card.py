@@ -1,4 +1,4 @@
-"""The model card that goes to the Hub beside the weights."""
+"""Model card: `README.md` with metadata, example code, results and pictures, pushed to the Hub with the weights."""
 
 import os
 import shutil
@@ -19,15 +19,14 @@ from ddpo_trl.policy.policy import Policy
 from ddpo_trl.policy.schedulers.flow_match import FlowMatchPolicyScheduler
 
 
-# The page of a LoRA on the Hub shows the pictures of its widget if it has this tag.
+# With this tag, the Hub shows the pictures of the widget on the page of a LoRA.
 LORA_TEMPLATE_TAG = "template:diffusion-lora"
 
-# The single images that the Hub shows are here, and are of so many prompts.
+# Folder of the pictures in the widget, and the number of prompts they are taken from.
 GALLERY_FOLDER = "images"
 GALLERY_PROMPTS = 4
 
-
-# Settings that are shown; all of them are in ddpo_config.json.
+# Settings shown in the card; ddpo_config.json contains all of them.
 SETTINGS = [
     "loss_type", "learning_rate", "num_inference_steps", "guidance_scale", "train_timestep_range", "cliprange",
     "log_prob_reduction", "advantage_normalization", "kl_coef", "seed",
@@ -63,15 +62,15 @@ MIX_GRPO = """\
 
 class RewardRow(NamedTuple):
     """
-    A line of the table of rewards.
+    Row of the table of rewards.
 
     Args:
         name (`str`):
-            The reward function's.
+            Name of the reward function.
         weight (`float`, *optional*):
-            In the sum that was trained for; `None` for a function that only measured.
+            Weight in the training reward; `None` for a function that is used in evaluation only.
         values (`list[float | None]`):
-            Means: of the first and last round, and of the first and last evaluation if there were any.
+            Mean rewards of the first and last round, and of the first and last evaluation if there were any.
     """
 
     name: str
@@ -95,33 +94,33 @@ def write_model_card(
     paper: Mapping[str, str],
 ) -> None:
     """
-    Writes `README.md`, with the pictures that are there, and the config of the scheduler that evaluation runs with.
+    Write `README.md`, the pictures it shows, and the config of the scheduler used in evaluation.
 
     Args:
         directory (`str` or `os.PathLike`):
-            Of the run, see [`~ddpo_trl.artifacts.record`].
+            Directory of the run, see [`~ddpo_trl.artifacts.record`].
         model_name (`str`):
-            Heading.
+            Heading of the card.
         repo_id (`str`):
-            The name it is loaded by.
+            Hub id or path to load the model from.
         policy ([`~ddpo_trl.policy.policy.Policy`]):
-            What was trained.
+            The trained policy.
         config ([`DDPOConfig`]):
             Settings of the run.
         prompt (`str`):
-            The prompt of the example.
+            Prompt of the example.
         inputs (`Mapping[str, Any]`):
-            What `config.pipeline_inputs` names, of that prompt.
+            Values of `config.pipeline_inputs` for this prompt.
         tags (`Sequence[str]`):
-            Tags of the metadata, beside those that follow from the pipeline.
+            Tags of the metadata, in addition to those derived from the pipeline.
         dataset_name (`str`, *optional*):
             Hub id of the prompts' dataset.
         rewards (`Mapping[str, float | None]`):
-            Weight of each reward function; `None` for those that training did not see.
+            Weight of each reward function; `None` for those used in evaluation only.
         log_history (`Sequence[dict]`):
-            The Trainer's logs.
+            Logs of the Trainer.
         paper (`Mapping[str, str]`):
-            Title, id and citation.
+            Title, id and citation of the paper.
     """
     pipeline = policy.pipeline
     pipeline.scheduler.save_pretrained(Path(directory) / SCHEDULER_FOLDER)
@@ -169,15 +168,15 @@ def write_model_card(
 
 class Pictures(NamedTuple):
     """
-    The pictures of a run, by their paths in its folder.
+    Pictures of a run, by their paths in its directory.
 
     Args:
         reward (`str`, *optional*):
-            The reward curve.
+            Reward curve.
         before_after (`str`, *optional*):
             Images before and after training.
         gallery (`list[tuple[str, str]]`):
-            Caption and path of single images, for the Hub to show first.
+            Captions and paths of single images, for the widget.
     """
 
     reward: str | None
@@ -186,25 +185,25 @@ class Pictures(NamedTuple):
 
     @classmethod
     def of(cls, directory: Path) -> "Pictures":
-        """Those that are there."""
+        """Collect the pictures that exist."""
         reward, before_after = (
             name if (directory / name).is_file() else None
             for name in (record.REWARD_CURVE_NAME, record.BEFORE_AFTER_NAME)
         )
-        return cls(reward, before_after, take_gallery(directory))
+        return cls(reward, before_after, copy_gallery(directory))
 
 
-def take_gallery(directory: Path) -> list[tuple[str, str]]:
+def copy_gallery(directory: Path) -> list[tuple[str, str]]:
     """
-    Copies images of the first fixed prompts, before training and now, to where later ones take their place: the Hub
-    gets no images of single rounds.
+    Copy images of the first fixed prompts, before training and now, to a folder where later ones overwrite them. The
+    folders of single rounds are not pushed to the Hub.
 
     Args:
         directory (`Path`):
-            Of the run.
+            Directory of the run.
 
     Returns:
-        `list[tuple[str, str]]`: Captions, which are prompts, and paths in the directory.
+        `list[tuple[str, str]]`: Captions (the prompts) and paths relative to the directory.
     """
     folders = sorted(path.parent for path in directory.glob(f"{record.SAMPLES_FOLDER}/*/{record.SAMPLES_NAME}"))
     if len(folders) < 2:
@@ -227,7 +226,7 @@ def take_gallery(directory: Path) -> list[tuple[str, str]]:
 def reward_rows(
     rewards: Mapping[str, float | None], rounds: Sequence[dict[str, Any]], evaluations: Sequence[dict[str, Any]]
 ) -> list[RewardRow]:
-    """A line for each reward function, if there was a round."""
+    """Return one row per reward function; none before the first round."""
     if not rounds:
         return []
     ends = [("", rounds[0]), ("", rounds[-1])]
@@ -240,6 +239,6 @@ def reward_rows(
 
 
 def flow_citations(config: DDPOConfig) -> list[str]:
-    """The papers of what flow matching steps by."""
+    """Return the citations of the SDE and the window that flow matching steps use."""
     window = [MIX_GRPO] if config.sde_window_size is not None else []
     return [FLOW_CPS if config.sde_type == "cps" else FLOW_GRPO, *window]
