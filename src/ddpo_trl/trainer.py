@@ -375,7 +375,7 @@ class DDPOTrainer(SavingTrainer):
     def _weigh_gradients(self) -> Tensor:
         """Sets the gradient of the round, as the mean over processes, and returns the loss that it belongs to."""
         rollout = self.rollout
-        if changed := changed_weights(self._policy.denoiser, rollout.batches[-1].conditions):
+        if changed := changed_weights(self._policy.denoiser, rollout.batches[-1].fingerprint):
             raise RuntimeError(
                 f"The gradients of round {rollout.round} belong to other weights: {len(changed)} tensors have changed "
                 f"since they were sampled with ({changed[0]} first). Let no callback write to them inside a round."

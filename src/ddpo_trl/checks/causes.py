@@ -127,7 +127,7 @@ def autocast(mismatch: Mismatch) -> str | None:
         replayed = mismatch.replay(lambda *args: Policy.forward(mismatch.policy, *args))
     if not mismatch.is_explained_by(mismatch.distance(replayed, mismatch.recorded.log_probs)):
         return None
-    dtype = mismatch.conditions.autocast
+    dtype = mismatch.fingerprint.autocast
     sampling = "without autocast" if dtype is None else f"under autocast to {plain(dtype)}"
     return (
         f"autocast: sampling ran {sampling} and training does not; with the same autocast the difference vanishes. "
@@ -137,7 +137,7 @@ def autocast(mismatch: Mismatch) -> str | None:
 
 def settings(mismatch: Mismatch) -> str | None:
     """Check for guidance or another sampler setting that was changed after sampling."""
-    before, now = mismatch.conditions.settings, settings_in_use(mismatch.policy.setting_owners)
+    before, now = mismatch.fingerprint.settings, settings_in_use(mismatch.policy.setting_owners)
     changes = [
         f"{setting_name(owner, name)} was {before[owner].get(name)!r} in sampling and is {now[owner].get(name)!r}"
         for owner in before
@@ -179,7 +179,7 @@ def state(mismatch: Mismatch) -> str | None:
 
 def embeddings(mismatch: Mismatch) -> str | None:
     """Check for prompt embeddings that changed after sampling."""
-    before = mismatch.conditions.embeddings
+    before = mismatch.fingerprint.embeddings
     now = mismatch.policy.embedding_sums(mismatch.batch.context)
     if len(before) == len(now) and all(map(torch.equal, before, now)):
         return None
@@ -191,7 +191,7 @@ def embeddings(mismatch: Mismatch) -> str | None:
 
 def adapter(mismatch: Mismatch) -> str | None:
     """Check for adapters that were enabled, disabled, merged or scaled after sampling."""
-    before, now = mismatch.conditions.adapter, mismatch.policy.conditions(None).adapter
+    before, now = mismatch.fingerprint.adapter, mismatch.policy.fingerprint(None).adapter
     if before == now:
         return None
     changed = len(before) - sum(old == new for old, new in zip(before, now, strict=False))
@@ -203,7 +203,7 @@ def adapter(mismatch: Mismatch) -> str | None:
 
 def weights(mismatch: Mismatch) -> str | None:
     """Check for trained weights that changed after sampling."""
-    before, now = mismatch.conditions, mismatch.policy.conditions(None)
+    before, now = mismatch.fingerprint, mismatch.policy.fingerprint(None)
     if before.denoiser_dtype != now.denoiser_dtype:
         return f"the denoiser's dtype: {plain(before.denoiser_dtype)} in sampling, {plain(now.denoiser_dtype)} now."
     changed = changed_weights(mismatch.policy.denoiser, before)

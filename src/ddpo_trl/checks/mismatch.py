@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ddpo_trl.config import DDPOConfig
 from ddpo_trl.distributed import is_sharded
-from ddpo_trl.policy.fingerprint import Conditions, settings_in_use
+from ddpo_trl.policy.fingerprint import Fingerprint, settings_in_use
 from ddpo_trl.policy.policy import Policy
 from ddpo_trl.policy.records import SampledBatch, Step
 from ddpo_trl.rollout.records import Transition
@@ -77,10 +77,10 @@ class Mismatch:
         return self.batch.steps[self.micro_batch.step].to(self.micro_batch.latents.device)
 
     @property
-    def conditions(self) -> Conditions:
-        """Conditions of sampling."""
-        assert self.batch.conditions is not None, "Policy.sample records them"
-        return self.batch.conditions
+    def fingerprint(self) -> Fingerprint:
+        """Fingerprint of the batch, taken in sampling."""
+        assert self.batch.fingerprint is not None, "Policy.sample records them"
+        return self.batch.fingerprint
 
     def replay(self, run: Callable[..., Any] | None = None) -> Tensor:
         """Return the log-probabilities of the sampled batch, by `policy` or another way to call it."""
@@ -118,7 +118,7 @@ class Mismatch:
         """Return whether the difference vanishes if the batch is sampled and replayed again under a condition."""
         with condition or nullcontext():
             with autocast_as(self):
-                context, stochastic = self.batch.context, self.conditions.stochastic
+                context, stochastic = self.batch.context, self.fingerprint.stochastic
                 fresh = self.policy.sample(context, record=[self.micro_batch.step], stochastic=stochastic)
             mismatch = Mismatch(
                 policy=self.policy, micro_batch=self.micro_batch, batch=fresh, difference=self.difference
@@ -132,7 +132,7 @@ class Mismatch:
         return self.distance(self.replay(), self.recorded.log_probs) <= FLOAT32_TOLERANCE
 
 
-# ---- Conditions ----
+# ---- Changed conditions ----
 
 
 @contextmanager
@@ -184,7 +184,7 @@ def without_hooks(policy: Policy) -> Iterator[None]:
 
 def autocast_as(mismatch: Mismatch) -> torch.autocast:
     """Return the autocast that was used in sampling."""
-    dtype = mismatch.conditions.autocast
+    dtype = mismatch.fingerprint.autocast
     return torch.autocast(mismatch.micro_batch.latents.device.type, dtype=dtype, enabled=dtype is not None)
 
 
@@ -193,7 +193,7 @@ def settings_of_sampling(mismatch: Mismatch) -> Iterator[None]:
     """Restore the settings of sampling meanwhile."""
     owners = mismatch.policy.setting_owners
     now = settings_in_use(owners)
-    before = mismatch.conditions.settings
+    before = mismatch.fingerprint.settings
     try:
         for owner, values in before.items():
             replace_entries(owners[owner], old=now[owner], new=values)
