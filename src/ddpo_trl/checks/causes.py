@@ -89,12 +89,10 @@ def global_generator(mismatch: Mismatch) -> str | None:
 def gradients(mismatch: Mismatch) -> str | None:
     """Check for code that behaves differently while gradients are computed."""
     with torch.no_grad():
-        if not mismatch.is_explained_by(
-            mismatch.distance(mismatch.replay_micro_batch(), mismatch.micro_batch.log_probs)
-        ):
+        if not mismatch.has_vanished(mismatch.distance(mismatch.replay_micro_batch(), mismatch.micro_batch.log_probs)):
             return None
     with torch.enable_grad():
-        if mismatch.is_explained_by(mismatch.distance(mismatch.replay_micro_batch(), mismatch.micro_batch.log_probs)):
+        if mismatch.has_vanished(mismatch.distance(mismatch.replay_micro_batch(), mismatch.micro_batch.log_probs)):
             return "not reproducible: the difference vanished when the same transition was replayed again."
     return (
         "the computation with gradients enabled: without gradients the difference vanishes. Try again without "
@@ -125,7 +123,7 @@ def autocast(mismatch: Mismatch) -> str | None:
     with autocast_as(mismatch):
         # Bypass the Trainer's wrapper around the policy's `forward`, which opens its own autocast.
         replayed = mismatch.replay(lambda *args: Policy.forward(mismatch.policy, *args))
-    if not mismatch.is_explained_by(mismatch.distance(replayed, mismatch.recorded.log_probs)):
+    if not mismatch.has_vanished(mismatch.distance(replayed, mismatch.recorded.log_probs)):
         return None
     dtype = mismatch.fingerprint.autocast
     sampling = "without autocast" if dtype is None else f"under autocast to {plain(dtype)}"
@@ -248,7 +246,7 @@ def mixes_samples(mismatch: Mismatch) -> bool:
     copies = context.rows(rows)
     with torch.no_grad():
         replayed = mismatch.policy(mismatch.micro_batch.step, step.latents[rows], step.next_latents[rows], copies)
-    return not mismatch.is_explained_by(mismatch.distance(replayed.log_probs, step.log_probs[rows]))
+    return not mismatch.has_vanished(mismatch.distance(replayed.log_probs, step.log_probs[rows]))
 
 
 def is_same(before: Any, now: Any) -> bool:

@@ -27,7 +27,7 @@ FLOAT32_ROUNDING = 1e-3
 HALF_PRECISION_ROUNDING = 0.1
 HALF_DTYPES = (torch.bfloat16, torch.float16)
 
-# A condition is the cause if without it at most this fraction of the difference is left.
+# A change is the cause if at most this fraction of the difference is left when it is undone.
 VANISHED = 0.1
 
 # Number of replays that are compared with each other. A source of randomness is the cause if without it at most the
@@ -51,9 +51,9 @@ class Mismatch:
 
     Args:
         policy ([`~ddpo_trl.policy.policy.Policy`]):
-            As training calls it.
+            The policy as training calls it.
         micro_batch ([`~ddpo_trl.rollout.records.Transition`]):
-            As training replayed it.
+            The micro-batch as training replayed it.
         batch ([`~ddpo_trl.policy.records.SampledBatch`]):
             The batch in which its worst sample was drawn. It is replayed as a whole, so that size and composition of
             the batch are as in sampling.
@@ -79,7 +79,7 @@ class Mismatch:
     @property
     def fingerprint(self) -> Fingerprint:
         """Fingerprint of the batch, taken in sampling."""
-        assert self.batch.fingerprint is not None, "Policy.sample records them"
+        assert self.batch.fingerprint is not None, "Policy.sample records it"
         return self.batch.fingerprint
 
     def replay(self, run: Callable[..., Any] | None = None) -> Tensor:
@@ -98,16 +98,16 @@ class Mismatch:
         """Return the largest difference between two results, in the unit of `difference`."""
         return log_prob_difference(self.policy.settings, left, right, self.micro_batch.latents)
 
-    def is_explained_by(self, left: float) -> bool:
-        """Return whether little enough of the difference is left."""
-        return left <= VANISHED * self.difference  # and not a NaN
+    def has_vanished(self, remaining: float) -> bool:
+        """Return whether the remaining difference is small enough to count as vanished."""
+        return remaining <= VANISHED * self.difference  # and not a NaN
 
     def vanishes_under(self, condition: AbstractContextManager) -> bool:
         """Return whether the difference vanishes under a condition."""
         with condition:
             if self.spread:
                 return self.spread_of(self.replay) <= REPEATED * self.spread
-            return self.is_explained_by(self.distance(self.replay(), self.recorded.log_probs))
+            return self.has_vanished(self.distance(self.replay(), self.recorded.log_probs))
 
     def spread_of(self, replay: Callable[[], Tensor]) -> float:
         """Return the largest difference of several replays from the first; two alone may agree by chance."""
@@ -123,7 +123,7 @@ class Mismatch:
             mismatch = Mismatch(
                 policy=self.policy, micro_batch=self.micro_batch, batch=fresh, difference=self.difference
             )
-            return self.is_explained_by(self.distance(mismatch.replay(), mismatch.recorded.log_probs))
+            return self.has_vanished(self.distance(mismatch.replay(), mismatch.recorded.log_probs))
 
     def is_rounding(self) -> bool:
         """Return whether the difference is rounding only: it vanishes at the batch size of sampling."""
