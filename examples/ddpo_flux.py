@@ -26,7 +26,7 @@ from ddpo_trl.emoji import emoji_captions
 from ddpo_trl.policy.lora import attention_projections
 from ddpo_trl.prompts import animal_activities
 from ddpo_trl.rewards import EmojiAlignment, ImageReward
-from ddpo_trl.rewards.scoring import RewardFunction
+from ddpo_trl.rewards.function import RewardFunction
 
 
 @dataclass

@@ -34,7 +34,7 @@ def refusal(make_config: Any, **given: Any) -> str:
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"reward_fn": "brightness"}, "reward_fn is the string 'brightness'; give the function itself"),
+        ({"reward_fn": "brightness"}, "reward_fn is the string 'brightness'; pass the function itself"),
         ({"reward_fn": ["brightness"]}, "reward_fn[0] is 'brightness', which can't be called"),
         ({"eval_reward_fn": "brightness"}, "eval_reward_fn is the string 'brightness'"),
         ({"prompt_fn": "prompts.csv"}, "`ddpo_trl.prompts.load_prompts('prompts.csv')`"),

@@ -107,7 +107,7 @@ def test_reward_functions_see_finite_images_only_and_the_others_have_no_reward()
         return [10.0, 30.0]
 
     pending = RewardScorer([keep, brightness]).submit(images, ("a", "b", "c"), (1, 2, 3), when="round 4")
-    rewards = pending.marked()
+    rewards = pending.rewards_or_nan()
     assert rewards[:, 0].tolist() == pytest.approx([10.0, math.nan, 30.0], nan_ok=True)
     assert rewards[:, 1].isnan().tolist() == [False, True, False]
     assert torch.equal(seen[0][0], images[[0, 2]]) and seen[0][1:] == (("a", "c"), (1, 3))
@@ -115,7 +115,7 @@ def test_reward_functions_see_finite_images_only_and_the_others_have_no_reward()
         pending.problem()
     )
     nothing = RewardScorer(keep).submit(torch.full((2, 3, 8, 8), math.inf), ("a", "b"), (1, 2), when="round 4")
-    assert nothing.marked().isnan().all() and len(seen) == 1
+    assert nothing.rewards_or_nan().isnan().all() and len(seen) == 1
 
 
 @both_passes
@@ -192,7 +192,7 @@ def test_a_finite_image_of_infinite_latents_has_no_reward():
     pending = RewardScorer(brightness).submit(
         torch.rand(2, 3, 8, 8), ("a", "b"), (1, 2), "round 4", torch.tensor([4, 2]), STEPS
     )
-    assert pending.marked().isnan().flatten().tolist() == [False, True]
+    assert pending.rewards_or_nan().isnan().flatten().tolist() == [False, True]
     assert "image 1 of its batch, prompt 'b'). Its latents are not finite after denoising step 2" in str(
         pending.problem()
     )
@@ -219,7 +219,7 @@ def test_finite_rows_are_those_without_nan_and_infinity():
 @pytest.mark.parametrize("value", [1e39, -1e300])
 def test_a_reward_whose_square_overflows_is_no_reward(value):
     pending = RewardScorer(lambda *_: [1.0, value]).submit(torch.zeros(2, 3, 8, 8), ("a", "b"), (1, 2), "round 0")
-    assert pending.marked().isnan().flatten().tolist() == [False, True]
+    assert pending.rewards_or_nan().isnan().flatten().tolist() == [False, True]
     assert "must be finite in float32" in str(pending.problem())
 
 
@@ -331,7 +331,7 @@ def test_an_image_that_is_not_finite_comes_first_and_shifts_no_other():
         return [2.0, math.nan]
 
     submit = RewardScorer([applies_to_one, lambda images, *_: [5.0, 6.0]]).submit
-    rewards = submit(images, "abc", [{}] * 3, "round 0").marked()
+    rewards = submit(images, "abc", [{}] * 3, "round 0").rewards_or_nan()
     assert torch.equal(rewards.isnan(), torch.tensor([[True, True], [True, False], [False, False]]))
     assert rewards[1:, 1].tolist() == [5.0, 6.0]
     problem = RewardScorer(fails_for_one).submit(images, "abc", [{}] * 3, "round 0").problem()

@@ -19,7 +19,7 @@ from ddpo_trl import rewards
 from ddpo_trl.config import DDPOConfig
 from ddpo_trl.emoji import load_emoji_pipeline, recognized_share
 from ddpo_trl.evaluation.evaluator import Samples
-from ddpo_trl.rewards.scoring import RewardFunction
+from ddpo_trl.rewards.function import RewardFunction
 from ddpo_trl.rollout.advantages import shuffled
 from ddpo_trl.seeding import Stream, generator
 from ddpo_trl.trainer import DDPOTrainer

@@ -41,7 +41,8 @@ from ddpo_trl.prompts import (
     prompt_pairs,
     prompt_source,
 )
-from ddpo_trl.rewards.scoring import RewardFunction, RewardScorer
+from ddpo_trl.rewards.function import RewardFunction
+from ddpo_trl.rewards.scoring import RewardScorer
 from ddpo_trl.rollout.advantages import Advantages
 from ddpo_trl.rollout.boundary import RoundCallbacks, RoundSchedule, StopSignals, end_round
 from ddpo_trl.rollout.callbacks import RoundProgress, TrainingClock
@@ -84,7 +85,7 @@ class DDPOTrainer(SavingTrainer):
         config ([`DDPOConfig`]):
             Settings. It is copied: a config can serve several trainers.
         reward_fn (`Callable` or `list[Callable]`):
-            See [`~ddpo_trl.rewards.scoring.RewardFunction`]. Several are added up, weighted by
+            See [`~ddpo_trl.rewards.function.RewardFunction`]. Several are added up, weighted by
             `config.reward_weights`. Called once at construction, on an image made with a single denoising step and,
             unless batches have one image, a darker copy of it: so a wrong signature or return value is refused before
             time is spent.
@@ -322,7 +323,7 @@ class DDPOTrainer(SavingTrainer):
     def _weigh_gradients(self) -> Tensor:
         """Sets the gradient of the round, as the mean over processes, and returns the loss that it belongs to."""
         rollout = self.rollout
-        if changed := changed_weights(self._policy.denoiser, rollout.batches[-1].conditions):
+        if changed := changed_weights(self._policy.denoiser, rollout.batches[-1].fingerprint):
             raise RuntimeError(
                 f"The gradients of round {rollout.round} belong to other weights: {len(changed)} tensors have changed "
                 f"since they were sampled with ({changed[0]} first). Let no callback write to them inside a round."

@@ -16,7 +16,8 @@ from conformance.image_pipelines import PIXART_KWARGS, pixart_sigma
 from conftest import brightness, tiny_pipeline
 from ddpo_trl import DDPOConfig, DDPOTrainer, load_emoji_pipeline
 from ddpo_trl.artifacts import record
-from ddpo_trl.artifacts.model_card import write_model_card, written_arguments
+from ddpo_trl.artifacts.code_example import written_arguments
+from ddpo_trl.artifacts.model_card import write_model_card
 from ddpo_trl.policy.lora import add_adapter
 from ddpo_trl.policy.policy import Policy
 

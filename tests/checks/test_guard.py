@@ -15,8 +15,8 @@ from conformance.image_pipelines import IMAGE_CASES
 from conftest import brightness, tiny_pipeline
 from ddpo_trl import DDPOTrainer, check_pipeline
 from ddpo_trl.checks import replay_problem
-from ddpo_trl.checks.causes import CHANGED_SUSPECTS
-from ddpo_trl.checks.trial import FLOAT32_TOLERANCE, is_dropout
+from ddpo_trl.checks.causes import CHANGED_CAUSES
+from ddpo_trl.checks.mismatch import FLOAT32_TOLERANCE, is_dropout
 from ddpo_trl.policy.schedulers import Sampling
 
 
@@ -198,15 +198,15 @@ def disturb_once(trainer: DDPOTrainer) -> None:
         (change_guidance, r"a changed setting: guidance_scale was 30\.0 in sampling and is 7\.0 in training"),
         (change_option, r"a changed setting: pipeline_kwargs\['guidance_rescale'\] was 0\.1 in sampling and is 1\.0"),
         (change_noise, r"a changed setting: scheduler\.eta was 1\.0 in sampling and is 0\.5"),
-        (scale_embeddings, "the prompt embeddings: they are not those of sampling"),
-        (exchange_embeddings, "the prompt embeddings: they are not those of sampling"),
-        (change_weights, r"changed weights: 8 of the 16 trained ones .*\(down_blocks\.\S+lora_B"),
-        (switch_adapter_off, r"the adapter: 8 of its 8 layers were switched on or off, merged or scaled"),
-        (scale_adapter, r"the adapter: 8 of its 8 layers were switched on or off, merged or scaled"),
-        (draw_in_a_hook, r"randomness in a forward hook: without those on unet two replays agree"),
+        (scale_embeddings, "the prompt embeddings: they have changed since sampling"),
+        (exchange_embeddings, "the prompt embeddings: they have changed since sampling"),
+        (change_weights, r"changed weights: 8 of the 16 trained parameters .*\(down_blocks\.\S+lora_B"),
+        (switch_adapter_off, r"the adapter: 8 of its 8 layers were enabled, disabled, merged or scaled"),
+        (scale_adapter, r"the adapter: 8 of its 8 layers were enabled, disabled, merged or scaled"),
+        (draw_in_a_hook, r"randomness in a forward hook: without the hooks on unet two replays agree"),
         (draw_elsewhere, r"randomness from torch's global generator: with the same seed two replays agree"),
-        (act_with_gradients, r"what the pipeline does with gradients switched on"),
-        (disturb_once, r"gone: it happened once"),
+        (act_with_gradients, r"the computation with gradients enabled"),
+        (disturb_once, r"not reproducible: the difference vanished when"),
     ],
     ids=lambda value: value.__name__ if callable(value) else "",
 )  # fmt: skip
@@ -233,8 +233,16 @@ def with_dropout() -> StableDiffusionPipeline:
             {"per_device_train_batch_size": 2},
             r"the micro-batch: .*per_device_train_batch_size=2 against per_device_sample_batch_size=4\)\. Batches of",
         ),
-        (mix_samples, {"per_device_train_batch_size": 1}, r"the micro-batch: .*The pipeline mixes the samples of a"),
-        (mix_samples, {"per_device_train_batch_size": 4}, r"the micro-batch: .*The pipeline mixes the samples of a"),
+        (
+            mix_samples,
+            {"per_device_train_batch_size": 1},
+            r"the micro-batch: .*The pipeline mixes the samples of a batch",
+        ),
+        (
+            mix_samples,
+            {"per_device_train_batch_size": 4},
+            r"the micro-batch: .*The pipeline mixes the samples of a batch",
+        ),
     ],
     ids=["other size", "mixed, other size", "mixed, same size"],
 )
@@ -322,7 +330,7 @@ def test_a_hook_that_counts_steps_is_named(make_config):
     pipeline = tiny_pipeline()
     trainer = make_trainer(make_config(), pipeline=pipeline)
     pipeline.unet.register_forward_hook(lambda m, i, output: (output[0] + 0.5 * follows_another(trainer),))
-    with pytest.raises(RuntimeError, match=OPENING + "a forward hook: without those on unet sampling and"):
+    with pytest.raises(RuntimeError, match=OPENING + "a forward hook: without the hooks on unet sampling and"):
         trainer.train()
 
 
@@ -336,7 +344,7 @@ def test_a_cache_over_steps_without_a_hook_is_named(make_config):
     module: Any = pipeline.unet.conv_in
     forward = module.forward
     module.forward = lambda x: forward(x) + 0.5 * follows_another(trainer)
-    with pytest.raises(RuntimeError, match=OPENING + "something that acts by the position in the loop"):
+    with pytest.raises(RuntimeError, match=OPENING + "something that depends on the position in the loop"):
         trainer.train()
 
 
@@ -347,26 +355,26 @@ def change_a_frozen_weight(trainer: DDPOTrainer) -> None:
     trainer._policy.denoiser.conv_out.bias.data.add_(0.5)
 
 
-def test_what_no_suspect_explains_is_told_with_what_was_ruled_out(make_config):
+def test_without_a_known_cause_the_error_lists_what_was_ruled_out(make_config):
     sentence = (
-        "Sampled and replayed anew it does not differ: something has changed since it was sampled. The cause was not "
-        "found. Ruled out: gradient mode, micro-batch size, training mode, autocast, guidance and other settings, "
-        "dtype of the latents, prompt embeddings, adapter switches, trained weights."
+        "Sampled and replayed again, the step does not differ: something has changed since it was sampled. The cause "
+        "was not found. Ruled out: gradient mode, micro-batch size, training mode, autocast, guidance and other "
+        "settings, dtype of the latents, prompt embeddings, adapter switches, trained weights."
     )
     with pytest.raises(RuntimeError, match=re.escape(sentence)):
         make_trainer(make_config(), change_a_frozen_weight).train()
 
 
-def test_randomness_that_no_suspect_explains_is_told_with_what_was_ruled_out(make_config):
+def test_randomness_without_a_known_cause_lists_what_was_ruled_out(make_config):
     with pytest.raises(RuntimeError, match="a source of randomness.* Ruled out: training mode, dropout, forward "):
         make_trainer(make_config(), count_calls).train()
 
 
-def test_a_suspect_that_can_not_be_tried_hides_nothing(make_config, monkeypatch):
-    def suspect(trial):
+def test_a_cause_that_can_not_be_checked_hides_nothing(make_config, monkeypatch):
+    def gardener(mismatch):
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr("ddpo_trl.checks.replay.CHANGED_SUSPECTS", {"the gardener": suspect, **CHANGED_SUSPECTS})
+    monkeypatch.setattr("ddpo_trl.checks.replay.CHANGED_CAUSES", {"the gardener": gardener, **CHANGED_CAUSES})
     with pytest.raises(RuntimeError, match=OPENING + "changed weights"):
         make_trainer(make_config(), change_weights).train()
     with pytest.raises(RuntimeError, match=r"Ruled out: the gardener \(not tried: OutOfMemoryError\), gradient mode"):
@@ -380,7 +388,7 @@ def test_dropout_is_off_in_all_rounds_of_a_healthy_run(make_config):
 
 
 @pytest.mark.parametrize("plant", [turn_on_dropout, change_guidance, draw_in_a_hook, switch_to_training_at_each_call])
-def test_the_trials_leave_the_policy_as_it_was(make_config, plant):
+def test_the_search_for_a_cause_leaves_the_policy_as_it_was(make_config, plant):
     trainer = make_trainer(make_config(), plant, pipeline=with_dropout())
     with pytest.raises(RuntimeError, match="The cause is"):
         trainer.train()

@@ -59,23 +59,23 @@ def test_images_of_samples_that_are_made_one_by_one_are_those_of_batches_of_one(
             assert torch.equal(together.steps[index].log_probs[row], step.log_probs[0])
 
 
-def test_conditions_hold_the_embeddings_of_all_samples_that_are_made_one_by_one(make_config):
+def test_the_fingerprint_holds_the_embeddings_of_all_samples_that_are_made_one_by_one(make_config):
     policy = policy_of(stable_diffusion(0), make_config, pipeline_inputs=["guidance_rescale"])
     context = policy.context(PROMPTS, [{"guidance_rescale": 0.1}, {"guidance_rescale": 0.9}], SEEDS)
-    of_prompts, of_negatives = policy.sample(context, max_steps=1).conditions.embeddings[::2], []
+    of_prompts, of_negatives = policy.sample(context, max_steps=1).fingerprint.embeddings[::2], []
     for row in range(2):
-        alone, negative = policy.sample(context.rows([row]), max_steps=1).conditions.embeddings
+        alone, negative = policy.sample(context.rows([row]), max_steps=1).fingerprint.embeddings
         assert torch.equal(of_prompts[row], alone)
         of_negatives.append(negative)
     assert not torch.equal(*of_prompts) and torch.equal(*of_negatives)
     assert all(map(torch.equal, policy.embedding_sums(context)[::2], of_prompts))
 
 
-def test_conditions_hold_the_prompts_embeddings_where_the_negative_prompts_are_encoded_last(make_config):
+def test_the_fingerprint_holds_the_prompts_embeddings_where_the_negative_prompts_are_encoded_last(make_config):
     settings = {"guidance_scale": None, "pipeline_kwargs": QWEN_IMAGE.pipeline_kwargs}
     policy = policy_of(QWEN_IMAGE.build(0), make_config, **settings)
     held = [
-        policy.sample(policy.context(prompts, [{}, {}], SEEDS), max_steps=1).conditions.embeddings[0]
+        policy.sample(policy.context(prompts, [{}, {}], SEEDS), max_steps=1).fingerprint.embeddings[0]
         for prompts in (PROMPTS, PROMPTS[::-1])
     ]
     torch.testing.assert_close(held[0], held[1].flip(0))

@@ -40,7 +40,7 @@ ALL, LAST = [0, 1, 2, 3], [3]
 # What becomes of the right answer for a batch; the message; the samples of a batch of four that are lost.
 FAILURES: dict[str, tuple[Callable[[list[Any]], Any], str, list[int]]] = {
     "raises": (raises, r"raised ConnectionError: server gone", ALL),
-    "times out": (hangs, r"gave no answer within 0\.5 s", ALL),
+    "times out": (hangs, r"did not return within 0\.5 s", ALL),
     "NaN": (with_last(math.nan), r"returned nan for image \d; rewards must be finite", LAST),
     "infinite": (with_last(-math.inf), r"returned -inf for image \d; rewards must be finite", LAST),
     "None among the values": (with_last(None), r"returned None for image \d; it must be a number", LAST),

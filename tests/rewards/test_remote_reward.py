@@ -27,9 +27,9 @@ from safetensors.torch import save
 from conftest import tiny_pipeline
 from ddpo_trl import DDPOTrainer, cli
 from ddpo_trl.rewards import RemoteReward
-from ddpo_trl.rewards.remote import pack, unpack
 from ddpo_trl.rewards.scoring import RewardScorer
 from ddpo_trl.rewards.server import Batcher
+from ddpo_trl.rewards.wire_format import pack, unpack
 from launch import PROCESSES
 
 
@@ -299,14 +299,14 @@ def test_a_single_value_that_is_no_reward_costs_one_image(server, value):
     answer = ask(connect(server), *wishes)
     assert answer == [0.0, None if value == "None" else pytest.approx(math.nan, nan_ok=True), 0.0]
     pending = RewardScorer(connect(server)).submit(torch.zeros(3, 3, 8, 8), ["a", "b", "c"], wishes, "round 7")
-    assert [math.isnan(value) for value in pending.marked().flatten().tolist()] == [False, True, False]
+    assert [math.isnan(value) for value in pending.rewards_or_nan().flatten().tolist()] == [False, True, False]
     with pytest.raises((TypeError, ValueError), match=r"`obedient` \(round 7\) returned None|nan for image 1; .* 'b'"):
         pending.result()
 
 
 def test_a_slow_function_is_a_timeout_which_is_not_tried_again(server, caplog):
     reward = connect(server, timeout=0.3)
-    with pytest.raises(TimeoutError, match=rf"{server[0]} gave no answer within 0\.3 s\..* raise timeout"):
+    with pytest.raises(TimeoutError, match=rf"{server[0]} did not answer within 0\.3 s\..* increase timeout"):
         ask(reward, {"do": "sleep", "value": 1.0})
     assert not caplog.records  # it says when it tries again
     assert ask(connect(server), {}) == [0.0]  # it goes on
@@ -346,7 +346,7 @@ def test_the_timeout_is_that_of_the_whole_request_however_slowly_its_bytes_come(
     with dripping(head) as (url, gone):
         reward = RemoteReward(url, timeout=0.5)
         start = time.monotonic()
-        with pytest.raises(TimeoutError, match=r"gave no answer within 0\.5 s"):
+        with pytest.raises(TimeoutError, match=r"did not answer within 0\.5 s"):
             ask(reward, {})
         assert 0.5 <= time.monotonic() - start < 3
         assert gone.wait(5)  # the connection is closed, and not left to drip
@@ -376,10 +376,10 @@ def test_an_error_names_the_proxy_on_the_way_without_its_password(monkeypatch):
 # ---- What is refused ----
 
 
-@pytest.mark.parametrize(("token", "told"), [(None, "none was given"), ("wrong", "another one was given")])
+@pytest.mark.parametrize(("token", "told"), [(None, "none was passed"), ("wrong", "another one was passed")])
 def test_without_the_token_nothing_is_told(server, token, told):
     url, _ = server
-    with pytest.raises(ValueError, match=f"{url} asks for its token, and {told}; give token, or set .*REWARD_TOKEN"):
+    with pytest.raises(ValueError, match=f"{url} requires its token, but {told}; pass token, or set .*REWARD_TOKEN"):
         RemoteReward(url, token=token)
     body = pack(torch.zeros(1, 3, 8, 8), ["a"], [{}], "png")
     assert httpx2.post(f"{url}/score", content=body).status_code == 401
@@ -394,7 +394,7 @@ def test_the_token_may_come_from_the_environment_and_is_not_shown(server, monkey
 
 def test_a_request_that_is_too_large_is_refused_by_both_sides(server):
     url, _ = server
-    with pytest.raises(ValueError, match=f"0.3 MB is more than the reward server at {url} takes.*--max_request_mb"):
+    with pytest.raises(ValueError, match=f"0.3 MB is more than the reward server at {url} accepts.*--max_request_mb"):
         connect(server, image_format="fp16")(torch.zeros(1, 3, 224, 224), [""], [{}])
     with httpx2.Client(headers={"Authorization": f"Bearer {TOKEN}"}) as client:
         assert client.post(f"{url}/score", content=b"0" * 100_001).status_code == 413
@@ -449,7 +449,7 @@ def test_metadata_that_is_not_json_is_refused_with_its_prompt(server):
         ("gpu2:8000", {}, "url is 'gpu2:8000'"),
         ("http://", {}, "url is 'http://'"),
         ("http://gpu2:port", {}, "url is 'http://gpu2:port'"),
-        ("http://gpu2", {"image_format": "jpeg"}, "image_format is 'jpeg'; give one of"),
+        ("http://gpu2", {"image_format": "jpeg"}, "image_format is 'jpeg'; it must be one of"),
         ("http://gpu2", {"timeout": 0}, "timeout is 0"),
         ("http://gpu2", {"retries": -1}, "retries is -1; it must be at least 0"),
         ("http://gpu2", {"backoff": -0.5}, "backoff is -0.5"),
@@ -559,7 +559,7 @@ def posing(health: Nonsense, score: Nonsense) -> Iterator[str]:
 def test_something_else_at_the_url_is_named(answer):
     with posing(Nonsense((200, answer)), Nonsense((200, b""))) as url, pytest.raises(ValueError) as caught:
         RemoteReward(url)
-    assert f"What is at {url} is no reward server" in str(caught.value)
+    assert f"{url} is not a reward server" in str(caught.value)
 
 
 @pytest.mark.parametrize("answer", [b"", b"<html>", b"[0.5, 0.5]", b'{"rewards": 0.5}', b'{"rewards"', b"\xff\xfe"])
@@ -574,7 +574,7 @@ def test_a_malformed_answer_is_named_and_not_tried_again(answer):
 
 def test_an_answer_that_can_not_be_decoded_is_named():
     score = Nonsense((200, b"no gzip"), Content_Encoding="gzip")
-    with posing(Nonsense((200, HEALTHY)), score) as url, pytest.raises(ValueError, match=f"{url} gave a malformed"):
+    with posing(Nonsense((200, HEALTHY)), score) as url, pytest.raises(ValueError, match=f"{url} sent a malformed"):
         ask(RemoteReward(url, backoff=0.01), {})
     assert score.asked == 1
 

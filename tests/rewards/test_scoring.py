@@ -11,7 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from ddpo_trl.rewards.scoring import RewardScorer, as_rewards, first_problem, reward_name, unique_names
+from ddpo_trl.rewards.answers import as_rewards
+from ddpo_trl.rewards.function import reward_name, unique_names
+from ddpo_trl.rewards.pending import first_problem
+from ddpo_trl.rewards.scoring import RewardScorer
 
 
 IMAGES = torch.zeros(3, 3, 4, 4)
@@ -307,9 +310,9 @@ def test_a_refusal_names_the_prompt(answer, about):
 NAN = math.nan
 
 
-def marked(function: Any) -> tuple[list[float], str]:
+def rewards_and_problem(function: Any) -> tuple[list[float], str]:
     pending = RewardScorer(function).submit(IMAGES, PROMPTS, METADATA, when="round 7")
-    return pending.marked()[:, 0].tolist(), str(pending.problem())
+    return pending.rewards_or_nan()[:, 0].tolist(), str(pending.problem())
 
 
 @pytest.mark.parametrize(
@@ -327,7 +330,7 @@ def marked(function: Any) -> tuple[list[float], str]:
     ],
 )
 def test_an_invalid_value_marks_its_sample_and_no_other(answer, expected):
-    rewards, problem = marked(answering(answer))
+    rewards, problem = rewards_and_problem(answering(answer))
     assert rewards == pytest.approx(expected, nan_ok=True)
     first = next(index for index, value in enumerate(expected) if math.isnan(value))
     assert f"for image {first}; " in problem and f"Its prompt is {PROMPTS[first]!r}" in problem
@@ -349,7 +352,7 @@ def test_an_invalid_value_marks_its_sample_and_no_other(answer, expected):
     ],
 )
 def test_a_call_without_a_usable_answer_marks_the_whole_batch(function, problem):
-    rewards, message = marked(function)
+    rewards, message = rewards_and_problem(function)
     assert rewards == pytest.approx([NAN] * 3, nan_ok=True)
     assert problem in message
 
@@ -369,7 +372,7 @@ def test_a_missing_reward_of_two_is_not_mistaken_for_all_of_them(answer, expecte
 
 def test_one_invalid_function_makes_the_total_invalid_whatever_its_weight():
     scorer = RewardScorer([answering([1, NAN, 3]), answering([10, 20, 30])], weights=[0.0, 1.0])
-    rewards = scorer.submit(IMAGES, PROMPTS, METADATA, when="round 0").marked()
+    rewards = scorer.submit(IMAGES, PROMPTS, METADATA, when="round 0").rewards_or_nan()
     assert scorer.total(rewards).tolist() == pytest.approx([10.0, NAN, 30.0], nan_ok=True)
 
 
@@ -377,7 +380,7 @@ def test_none_of_one_function_means_that_it_does_not_apply_and_the_others_count(
     """As in TRL's GRPO: the sum of image 1 has the second function's reward only. Nothing is wrong with it."""
     scorer = RewardScorer([answering([1, None, 3]), answering([10, 20, None])], weights=[2.0, 1.0])
     pending = scorer.submit(IMAGES, PROMPTS, METADATA, when="round 0")
-    assert pending.marked().tolist() == [
+    assert pending.rewards_or_nan().tolist() == [
         [1, 10],
         pytest.approx([NAN, 20], nan_ok=True),
         pytest.approx([3, NAN], nan_ok=True),
@@ -389,7 +392,7 @@ def test_none_of_one_function_means_that_it_does_not_apply_and_the_others_count(
 def test_a_sample_to_which_no_function_applies_is_invalid():
     scorer = RewardScorer([answering([1, None, 3]), answering([10, None, None])])
     pending = scorer.submit(IMAGES, PROMPTS, METADATA, when="round 0")
-    assert scorer.total(pending.marked()).tolist() == pytest.approx([11.0, NAN, 3.0], nan_ok=True)
+    assert scorer.total(pending.rewards_or_nan()).tolist() == pytest.approx([11.0, NAN, 3.0], nan_ok=True)
     with pytest.raises(TypeError, match=r"\(round 0\) returned None for image 1"):
         pending.result()
 
@@ -439,7 +442,7 @@ def test_a_call_that_takes_too_long_is_named_with_the_limit_and_the_remedy(slow)
     with pytest.raises(TimeoutError) as caught:
         scorer.submit(IMAGES[:1], ("dog",), ({},), when="round 7").result()
     assert 0.2 <= time.perf_counter() - start < 10
-    for part in ("`Slow` gave no answer within 0.2 s", "round 7", "['dog']", "raise reward_timeout"):
+    for part in ("`Slow` did not return within 0.2 s", "round 7", "['dog']", "increase reward_timeout"):
         assert part in str(caught.value)
 
 
@@ -447,7 +450,7 @@ def test_a_call_that_takes_too_long_does_not_block_the_ones_behind_it(slow):
     scorer = RewardScorer(slow, max_workers=1, timeout=0.2)
     pending = [scorer.submit(IMAGES[:1], (prompt,), ({},), when="round 0") for prompt in ("dog", "cat", "dog", "owl")]
     start = time.perf_counter()
-    assert [scores.marked().item() for scores in pending] == pytest.approx([NAN, 1, NAN, 1], nan_ok=True)
+    assert [scores.rewards_or_nan().item() for scores in pending] == pytest.approx([NAN, 1, NAN, 1], nan_ok=True)
     assert time.perf_counter() - start < 20
     assert not slow.over.is_set()  # the two calls still hang
 
@@ -475,7 +478,7 @@ def test_an_asynchronous_call_that_takes_too_long_is_cancelled():
             raise
         return [1, 2, 3]
 
-    with pytest.raises(TimeoutError, match=r"`hangs` gave no answer within 0\.2 s \(round 7, prompts"):
+    with pytest.raises(TimeoutError, match=r"`hangs` did not return within 0\.2 s \(round 7, prompts"):
         rewards_of(hangs, timeout=0.2)
     assert cancelled.wait(10)
 
@@ -520,7 +523,7 @@ def test_what_cannot_be_called_is_refused_with_its_index():
 
 
 def test_an_empty_list_of_functions_is_refused():
-    with pytest.raises(ValueError, match="reward_fn is an empty list; give at least one reward function"):
+    with pytest.raises(ValueError, match="reward_fn is an empty list; pass at least one reward function"):
         RewardScorer([])
 
 

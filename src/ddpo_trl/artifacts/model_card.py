@@ -1,50 +1,32 @@
-"""The model card that goes to the Hub beside the weights."""
+"""Model card: `README.md` with metadata, example code, results and pictures, pushed to the Hub with the weights."""
 
-import json
-import math
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from functools import cache
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import httpx2
-import numpy as np
-import torch
-from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard, ModelCardData
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
-from PIL.Image import Image
-from transformers.utils import logging
-from yaml import YAMLError
 
 from ddpo_trl.artifacts import record
+from ddpo_trl.artifacts.code_example import SCHEDULER_FOLDER, example
 from ddpo_trl.artifacts.environment import PACKAGES
+from ddpo_trl.artifacts.hub_metadata import hub_name, license_of, pipeline_tag
 from ddpo_trl.config import DDPOConfig
-from ddpo_trl.emoji import EMOJI_PATH
-from ddpo_trl.policy.lora import has_lora_loader
-from ddpo_trl.policy.pipeline import makes_video
 from ddpo_trl.policy.policy import Policy
 from ddpo_trl.policy.schedulers.flow_match import FlowMatchPolicyScheduler
 
 
-logger = logging.get_logger(__name__)
-
-# The page of a LoRA on the Hub shows the pictures of its widget if it has this tag.
+# With this tag, the Hub shows the pictures of the widget on the page of a LoRA.
 LORA_TEMPLATE_TAG = "template:diffusion-lora"
 
-# The single images that the Hub shows are here, and are of so many prompts.
+# Folder of the pictures in the widget, and the number of prompts they are taken from.
 GALLERY_FOLDER = "images"
 GALLERY_PROMPTS = 4
 
-# The pipeline's own may have been replaced since it was loaded, and images depend on it.
-SCHEDULER_FOLDER = "scheduler"
-
-# Settings that are shown; all of them are in ddpo_config.json.
+# Settings shown in the card; ddpo_config.json contains all of them.
 SETTINGS = [
     "loss_type", "learning_rate", "num_inference_steps", "guidance_scale", "train_timestep_range", "cliprange",
     "log_prob_reduction", "advantage_normalization", "kl_coef", "seed",
@@ -80,15 +62,15 @@ MIX_GRPO = """\
 
 class RewardRow(NamedTuple):
     """
-    A line of the table of rewards.
+    Row of the table of rewards.
 
     Args:
         name (`str`):
-            The reward function's.
+            Name of the reward function.
         weight (`float`, *optional*):
-            In the sum that was trained for; `None` for a function that only measured.
+            Weight in the training reward; `None` for a function that is used in evaluation only.
         values (`list[float | None]`):
-            Means: of the first and last round, and of the first and last evaluation if there were any.
+            Mean rewards of the first and last round, and of the first and last evaluation if there were any.
     """
 
     name: str
@@ -112,33 +94,33 @@ def write_model_card(
     paper: Mapping[str, str],
 ) -> None:
     """
-    Writes `README.md`, with the pictures that are there, and the config of the scheduler that evaluation runs with.
+    Write `README.md`, the pictures it shows, and the config of the scheduler used in evaluation.
 
     Args:
         directory (`str` or `os.PathLike`):
-            Of the run, see [`~ddpo_trl.artifacts.record`].
+            Directory of the run, see [`~ddpo_trl.artifacts.record`].
         model_name (`str`):
-            Heading.
+            Heading of the card.
         repo_id (`str`):
-            The name it is loaded by.
+            Hub id or path to load the model from.
         policy ([`~ddpo_trl.policy.policy.Policy`]):
-            What was trained.
+            The trained policy.
         config ([`DDPOConfig`]):
             Settings of the run.
         prompt (`str`):
-            The prompt of the example.
+            Prompt of the example.
         inputs (`Mapping[str, Any]`):
-            What `config.pipeline_inputs` names, of that prompt.
+            Values of `config.pipeline_inputs` for this prompt.
         tags (`Sequence[str]`):
-            Tags of the metadata, beside those that follow from the pipeline.
+            Tags of the metadata, in addition to those derived from the pipeline.
         dataset_name (`str`, *optional*):
             Hub id of the prompts' dataset.
         rewards (`Mapping[str, float | None]`):
-            Weight of each reward function; `None` for those that training did not see.
+            Weight of each reward function; `None` for those used in evaluation only.
         log_history (`Sequence[dict]`):
-            The Trainer's logs.
+            Logs of the Trainer.
         paper (`Mapping[str, str]`):
-            Title, id and citation.
+            Title, id and citation of the paper.
     """
     pipeline = policy.pipeline
     pipeline.scheduler.save_pretrained(Path(directory) / SCHEDULER_FOLDER)
@@ -186,15 +168,15 @@ def write_model_card(
 
 class Pictures(NamedTuple):
     """
-    The pictures of a run, by their paths in its folder.
+    Pictures of a run, by their paths in its directory.
 
     Args:
         reward (`str`, *optional*):
-            The reward curve.
+            Reward curve.
         before_after (`str`, *optional*):
             Images before and after training.
         gallery (`list[tuple[str, str]]`):
-            Caption and path of single images, for the Hub to show first.
+            Captions and paths of single images, for the widget.
     """
 
     reward: str | None
@@ -203,25 +185,25 @@ class Pictures(NamedTuple):
 
     @classmethod
     def of(cls, directory: Path) -> "Pictures":
-        """Those that are there."""
+        """Collect the pictures that exist."""
         reward, before_after = (
             name if (directory / name).is_file() else None
             for name in (record.REWARD_CURVE_NAME, record.BEFORE_AFTER_NAME)
         )
-        return cls(reward, before_after, take_gallery(directory))
+        return cls(reward, before_after, copy_gallery(directory))
 
 
-def take_gallery(directory: Path) -> list[tuple[str, str]]:
+def copy_gallery(directory: Path) -> list[tuple[str, str]]:
     """
-    Copies images of the first fixed prompts, before training and now, to where later ones take their place: the Hub
-    gets no images of single rounds.
+    Copy images of the first fixed prompts, before training and now, to a folder where later ones overwrite them. The
+    folders of single rounds are not pushed to the Hub.
 
     Args:
         directory (`Path`):
-            Of the run.
+            Directory of the run.
 
     Returns:
-        `list[tuple[str, str]]`: Captions, which are prompts, and paths in the directory.
+        `list[tuple[str, str]]`: Captions (the prompts) and paths relative to the directory.
     """
     folders = sorted(path.parent for path in directory.glob(f"{record.SAMPLES_FOLDER}/*/{record.SAMPLES_NAME}"))
     if len(folders) < 2:
@@ -241,126 +223,10 @@ def take_gallery(directory: Path) -> list[tuple[str, str]]:
     return gallery
 
 
-def hub_name(pipeline: DiffusionPipeline) -> str | None:
-    """The Hub id that a pipeline was loaded by. A path on this machine means nothing to others."""
-    name = str(pipeline.name_or_path or "")
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return None
-    return name if "/" in name and not os.path.exists(name) else None
-
-
-@cache
-def license_of(base_model: str | None) -> dict[str, Any]:
-    """The metadata that say what the base model allows, which goes for its adapters as well; empty if not known."""
-    if base_model is None:
-        return {}
-    try:
-        data = ModelCard.load(base_model, ignore_metadata_errors=True).data.to_dict()
-    except (OSError, ValueError, YAMLError, httpx2.RequestError) as error:  # no network, no card, no metadata
-        logger.info(f"The licence of {base_model} is not in the model card, because its card can't be read: {error}")
-        return {}
-    fields = {name: data[name] for name in ("license", "license_name", "license_link") if name in data}
-    link = fields.get("license_link")
-    if link is not None and "://" not in link:  # a file beside that card
-        fields["license_link"] = f"https://huggingface.co/{base_model}/blob/main/{link}"
-    return fields
-
-
-def pipeline_tag(pipeline: DiffusionPipeline, config: DDPOConfig) -> str:
-    """The Hub's name for what a pipeline makes out of what."""
-    given = {*(config.pipeline_inputs or ()), *(config.pipeline_kwargs or ())}
-    source = "image" if "image" in given else "text"
-    return f"{source}-to-{'video' if makes_video(pipeline) else 'image'}"
-
-
-def example(
-    policy: Policy, config: DDPOConfig, repo_id: str, prompt: str, task: str, inputs: Mapping[str, Any]
-) -> str:
-    """Python that loads the model and makes an image with it, as evaluation does."""
-    pipeline, component = policy.pipeline, policy.denoiser_name
-    pipeline_class, scheduler_class = type(pipeline).__name__, type(pipeline.scheduler).__name__
-    where = f'"{repo_id}"' + (f', revision="{config.hub_revision}"' if config.hub_revision else "")
-    imports, arguments = [], ""
-    classes = [pipeline_class, scheduler_class]
-    after = [f'pipeline.scheduler = {scheduler_class}.from_pretrained({where}, subfolder="{SCHEDULER_FOLDER}")']
-    if policy.adapter is None:
-        model_class = type(policy.denoiser).__name__
-        classes.append(model_class)
-        arguments = f', {component}={model_class}.from_pretrained({where}, subfolder="{component}")'
-    elif has_lora_loader(pipeline):
-        after.append(f"pipeline.load_lora_weights({where})")
-    else:
-        imports.append("from peft import PeftModel")
-        after.append(f"PeftModel.from_pretrained(pipeline.{component}, {where})  # adds the adapter in place")
-    base = f'"{hub_name(pipeline) or "path/to/the/base/pipeline"}"'
-    if str(pipeline.name_or_path) == str(EMOJI_PATH):
-        imports.append("from ddpo_trl.emoji import EMOJI_PATH")
-        base = "EMOJI_PATH"
-    dtype = next(policy.denoiser.parameters()).dtype  # of the adapter it may be another
-    if dtype in (torch.float16, torch.bfloat16):
-        imports.insert(0, "import torch")
-        arguments += f", dtype={dtype}"
-    written, defined = written_arguments(config, inputs)
-    if any("load_image(" in line for line in defined):
-        imports.append("from diffusers.utils import load_image")
-    imports.insert(imports[:1] == ["import torch"], f"from diffusers import {', '.join(classes)}")
-    load = f"pipeline = {pipeline_class}.from_pretrained({base}{arguments})"
-    result, field = ("video", "frames") if task.endswith("video") else ("image", "images")
-    call = f"{result} = pipeline({', '.join([literal(prompt), *written])}).{field}[0]"
-    return "\n".join([*imports, "", load, *after, *defined, call])
-
-
-def written_arguments(config: DDPOConfig, inputs: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """
-    The arguments of the pipeline's call, as evaluation gives them.
-
-    Args:
-        config ([`DDPOConfig`]):
-            Settings of the run.
-        inputs (`Mapping[str, Any]`):
-            What `config.pipeline_inputs` names, of the prompt.
-
-    Returns:
-        The arguments in Python, and the lines before the call that define those that can't be written there.
-    """
-    assert not isinstance(config.pipeline_kwargs, str), "DDPOConfig parses strings"
-    values: dict[str, Any] = {"num_inference_steps": config.num_inference_steps}
-    if config.guidance_scale is not None:
-        values["guidance_scale"] = config.guidance_scale
-    values |= {**(config.pipeline_kwargs or {}), **{name: inputs.get(name) for name in config.pipeline_inputs or ()}}
-    written, defined = [], []
-    for name, value in values.items():
-        value = value.item() if isinstance(value, np.generic) else value
-        is_picture = isinstance(value, Image) or (value is None and name.endswith("image"))
-        if is_literal(value) and not is_picture:
-            written.append(f"{name}={literal(value)}")
-            continue
-        written.append(f"{name}={name}")
-        source = f'load_image("{name}.png")' if is_picture else f"...  # the {type(value).__name__} of the run"
-        defined.append(f"{name} = {source}")
-    return written, defined
-
-
-def is_literal(value: Any) -> bool:
-    """Whether Python reads a value back from what `repr` writes."""
-    if isinstance(value, dict):
-        return all(is_literal(part) for item in value.items() for part in item)
-    if isinstance(value, list | tuple):
-        return all(is_literal(part) for part in value)
-    return value is None or type(value) in (str, int, bool) or (type(value) is float and math.isfinite(value))
-
-
-def literal(value: Any) -> str:
-    """A value in Python, texts in double quotes."""
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
-
-
 def reward_rows(
     rewards: Mapping[str, float | None], rounds: Sequence[dict[str, Any]], evaluations: Sequence[dict[str, Any]]
 ) -> list[RewardRow]:
-    """A line for each reward function, if there was a round."""
+    """Return one row per reward function; none before the first round."""
     if not rounds:
         return []
     ends = [("", rounds[0]), ("", rounds[-1])]
@@ -373,6 +239,6 @@ def reward_rows(
 
 
 def flow_citations(config: DDPOConfig) -> list[str]:
-    """The papers of what flow matching steps by."""
+    """Return the citations of the SDE and the window that flow matching steps use."""
     window = [MIX_GRPO] if config.sde_window_size is not None else []
     return [FLOW_CPS if config.sde_type == "cps" else FLOW_GRPO, *window]

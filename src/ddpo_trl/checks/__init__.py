@@ -1,12 +1,12 @@
 """
-The on-policy guard: before any update a replayed step has the log-probability it was sampled with, or its cause is
-named.
+The on-policy check: before any update, a recomputed log-probability must equal the sampled one. If it does not, the
+error names the cause.
 
-The cause is found by trial: suspects replay the transition, each under one changed condition.
+Possible causes are tried one by one: each replays the transition with one condition changed.
 """
 
+from ddpo_trl.checks.mismatch import log_prob_difference
 from ddpo_trl.checks.replay import ReplayCheck, replay_problem
-from ddpo_trl.checks.trial import log_prob_difference
 
 
 __all__ = ["ReplayCheck", "log_prob_difference", "replay_problem"]

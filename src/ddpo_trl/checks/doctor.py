@@ -280,7 +280,7 @@ def counted_activations(module: nn.Module) -> Iterator[list[Tensor]]:
 
 @contextmanager
 def untouched(pipeline: DiffusionPipeline) -> Iterator[None]:
-    """Takes back what the trial does to the pipeline's networks: an adapter, frozen weights, evaluation mode."""
+    """Restore the pipeline's networks at exit: remove a new adapter, restore frozen weights, dtypes and modes."""
     networks = [component for component in pipeline.components.values() if isinstance(component, nn.Module)]
     without_adapter = [network for network in networks if not adapter_layers(network)]
     weights = [

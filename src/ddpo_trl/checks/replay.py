@@ -1,4 +1,4 @@
-"""Whether a replay is the sampling it repeats; if not, the sentence that names the cause."""
+"""Comparison of replayed with sampled log-probabilities, and the error that names the cause of a mismatch."""
 
 from collections.abc import Mapping, Sequence
 
@@ -6,13 +6,14 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
-from ddpo_trl.checks.causes import CHANGED_SUSPECTS, LOOP_SUSPECTS, RANDOM_SUSPECTS, Suspect
-from ddpo_trl.checks.trial import (
+from ddpo_trl.checks.causes import CHANGED_CAUSES, RANDOM_CAUSES, Cause
+from ddpo_trl.checks.loop_causes import LOOP_CAUSES
+from ddpo_trl.checks.mismatch import (
     FLOAT32_ROUNDING,
     FLOAT32_TOLERANCE,
     HALF_DTYPES,
     HALF_PRECISION_ROUNDING,
-    Trial,
+    Mismatch,
     log_prob_difference,
 )
 from ddpo_trl.config import DDPOConfig
@@ -29,80 +30,80 @@ def replay_problem(
     policy: Policy, micro_batch: Transition, log_probs: Tensor, batches: Sequence[SampledBatch]
 ) -> str | None:
     """
-    The sentence, with its cause, for a replay before any update that is not the sampling it repeats.
+    Compare a replay before any update with sampling, and describe the mismatch with its cause.
 
     Args:
         policy ([`~ddpo_trl.policy.policy.Policy`]):
-            As training calls it.
+            The policy as training calls it.
         micro_batch ([`~ddpo_trl.rollout.records.Transition`] of length `B`):
-            What was replayed.
+            The replayed micro-batch.
         log_probs (`torch.Tensor` of shape `(B,)`):
             The replayed log-probabilities.
         batches (`Sequence[SampledBatch]` of length `B`):
             The batch in which each sample was drawn.
 
     Returns:
-        `None` if the difference is within tolerance.
+        `str`: The error message, or `None` if the difference is within tolerance.
     """
     difference = log_prob_difference(policy.settings, log_probs, micro_batch.log_probs, micro_batch.latents)
     if difference <= FLOAT32_TOLERANCE:  # and not a NaN
         return None
     worst = int((log_probs - micro_batch.log_probs).abs().argmax())
-    trial = Trial(policy=policy, micro_batch=micro_batch, batch=batches[worst], difference=difference)
+    mismatch = Mismatch(policy=policy, micro_batch=micro_batch, batch=batches[worst], difference=difference)
     rounding = HALF_PRECISION_ROUNDING if is_half(policy, micro_batch) else FLOAT32_ROUNDING
-    if difference <= rounding and trial.is_rounding():
+    if difference <= rounding and mismatch.is_rounding():
         return None
     return (
         f"Before any update, step {micro_batch.step} has another log-probability in training than in sampling: they "
-        f"differ by {difference:.2g} per latent dimension, more than {FLOAT32_TOLERANCE}. {diagnosis(trial)}"
+        f"differ by {difference:.2g} per latent dimension, more than {FLOAT32_TOLERANCE}. {diagnosis(mismatch)}"
     )
 
 
 def is_half(policy: Policy, micro_batch: Transition) -> bool:
-    """Whether half precision has a part in the log-probabilities."""
+    """Return whether the log-probabilities are computed in half precision."""
     dtypes = {micro_batch.latents.dtype, policy.denoiser.dtype}
     return policy.settings.mixed_precision != "no" or not dtypes.isdisjoint(HALF_DTYPES)
 
 
-def diagnosis(trial: Trial) -> str:
-    """The cause, and the remedy where there is one; or what was ruled out."""
-    if is_sharded(trial.policy):
+def diagnosis(mismatch: Mismatch) -> str:
+    """Return the cause with its remedy, or the list of causes that were ruled out."""
+    if is_sharded(mismatch.policy):
         return (
-            "The cause was not looked for: with sharded weights one process can't replay alone. Ask `ddpo-trl "
-            "doctor`, or start the run on one process."
+            "The cause was not searched: with sharded weights one process can't replay alone. Run `ddpo-trl doctor`, "
+            "or start the run on one process."
         )
-    if (spread := trial.spread_of(trial.replay)) > FLOAT32_TOLERANCE:
-        trial.spread = spread
-    suspects = RANDOM_SUSPECTS if trial.spread else CHANGED_SUSPECTS
-    acquitted: list[str] = []
-    if cause := first_cause(trial, suspects, acquitted):
+    if (spread := mismatch.spread_of(mismatch.replay)) > FLOAT32_TOLERANCE:
+        mismatch.spread = spread
+    causes = RANDOM_CAUSES if mismatch.spread else CHANGED_CAUSES
+    ruled_out: list[str] = []
+    if cause := first_cause(mismatch, causes, ruled_out):
         return cause
-    if trial.spread:
-        what = "Two replays of it differ from each other: the pipeline has a source of randomness, maybe a hook"
-    elif trial.repeats_itself():
-        what = "Sampled and replayed anew it does not differ: something has changed since it was sampled"
-    elif cause := first_cause(trial, LOOP_SUSPECTS, acquitted):
+    if mismatch.spread:
+        what = "Two replays differ from each other: the pipeline has a source of randomness, maybe a hook"
+    elif mismatch.vanishes_when_resampled():
+        what = "Sampled and replayed again, the step does not differ: something has changed since it was sampled"
+    elif cause := first_cause(mismatch, LOOP_CAUSES, ruled_out):
         return cause
     else:
-        what = "Sampling anew and replaying differ as well: in the pipeline they are not the same"
-    return f"{what}. The cause was not found. Ruled out: {', '.join(acquitted)}."
+        what = "Sampled and replayed again, the step differs too: the pipeline computes the two differently"
+    return f"{what}. The cause was not found. Ruled out: {', '.join(ruled_out)}."
 
 
-def first_cause(trial: Trial, suspects: Mapping[str, Suspect], acquitted: list[str]) -> str | None:
-    """What the first suspect that explains the difference says; the others are added to `acquitted`."""
-    for name, suspect in suspects.items():
+def first_cause(mismatch: Mismatch, causes: Mapping[str, Cause], ruled_out: list[str]) -> str | None:
+    """Return the sentence of the first cause that explains the difference; add the others to `ruled_out`."""
+    for name, check in causes.items():
         try:
-            if cause := suspect(trial):
+            if cause := check(mismatch):
                 return f"The cause is {cause}"
-            acquitted.append(name)
-        except Exception as error:  # a pipeline may not bear the trial, and that must not hide the finding
-            acquitted.append(f"{name} (not tried: {type(error).__name__})")
+            ruled_out.append(name)
+        except Exception as error:  # a check that fails must not hide the mismatch
+            ruled_out.append(f"{name} (not tried: {type(error).__name__})")
     return None
 
 
 class ReplayCheck:
     """
-    Compares replays before any update with the sampling they repeat.
+    Compares replays before any update with sampling.
 
     Args:
         config ([`DDPOConfig`]):
@@ -117,7 +118,7 @@ class ReplayCheck:
         self, policy: Policy, batch: Transition, log_probs: Tensor, rollout: Rollout, is_first: bool
     ) -> Tensor:
         """
-        Largest |ratio − 1| of replay to rollout.
+        Return the largest |ratio − 1| of replay to rollout.
 
         Args:
             policy ([`~ddpo_trl.policy.policy.Policy`]):
@@ -127,12 +128,12 @@ class ReplayCheck:
             log_probs (`torch.Tensor` of shape `(B,)`):
                 Its replayed log-probabilities, without gradient.
             rollout ([`~ddpo_trl.rollout.records.Rollout`]):
-                Where it comes from.
+                The rollout it is part of.
             is_first (`bool`):
-                Whether no update was made in this run yet.
+                True if there was no update in this run yet.
 
         Raises:
-            `RuntimeError`: If the replay is another policy than was sampled, in the first round only.
+            `RuntimeError`: If the replay differs from sampling, in the first round only.
         """
         if not batch.share_counted:
             return torch.zeros_like(log_probs[0])
@@ -143,7 +144,7 @@ class ReplayCheck:
         return (torch.exp(log_probs - batch.log_probs) - 1).abs().max()
 
     def warn_of_rounding(self, deviation: float) -> None:
-        """Warns once if rounding alone clips: the first update starts from ratios of 1, those after it do not."""
+        """Warn once if rounding alone causes clipping: only the first update of a round starts from ratios of 1."""
         config = self.config
         if self.warned or config.updates_per_round == 1 or deviation <= config.cliprange:
             return

@@ -21,7 +21,7 @@ from ddpo_trl.prompts import (
     prompt_pairs,
 )
 from ddpo_trl.rewards import RemoteReward
-from ddpo_trl.rewards.scoring import RewardFunction
+from ddpo_trl.rewards.function import RewardFunction
 from ddpo_trl.suggestions import did_you_mean
 
 

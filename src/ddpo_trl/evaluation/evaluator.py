@@ -17,7 +17,9 @@ from ddpo_trl.finite import finite_rows
 from ddpo_trl.policy.policy import Policy
 from ddpo_trl.policy.records import Context
 from ddpo_trl.prompts import PromptPair, default_prompt_key, prompt_keys
-from ddpo_trl.rewards.scoring import PendingRewards, RewardScorer, first_problem, unique_names
+from ddpo_trl.rewards.function import unique_names
+from ddpo_trl.rewards.pending import PendingRewards, first_problem
+from ddpo_trl.rewards.scoring import RewardScorer
 from ddpo_trl.rollout.callbacks import RoundProgress
 from ddpo_trl.seeding import Stream, derived_seed, randomness_untouched
 
@@ -159,7 +161,9 @@ class Evaluator:
                 made.append(self._make_batch(chunk, pairs, make, scorers))
                 bar.update(len(chunk))
             images, pending = zip(*made, strict=True)
-            rewards = [torch.cat([scores.marked() for scores in batches]) for batches in zip(*pending, strict=True)]
+            rewards = [
+                torch.cat([scores.rewards_or_nan() for scores in batches]) for batches in zip(*pending, strict=True)
+            ]
         problem = first_problem([scores for batch in pending for scores in batch], raises=not self.drop_invalid)
         place_of = {index: place for place, index in enumerate(gather(self.accelerator, torch.tensor(share)).tolist())}
         places = [place_of[index] for index in range(len(pairs))]

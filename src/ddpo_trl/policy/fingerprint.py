@@ -1,7 +1,7 @@
-"""Under which conditions a batch was sampled: what training has to share with it, told apart at next to no cost.
+"""Fingerprint of the state that training must share with sampling: settings, weights, adapter and embeddings.
 
-Sums stand for tensors, since a copy of weights or embeddings would cost memory in every round. They are left on the
-device: nothing waits for them unless they are compared.
+Tensors are represented by sums, since copies of weights or embeddings would cost memory in every round. The sums stay
+on the device, so that there is no synchronization unless they are compared.
 """
 
 import copy
@@ -21,25 +21,25 @@ from ddpo_trl.policy.lora import adapter_layers
 
 
 @dataclass(frozen=True, kw_only=True)
-class Conditions:
+class Fingerprint:
     """
-    Under which conditions a batch was sampled. They are looked at if a replay turns out to be another policy.
+    State in which a batch was sampled. It is compared with the current one if a replay differs from sampling.
 
     Args:
         autocast (`torch.dtype`, *optional*):
-            The dtype of autocast, `None` if it was off.
+            Dtype of autocast, `None` if it was disabled.
         settings (`Mapping[str, Mapping]`):
-            The sampler's settings by owner and name.
+            Settings of the sampler by owner and name.
         denoiser_dtype (`torch.dtype`):
-            In which the denoiser was.
+            Dtype of the denoiser.
         adapter (`tuple`):
-            How each adapter layer was switched.
+            State of each adapter layer, see [`adapter_switches`].
         weights (`Mapping[str, torch.Tensor]`):
-            The sum of each trained parameter.
+            Sum of each trained parameter.
         embeddings (`tuple[torch.Tensor, ...]`):
-            Weighted sums over the prompt embeddings of all calls of the pipeline; empty if they are not known.
+            Weighted sums over the prompt embeddings of all pipeline calls; empty if they are unknown.
         stochastic (`Collection[int]`, *optional*):
-            Indices of the steps that got noise, `None` for all.
+            Indices of the stochastic steps, `None` for all.
     """
 
     autocast: torch.dtype | None
@@ -54,31 +54,31 @@ class Conditions:
 # Fields of DDPOConfig that are read in every run of the pipeline. Others, like eta, are read once.
 LIVE_FIELDS = ("guidance_scale", "num_inference_steps", "log_prob_reduction")
 
-# By whom settings are held: the config, the further arguments of the pipeline, the policy scheduler.
+# Settings by their owner: the config, the `pipeline_kwargs`, the policy scheduler.
 SettingOwners = Mapping[str, dict[str, Any]]
 
 
-def conditions(
+def fingerprint(
     settings: Mapping[str, Mapping[str, Any]],
     denoiser: ModelMixin,
     embeddings: Any,
     stochastic: Collection[int] | None,
-) -> Conditions:
+) -> Fingerprint:
     """
-    The conditions that hold now.
+    Return the fingerprint of the current state.
 
     Args:
         settings (`Mapping[str, Mapping]`):
-            [`settings_in_use`].
+            Settings of the sampler, see [`settings_in_use`].
         denoiser ([`~diffusers.ModelMixin`]):
-            The network that is trained.
+            The trained network.
         embeddings:
-            What `encode_prompt` returned; empty if it is not known.
+            Return values of `encode_prompt`; empty if they are unknown.
         stochastic (`Collection[int]`, *optional*):
-            Indices of the steps that get noise, `None` for all.
+            Indices of the stochastic steps, `None` for all.
     """
     device = denoiser.device.type
-    return Conditions(
+    return Fingerprint(
         autocast=torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None,
         settings=settings,
         denoiser_dtype=denoiser.dtype,
@@ -90,20 +90,20 @@ def conditions(
 
 
 def setting_owners(config: DDPOConfig, pipeline_kwargs: dict[str, Any], scheduler: Any) -> SettingOwners:
-    """Where the sampler's settings live; to write there changes the sampler."""
+    """Return the dictionaries that hold the sampler's settings. Changes to them change the sampler."""
     return {"config": vars(config), "pipeline_kwargs": pipeline_kwargs, "scheduler": vars(scheduler)}
 
 
 def settings_in_use(owners: SettingOwners) -> dict[str, dict[str, Any]]:
-    """The values of all settings that a run of the pipeline reads, by owner and name."""
+    """Return the values of all settings that a call of the pipeline reads, by owner and name."""
     return {
         "config": {name: owners["config"][name] for name in LIVE_FIELDS},
-        # Copied where it can be told whether somebody wrote into it.
+        # Copied where a later change in place can be detected by comparison.
         "pipeline_kwargs": {
             name: copy.deepcopy(value) if is_setting(value) else value
             for name, value in owners["pipeline_kwargs"].items()
         },
-        # What begins with _ counts the steps, and the rest are tensors that follow from the numbers.
+        # Names with _ are step counters, and the remaining values are tensors computed from these numbers.
         "scheduler": {
             name: value
             for name, value in owners["scheduler"].items()
@@ -113,7 +113,7 @@ def settings_in_use(owners: SettingOwners) -> dict[str, dict[str, Any]]:
 
 
 def adapter_switches(denoiser: nn.Module) -> tuple[tuple[Any, ...], ...]:
-    """Of each adapter layer: whether it is off or merged into the weights, which adapters count, and their scales."""
+    """Return for each adapter layer if it is disabled or merged, its active adapters, and their scales."""
     return tuple(
         (
             layer.disable_adapters,
@@ -126,7 +126,7 @@ def adapter_switches(denoiser: nn.Module) -> tuple[tuple[Any, ...], ...]:
 
 
 def weight_sums(denoiser: nn.Module) -> Mapping[str, Tensor]:
-    """The sum of each trained parameter; of this process's part of it where it is sharded."""
+    """Return the sum of each trained parameter, or of this process's shard of it."""
     return {
         name: (parameter.to_local() if isinstance(parameter, DTensor) else parameter).detach().sum()
         for name, parameter in denoiser.named_parameters()
@@ -134,15 +134,15 @@ def weight_sums(denoiser: nn.Module) -> Mapping[str, Tensor]:
     }
 
 
-def changed_weights(denoiser: nn.Module, before: Conditions | None) -> list[str]:
-    """Names of the trained parameters whose sum has changed since the conditions were recorded."""
+def changed_weights(denoiser: nn.Module, before: Fingerprint | None) -> list[str]:
+    """Return the names of the trained parameters whose sum has changed since the fingerprint was taken."""
     sums = {} if before is None else before.weights
     now = weight_sums(denoiser)
     return [name for name, value in sums.items() if name not in now or now[name] != value]
 
 
 def row_sums(tensor: Tensor) -> Tensor:
-    """Weighted sums over all dimensions but the first: exchanged rows show. (Plain ones are 0 after a LayerNorm.)"""
+    """Return weighted sums over all dimensions except the first. (Unweighted ones are 0 after a LayerNorm.)"""
     if tensor.ndim < 2:
         return tensor.float()
     rows = tensor.flatten(1).float()
@@ -150,7 +150,7 @@ def row_sums(tensor: Tensor) -> Tensor:
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """All tensors in nested tuples, lists and dictionaries."""
+    """Iterate over all tensors in nested tuples, lists and dictionaries."""
     match value:
         case Tensor():
             yield value

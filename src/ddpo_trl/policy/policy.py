@@ -17,7 +17,7 @@ from ddpo_trl.distributed import is_sharded
 from ddpo_trl.finite import check_weights
 from ddpo_trl.policy.calls import BatchCalls, attention_modules, images_tensor, processors_kept
 from ddpo_trl.policy.embeddings import OnlyInPlace, PromptEncoder, is_setting
-from ddpo_trl.policy.fingerprint import Conditions, SettingOwners, conditions, setting_owners, settings_in_use
+from ddpo_trl.policy.fingerprint import Fingerprint, SettingOwners, fingerprint, setting_owners, settings_in_use
 from ddpo_trl.policy.gaussian import kl_divergence, log_prob
 from ddpo_trl.policy.lora import (
     adapter_layers,
@@ -345,7 +345,7 @@ class Policy(nn.Module):
             context=context,
             images=images,
             steps=steps,
-            conditions=self.conditions(stochastic),
+            fingerprint=self.fingerprint(stochastic),
             finite_steps=source.finite_steps,
             steps_run=source.steps_run,
         )
@@ -403,7 +403,7 @@ class Policy(nn.Module):
             context=context,
             images=images,
             steps={},
-            conditions=self.conditions(stochastic),
+            fingerprint=self.fingerprint(stochastic),
             gradients=taken,
             finite_steps=source.finite_steps,
             steps_run=source.steps_run,
@@ -449,7 +449,7 @@ class Policy(nn.Module):
                 "them out with train_timestep_range, or take denoising_end and the like out of pipeline_kwargs."
             )
 
-    def conditions(self, stochastic: Collection[int] | None) -> Conditions:
+    def fingerprint(self, stochastic: Collection[int] | None) -> Fingerprint:
         """
         What holds now and was true of the last call of the pipeline: training has to share it with sampling.
 
@@ -458,15 +458,15 @@ class Policy(nn.Module):
                 Indices of the steps that get noise, `None` for all.
         """
         embeddings = [encoder.returned for encoder in self._encoders]
-        return conditions(settings_in_use(self.setting_owners), self.denoiser, embeddings, stochastic)
+        return fingerprint(settings_in_use(self.setting_owners), self.denoiser, embeddings, stochastic)
 
     @torch.no_grad()
     def embedding_sums(self, context: Context) -> tuple[Tensor, ...]:
-        """Those that [`~ddpo_trl.types.Conditions`] would hold of a batch now; its first step is run for it."""
+        """Return the embedding sums of the current [`Fingerprint`] of a batch; its first step is run for it."""
         sums: list[Tensor] = []
         for call in self.calls.split(context):
             self._run_to(self.policy_pipeline, Replay(0), call)
-            sums.extend(self.conditions(None).embeddings)
+            sums.extend(self.fingerprint(None).embeddings)
         return tuple(sums)
 
     @property

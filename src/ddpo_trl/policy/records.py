@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddpo_trl.policy.fingerprint import Conditions
+from ddpo_trl.policy.fingerprint import Fingerprint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +123,7 @@ class SampledBatch:
             What the pipeline made, float32 in [0, 1]; in a rollout, on the CPU.
         steps (`Mapping[int, Step]`):
             The recorded transitions, by the index of their step in the sampler's schedule (0 is the noisiest).
-        conditions ([`Conditions`], *optional*):
+        fingerprint ([`Fingerprint`], *optional*):
             Under which they were sampled.
         gradients ([`Gradients`], *optional*):
             In one pass only; `steps` is empty then.
@@ -134,7 +134,7 @@ class SampledBatch:
     context: Context
     images: Tensor
     steps: Mapping[int, Step]
-    conditions: Conditions | None = None
+    fingerprint: Fingerprint | None = None
     gradients: Gradients | None = None
     finite_steps: Tensor | None = None
     steps_run: int = 0
@@ -160,7 +160,7 @@ class SampledBatch:
                 f"The samples of a batch take different numbers of steps, {' and '.join(map(str, sorted(counts)))}: "
                 f"{', '.join(context.inputs)} changes the schedule. Give one value for all in pipeline_kwargs."
             )
-        conditions = [part.conditions for part in parts if part.conditions is not None]
+        fingerprints = [part.fingerprint for part in parts if part.fingerprint is not None]
         gradients = [part.gradients for part in parts if part.gradients is not None]
         finite_steps = [part.finite_steps for part in parts if part.finite_steps is not None]
         return cls(
@@ -175,10 +175,10 @@ class SampledBatch:
                 )
                 for index in parts[0].steps
             },
-            conditions=replace(
-                conditions[-1], embeddings=tuple(chain.from_iterable(each.embeddings for each in conditions))
+            fingerprint=replace(
+                fingerprints[-1], embeddings=tuple(chain.from_iterable(each.embeddings for each in fingerprints))
             )
-            if conditions
+            if fingerprints
             else None,
             gradients=Gradients(
                 log_probs=torch.cat([each.log_probs for each in gradients]),

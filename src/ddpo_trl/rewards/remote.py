@@ -1,9 +1,7 @@
-"""Rewards from another process or machine: the client of `ddpo-trl serve-reward`, and how a request is written."""
+"""Rewards from another process or machine: the client of `ddpo-trl serve-reward`."""
 
 import functools
-import io
 import ipaddress
-import json
 import logging
 import math
 import os
@@ -13,20 +11,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import httpx2
-import numpy as np
-import torch
-from PIL import Image
-from safetensors.torch import load, save
 from torch import Tensor
 
-from ddpo_trl.rewards.model import as_pictures
+from ddpo_trl.rewards.wire_format import FORMATS, pack
 from ddpo_trl.rewards.workers import CallTimeout, call_within
 
 
 logger = logging.getLogger(__name__)
 
 TOKEN_VARIABLE = "DDPO_TRL_REWARD_TOKEN"
-FORMATS = ("png", "fp16")
 MEGABYTE = 10**6
 START = "Start one by `ddpo-trl serve-reward module:function`"
 
@@ -35,12 +28,12 @@ class RemoteReward:
     """
     A reward function that a reward server computes, in another process or on another machine.
 
-    The server is started by `ddpo-trl serve-reward module:function`. Its reward function's name is that of the logs. A
-    failure of the connection, and an answer of status 429 or 5xx, is tried again after `backoff`, 2 `backoff`, 4
-    `backoff`, ... seconds. A wrong answer, an error in the served function and no answer within `timeout` are not.
+    The server is started by `ddpo-trl serve-reward module:function`. Rewards are logged under the name of the served
+    function. A request is sent again after `backoff`, 2 `backoff`, 4 `backoff`, ... seconds if the connection fails or
+    the status is 429 or 5xx. A malformed answer, an error in the served function and a timeout are not retried.
 
-    It can be pickled, with its token, and called from several threads at once. Where the environment names a proxy
-    (`HTTP_PROXY`, ...), requests go through it, and errors name it; to a server on this machine they never do.
+    It can be pickled, with its token, and called from several threads at once. Requests go through the proxy that the
+    environment sets (`HTTP_PROXY`, ...), and errors name it; requests to this machine never use a proxy.
 
     ```py
     reward = RemoteReward("http://127.0.0.1:8000")
@@ -49,29 +42,28 @@ class RemoteReward:
 
     Args:
         url (`str`):
-            Of the server, such as `"http://gpu2:8000"`. It is asked at construction whether it is there.
+            URL of the server, such as `"http://gpu2:8000"`. It must be running at construction.
         token (`str`, *optional*):
-            The server's; the environment variable `DDPO_TRL_REWARD_TOKEN` by default.
+            Token of the server; the environment variable `DDPO_TRL_REWARD_TOKEN` by default.
         image_format (`str`, *optional*, defaults to `"png"`):
-            How images travel: as `"png"`, rounded to 8 bits as in a file, or as `"fp16"`, pixels in half precision:
-            some three times the bytes, but no work to speak of, where PNG takes 50 ms for an image of 512×512.
+            Encoding of images: `"png"`, rounded to 8 bits, or `"fp16"`, pixels in half precision. The latter has about
+            three times the size, but saves the encoding time of PNG, about 50 ms per 512×512 image.
         timeout (`float`, *optional*, defaults to `120.0`):
-            Seconds that a request may take until its answer is complete. The first may need the model to be loaded.
-            Half of them may pass until there is a connection.
+            Time limit in seconds for a request and its complete answer. The first request may include loading the
+            model. Half of it is the limit for connecting.
         retries (`int`, *optional*, defaults to `5`):
-            How often a call is tried again.
+            Number of retries of a call.
         backoff (`float`, *optional*, defaults to `1.0`):
-            Seconds before the first of these. With `retries` it is (2^`retries` − 1) `backoff` seconds, 31 by default,
-            that a server may be away; `reward_timeout` of [`DDPOConfig`] should be longer.
+            Seconds before the first retry. A server may be unavailable for (2^`retries` − 1) `backoff` seconds, 31 by
+            default; `reward_timeout` of [`DDPOConfig`] should be longer.
 
     Attributes:
         name (`str`):
-            Of the served reward function.
+            Name of the served reward function.
 
     Raises:
-        `ConnectionError`: If there is no server.
-        `ValueError`: If an argument is out of range, or if there is a server, but no reward server or not with this
-            token.
+        `ConnectionError`: If there is no server at the URL.
+        `ValueError`: If an argument is out of range, the server is not a reward server, or it refuses the token.
     """
 
     def __init__(
@@ -86,12 +78,12 @@ class RemoteReward:
     ):
         _check_url(url)
         if image_format not in FORMATS:
-            raise ValueError(f"image_format is {image_format!r}; give one of {FORMATS}.")
+            raise ValueError(f"image_format is {image_format!r}; it must be one of {FORMATS}.")
         for name, value, least in (("retries", retries, 0), ("backoff", backoff, 0.0)):
             if value < least:
                 raise ValueError(f"{name} is {value}; it must be at least {least}.")
         if not timeout > 0:
-            raise ValueError(f"timeout is {timeout}; give a number of seconds above 0.")
+            raise ValueError(f"timeout is {timeout}; it must be a number of seconds above 0.")
         self.url = url.rstrip("/")
         self.image_format = image_format
         self.timeout = timeout
@@ -99,28 +91,28 @@ class RemoteReward:
         self.backoff = backoff
         self._token = checked_token(token)
         self._proxy = proxy_for(self.url)
-        self.name, self._max_bytes = self._ask_who_is_there()
+        self.name, self._max_bytes = self._ask_health()
 
     def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Any]) -> list[float | None]:
         """
-        Has a batch of images or videos scored.
+        Score a batch of images or videos on the server.
 
         Args:
             images (`torch.Tensor` of shape `(B, 3, H, W)`, or `(B, F, 3, H, W)` for video):
                 Values in [0, 1].
             prompts, metadata (`Sequence` of length `B`):
-                What belongs to each. The metadata travels as JSON: tuples become lists, keys strings.
+                Prompt and metadata of each. Metadata is sent as JSON: tuples become lists, keys become strings.
 
         Returns:
-            `list` of length `B`: numbers, `None` where the served function gave `None`, and NaN where it gave another
-            value that is not finite.
+            `list` of length `B`: numbers, `None` if the served function returned `None`, and NaN for other values that
+            are not finite.
 
         Raises:
-            `ConnectionError`: If the server is away for longer than the retries last.
-            `TimeoutError`: If it gives no answer in time.
+            `ConnectionError`: If the server can't be reached in any of the retries.
+            `TimeoutError`: If it does not answer in time.
             `RuntimeError`: If the served function raised an error.
-            `TypeError`: If the metadata is not JSON.
-            `ValueError`: If the answer is no answer, or the request larger than the server takes.
+            `TypeError`: If the metadata can't be written as JSON.
+            `ValueError`: If the answer is malformed, or the request larger than the server accepts.
         """
         body = pack(images, prompts, metadata, self.image_format)
         if len(body) > self._max_bytes:
@@ -138,7 +130,7 @@ class RemoteReward:
         return self._rewards(response)
 
     def _post(self, body: bytes) -> httpx2.Response:
-        """The first answer that doesn't ask to try again."""
+        """Return the first answer that is not to be retried."""
         problem = ""
         for attempt in range(self.retries + 1):
             if attempt:
@@ -154,36 +146,36 @@ class RemoteReward:
                     return response
                 problem = f"status {response.status_code}"
         raise ConnectionError(
-            f"The reward server at {self.place} could not be reached in {self.retries + 1} tries ({problem}). See "
-            f"whether it still runs, and its log. {START}, or raise retries or backoff if it needs longer to return."
+            f"The reward server at {self.place} could not be reached in {self.retries + 1} tries ({problem}). Check "
+            f"whether it is running, and its log. {START}, or increase retries or backoff if it restarts slowly."
         )
 
     def _send(self, method: str, path: str, body: bytes | None = None) -> httpx2.Response:
-        """One try; a `ConnectionError` is worth another."""
-        with self._connect() as client:  # closed when the time is over, which ends what still trickles in
+        """Send a request once; a `ConnectionError` is to be retried."""
+        with self._connect() as client:  # closing it on a timeout ends an answer that is still being received
             try:
-                # The client's own limit is for a single read or write, of which an answer may take any number.
+                # The client's own timeout applies to a single read or write, of which an answer may need many.
                 return call_within(
                     self.timeout, functools.partial(client.request, method, self.url + path, content=body)
                 )
             except httpx2.DecodingError as error:
-                raise ValueError(f"The reward server at {self.place} gave a malformed answer: {error}.") from error
+                raise ValueError(f"The reward server at {self.place} sent a malformed answer: {error}.") from error
             except (CallTimeout, httpx2.ReadTimeout, httpx2.WriteTimeout) as error:
                 raise TimeoutError(
-                    f"The reward server at {self.place} gave no answer within {self.timeout:g} s. If it needs more, "
-                    "raise timeout; if it hangs, its log may tell why."
+                    f"The reward server at {self.place} did not answer within {self.timeout:g} s. If it needs more "
+                    "time, increase timeout; if it hangs, see its log."
                 ) from error
             except httpx2.RequestError as error:
                 raise ConnectionError(f"{type(error).__name__}: {error}") from error
 
-    def _ask_who_is_there(self) -> tuple[str, int]:
-        """The name of the served function, and how many bytes a request may have."""
+    def _ask_health(self) -> tuple[str, int]:
+        """Return the name of the served function, and the largest size of a request in bytes."""
         try:
             response = self._send("GET", "/health")
         except ConnectionError as error:
             raise ConnectionError(
                 f"There is no reward server at {self.place} ({error}). {START} on that machine, with --host 0.0.0.0 "
-                "if it is another one, and give the url that it prints."
+                "if it is a remote one, and pass the url that it prints."
             ) from error
         if response.status_code != 200:
             raise ValueError(self._refused(response))
@@ -194,12 +186,12 @@ class RemoteReward:
             name, max_bytes = None, None
         if not (isinstance(name, str) and name and isinstance(max_bytes, int)):
             raise ValueError(
-                f"What is at {self.place} is no reward server: to /health it answered {_detail(response)!r}. {START}."
+                f"{self.place} is not a reward server: to /health it answered {_detail(response)!r}. {START}."
             )
         return name, max_bytes
 
     def _rewards(self, response: httpx2.Response) -> list[float | None]:
-        """The rewards of an answer. Their number and values are left to the scorer, as those of local functions."""
+        """Return the rewards of an answer. The scorer checks their number and values, as for local functions."""
         try:
             answer = response.json()
             rewards, not_finite = answer["rewards"], answer.get("not_finite", [])
@@ -214,23 +206,23 @@ class RemoteReward:
 
     def _refused(self, response: httpx2.Response) -> str:
         if response.status_code == 401:
-            given = "another one was given" if self._token else "none was given"
+            given = "another one was passed" if self._token else "none was passed"
             return (
-                f"The reward server at {self.place} asks for its token, and {given}; give token, or set the "
-                f"environment variable {TOKEN_VARIABLE}, to what the server was started with."
+                f"The reward server at {self.place} requires its token, but {given}; pass token, or set the "
+                f"environment variable {TOKEN_VARIABLE}, to the token that the server was started with."
             )
         return f"The reward server at {self.place} answered status {response.status_code}: {_detail(response)!r}."
 
     def _too_large(self, size: int) -> str:
         return (
-            f"A request of {size / MEGABYTE:.1f} MB is more than the reward server at {self.place} takes; start it "
-            "with a larger --max_request_mb, or send less at once: image_format='png', or a smaller "
+            f"A request of {size / MEGABYTE:.1f} MB is more than the reward server at {self.place} accepts; start "
+            "it with a larger --max_request_mb, or send smaller requests: image_format='png', or a smaller "
             "per_device_sample_batch_size."
         )
 
     @property
     def place(self) -> str:
-        """The server's url for error messages, with the proxy on the way to it."""
+        """URL of the server for error messages, with the proxy in use."""
         if self._proxy is None:
             return self.url
         return f"{self.url} (through the proxy {httpx2.URL(self._proxy).copy_with(userinfo=b'')})"
@@ -238,7 +230,7 @@ class RemoteReward:
     def _connect(self) -> httpx2.Client:
         return httpx2.Client(
             timeout=httpx2.Timeout(self.timeout, connect=self.timeout / 2),
-            transport=httpx2.HTTPTransport(proxy=self._proxy),  # and not whichever the client would find
+            transport=httpx2.HTTPTransport(proxy=self._proxy),  # instead of the one that the client would choose
             headers={} if self._token is None else {"Authorization": f"Bearer {self._token}"},
         )
 
@@ -247,7 +239,7 @@ class RemoteReward:
 
 
 def proxy_for(url: str) -> str | None:
-    """The proxy that the environment names for a url; none for this machine itself, whatever it says."""
+    """Return the proxy that the environment sets for a URL; always `None` for this machine."""
     parsed = httpx2.URL(url)
     if is_loopback(parsed.host) or urllib.request.proxy_bypass(parsed.host):
         return None
@@ -256,7 +248,7 @@ def proxy_for(url: str) -> str | None:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether it is `localhost` or an address such as 127.0.0.1 and ::1."""
+    """Return whether a host is `localhost` or a loopback address such as 127.0.0.1 or ::1."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -267,112 +259,35 @@ def _check_url(url: str) -> None:
     try:
         parsed = httpx2.URL(url)
     except httpx2.InvalidURL as error:
-        raise ValueError(f"url is {url!r}, which is none: {error}.") from error
+        raise ValueError(f"url is {url!r}, which is not a valid URL: {error}.") from error
     if parsed.scheme not in ("http", "https") or not parsed.host:
-        raise ValueError(f"url is {url!r}; give that of a reward server, such as 'http://127.0.0.1:8000'.")
+        raise ValueError(f"url is {url!r}; pass the URL of a reward server, such as 'http://127.0.0.1:8000'.")
 
 
 def checked_token(token: str | None) -> str | None:
     """
-    The given token, or that of the environment.
+    Return the given token, or the one in the environment, after checking it.
 
     Raises:
-        `ValueError`: If it is empty or can't be sent; not that of a variable that isn't set.
+        `ValueError`: If it is empty or can't be sent in a header.
     """
     token = os.environ.get(TOKEN_VARIABLE) if token is None else token
     if token is None or (token.isascii() and token.isprintable() and token and " " not in token):
         return token
-    raise ValueError(  # which shows no secret
+    raise ValueError(  # does not show the token
         f"token (or {TOKEN_VARIABLE}) has {len(token)} characters, which are not all printable ASCII without spaces; "
-        "give another one, or none."
+        "use another one, or none."
     )
 
 
-def pack(images: Tensor, prompts: Sequence[str], metadata: Sequence[Any], image_format: str) -> bytes:
-    """
-    A request: a safetensors file, which says itself what is in it and runs no code when it is read.
-
-    Its tensors are `images`, float16, or else the bytes of a PNG file for every image or frame, named `0`, `1`, ...
-    Its header has `image_format`, and as JSON `shape`, `prompts` and `metadata`.
-
-    Raises:
-        `TypeError`: If the metadata is not JSON.
-    """
-    header = {
-        "image_format": image_format,
-        "shape": json.dumps(list(images.shape)),
-        "prompts": json.dumps(list(prompts)),
-        "metadata": f"[{', '.join(map(_as_json, metadata, prompts))}]",
-    }
-    if image_format == "fp16":
-        return save({"images": images.detach().half().cpu().contiguous()}, header)
-    frames = images.detach().flatten(0, -4)
-    return save({str(index): _as_png(picture) for index, picture in enumerate(as_pictures(frames))}, header)
-
-
-def unpack(body: bytes) -> tuple[Tensor, tuple[str, ...], tuple[Any, ...]]:
-    """
-    What [`pack`] packed, from anywhere.
-
-    Returns:
-        Images as float32 in [0, 1] on the CPU, prompts and metadata.
-
-    Raises:
-        `ValueError`: If it is malformed.
-    """
-    try:
-        tensors = load(body)
-        header = json.loads(body[8 : 8 + int.from_bytes(body[:8], "little")])["__metadata__"]
-        shape, prompts, metadata = (json.loads(header[name]) for name in ("shape", "prompts", "metadata"))
-        if header["image_format"] == "fp16":
-            images = tensors["images"].float()
-        else:
-            images = torch.stack([_from_png(tensors[str(index)]) for index in range(len(tensors))])
-        images = images.view(shape)
-    except Exception as error:  # whichever of safetensors, JSON, PIL and torch finds the fault
-        raise ValueError(f"The request is malformed ({type(error).__name__}: {error}).") from error
-    _check_request(images, prompts, metadata)
-    return images, tuple(prompts), tuple(metadata)
-
-
-def _check_request(images: Tensor, prompts: Any, metadata: Any) -> None:
-    if images.ndim not in (4, 5) or images.shape[-3] != 3 or not images.numel():
-        raise ValueError(f"The request is malformed: its images have the shape {tuple(images.shape)}.")
-    if not (isinstance(prompts, list) and all(isinstance(prompt, str) for prompt in prompts)):
-        raise ValueError("The request is malformed: its prompts are no list of strings.")
-    if not (isinstance(metadata, list) and len(prompts) == len(metadata) == len(images)):
-        raise ValueError("The request is malformed: it has not one prompt and one metadata for each image.")
-
-
-def _as_json(metadata: Any, prompt: str) -> str:
-    try:
-        return json.dumps(metadata)
-    except (TypeError, ValueError) as error:
-        raise TypeError(
-            f"The metadata of prompt {prompt!r} can't travel to a reward server: {error}. It must be JSON: None, "
-            "numbers, strings, lists, dicts. Take out the rest in a function that calls the RemoteReward."
-        ) from error
-
-
-def _as_png(picture: Image.Image) -> Tensor:
-    buffer = io.BytesIO()
-    picture.save(buffer, format="PNG", compress_level=1, compress_type=3)  # by runs: as small, in half of the time
-    return torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
-
-
-def _from_png(data: Tensor) -> Tensor:
-    with Image.open(io.BytesIO(data.numpy().tobytes()), formats=["PNG"]) as picture:
-        return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1).float() / 255
-
-
 def _is_passing(response: httpx2.Response) -> bool:
-    """Whether it may be better next time. Status 500 with a reason is the served function's own error."""
+    """Return whether to retry. Status 500 with a reason is an error of the served function itself."""
     own_error = response.status_code == 500 and _reason(response) is not None
     return response.status_code == 429 or (response.status_code >= 500 and not own_error)
 
 
 def _reason(response: httpx2.Response) -> str | None:
-    """What a reward server says about an error, in JSON; `None` if it is no reward server's."""
+    """Return the error message in the JSON of a reward server; `None` if there is none."""
     try:
         reason = response.json()["detail"]
     except (ValueError, TypeError, KeyError):
@@ -381,5 +296,5 @@ def _reason(response: httpx2.Response) -> str | None:
 
 
 def _detail(response: httpx2.Response) -> str:
-    """What an answer says, or else how it begins."""
+    """Return the error message of an answer, or its first characters."""
     return _reason(response) or response.text[:200]

@@ -1,4 +1,4 @@
-"""`ddpo-trl serve-reward`: an HTTP service that computes a reward function for [`~ddpo_trl.rewards.RemoteReward`]."""
+"""HTTP server of `ddpo-trl serve-reward`, which computes a reward function for [`~ddpo_trl.rewards.RemoteReward`]."""
 
 import asyncio
 import contextlib
@@ -18,8 +18,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ddpo_trl.rewards.remote import MEGABYTE, checked_token, unpack
-from ddpo_trl.rewards.scoring import RewardFunction, RewardScorer, as_rewards, call_as_guest
+from ddpo_trl.rewards.answers import as_rewards
+from ddpo_trl.rewards.function import RewardFunction
+from ddpo_trl.rewards.guests import call_as_guest
+from ddpo_trl.rewards.remote import MEGABYTE, checked_token
+from ddpo_trl.rewards.scoring import RewardScorer
+from ddpo_trl.rewards.wire_format import unpack
 from ddpo_trl.rewards.workers import DaemonPool
 
 
@@ -32,15 +36,15 @@ logger = logging.getLogger(__name__)
 @dataclass(frozen=True, eq=False)
 class Sample:
     """
-    An image that waits for its reward.
+    Image that waits for its reward.
 
     Args:
         image (`torch.Tensor` of shape `(3, H, W)`, or `(F, 3, H, W)` for video), prompt, metadata:
-            What is scored.
+            Image or video to score, with its prompt and metadata.
         request (`int`):
-            Number of the request that it came with.
+            Number of its request.
         reward (`Future[float | None]`):
-            NaN if the function gave no finite one, `None` if it gave none.
+            Its reward: NaN for a value that is not finite, `None` if the function returned `None`.
     """
 
     image: Tensor
@@ -52,21 +56,21 @@ class Sample:
 
 class Batcher:
     """
-    Scores images in batches, whichever request they come with, one batch at a time.
+    Scores images in batches across requests, one batch at a time.
 
-    Nothing waits for a batch to fill up: a batch is what has come in while the one before was computed.
+    It does not wait for a batch to fill up: a batch contains the images received while the previous one was computed.
 
     Args:
         function (`Callable`):
-            See [`~ddpo_trl.rewards.scoring.RewardFunction`].
+            See [`~ddpo_trl.rewards.function.RewardFunction`].
         batch_size (`int`):
-            Images scored at once, at most.
+            Largest number of images scored at once.
         device (`str` or `torch.device`):
-            Where the function gets its images.
+            Device of the images passed to the function.
 
     Attributes:
         name (`str`):
-            Of the function.
+            Name of the function.
 
     Raises:
         `TypeError`: If the function can't be called with three arguments.
@@ -86,7 +90,7 @@ class Batcher:
         self._pool = DaemonPool(1, name="reward")
 
     def submit(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Any]) -> "list[Future[float | None]]":
-        """Has a request scored: a future for each of its images."""
+        """Submit a request, and return a future for each of its images."""
         with self._lock:
             request = next(self._requests)
             rows = zip(images, prompts, metadata, strict=True)
@@ -100,23 +104,23 @@ class Batcher:
             self._score(batch)
 
     def _next(self) -> list[Sample]:
-        """Takes the next batch, of images of one shape, in the order in which they came."""
+        """Take the next batch: images of one shape, in the order of arrival."""
         with self._lock:
             batch: list[Sample] = []
             while self._waiting and len(batch) < self.batch_size:
                 if batch and self._waiting[0].image.shape != batch[0].image.shape:
                     break
                 sample = self._waiting.popleft()
-                if sample.reward.set_running_or_notify_cancel():  # false when the server is shut down
+                if sample.reward.set_running_or_notify_cancel():  # false if the server was shut down
                     batch.append(sample)
         return batch
 
     def _score(self, batch: list[Sample]) -> None:
         try:
             rewards = self._rewards(batch)
-        except BaseException as error:  # SystemExit too: somebody waits for an answer
+        except BaseException as error:  # SystemExit too: the client waits for an answer
             requests = [list(samples) for _, samples in itertools.groupby(batch, operator.attrgetter("request"))]
-            if len(requests) > 1:  # only the request that is to blame is to fail
+            if len(requests) > 1:  # only the request with the error should fail
                 for request in requests:
                     self._score(request)
                 return
@@ -141,20 +145,23 @@ class Batcher:
 
 def create_app(batcher: Batcher, token: str | None = None, max_request_bytes: int = 256 * MEGABYTE) -> "FastAPI":
     """
-    The service: `GET /health` tells the function's name, `POST /score` takes what
-    [`~ddpo_trl.rewards.remote.pack`] packs and answers `{"rewards": [...], "not_finite": [...]}`: `null` for
-    images that have no reward, and the indices of those for which this is because it was not finite.
+    Create the HTTP service. `GET /health` returns the function's name. `POST /score` takes a request encoded by
+    [`~ddpo_trl.rewards.wire_format.pack`] and returns `{"rewards": [...], "not_finite": [...]}`: `null` for images
+    without a reward, and the indices of those whose reward was not finite.
 
     Errors are JSON, `{"detail": reason}`: 400 for a malformed request, 401 without the token, 413 if it is too large,
     500 if the function raised an error.
 
     Args:
         batcher ([`Batcher`]):
-            With the reward function.
+            The batcher with the reward function.
         token (`str`, *optional*):
-            What the header `Authorization: Bearer ...` must have.
+            Token required in the header `Authorization: Bearer ...`.
         max_request_bytes (`int`, *optional*):
-            A larger request is refused.
+            Size limit of a request.
+
+    Returns:
+        `fastapi.FastAPI`: The application.
     """
     from fastapi import Depends, FastAPI, HTTPException, Request
 
@@ -209,25 +216,25 @@ def serve(
     device: str | None = None,
 ) -> None:
     """
-    Serves a reward function until it is told to stop.
+    Serve a reward function until it is interrupted.
 
     Args:
         function (`Callable`):
-            See [`~ddpo_trl.rewards.scoring.RewardFunction`].
+            See [`~ddpo_trl.rewards.function.RewardFunction`].
         host, port:
-            Where to listen; port 0 is any that is free.
+            Address to listen on; port 0 selects a free port.
         token (`str`, *optional*):
-            What clients have to know; the environment variable `DDPO_TRL_REWARD_TOKEN` by default.
+            Token required from clients; the environment variable `DDPO_TRL_REWARD_TOKEN` by default.
         batch_size (`int`, *optional*, defaults to `16`):
-            Images scored at once, of one request or of several.
+            Number of images scored at once, from one request or several.
         max_request_mb (`float`, *optional*, defaults to `256`):
-            A request of more megabytes is refused.
+            Size limit of a request in megabytes.
         device (`str`, *optional*):
-            Where the function gets its images; on the GPU by default, if there is one.
+            Device of the images passed to the function; the GPU by default, if there is one.
 
     Raises:
         `ImportError`: If FastAPI or uvicorn are not installed.
-        `ValueError`, `TypeError`: If an argument is wrong.
+        `ValueError`, `TypeError`: If an argument is invalid.
     """
     try:
         import fastapi  # noqa: F401
@@ -235,12 +242,12 @@ def serve(
     except ImportError as error:
         raise ImportError("serve-reward needs FastAPI and uvicorn: pip install 'ddpo_trl[serve]'") from error
     if not max_request_mb > 0:
-        raise ValueError(f"max_request_mb is {max_request_mb}; give a number above 0.")
+        raise ValueError(f"max_request_mb is {max_request_mb}; it must be above 0.")
     token = checked_token(token)
     batcher = Batcher(function, batch_size, device or ("cuda" if torch.cuda.is_available() else "cpu"))
     app = create_app(batcher, token, round(max_request_mb * MEGABYTE))
     if token is None and host not in ("127.0.0.1", "localhost", "::1"):
-        logger.warning("No token: whoever reaches this machine can use `%s`.", batcher.name)
+        logger.warning("No token: anyone who can reach this machine can use `%s`.", batcher.name)
     config = uvicorn.Config(app, host=host, port=port, log_level="warning")
     listening = config.bind_socket()
     shown = socket.gethostname() if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host

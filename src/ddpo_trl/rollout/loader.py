@@ -17,7 +17,8 @@ from ddpo_trl.policy.per_sample_gradients import TrainedLayer
 from ddpo_trl.policy.policy import Policy
 from ddpo_trl.policy.records import Context, SampledBatch
 from ddpo_trl.prompts import PromptPair, PromptSource
-from ddpo_trl.rewards.scoring import PendingRewards, RewardScorer, first_problem
+from ddpo_trl.rewards.pending import PendingRewards, first_problem
+from ddpo_trl.rewards.scoring import RewardScorer
 from ddpo_trl.rollout.advantages import Advantages, select
 from ddpo_trl.rollout.callbacks import RoundProgress
 from ddpo_trl.rollout.plan import BatchPlan
@@ -115,7 +116,7 @@ class RolloutLoader:
         with randomness_lent(self.accelerator.device):
             batches, pending = self._sample(self._own_share(pairs))
             sampled = time.perf_counter()
-            rewards = torch.cat([scores.marked() for scores in pending])
+            rewards = torch.cat([scores.rewards_or_nan() for scores in pending])
             waited = time.perf_counter()
         problem = first_problem(pending, raises=not self.drop_invalid)
         gathered = gather(self.accelerator, rewards)  # (samples of all processes, functions), NaN where not valid
@@ -171,7 +172,9 @@ class RolloutLoader:
             # The reward functions have them where they were made; then what is shown of them is all that is wanted.
             batches.append(dataclasses.replace(batch, images=batch.images.cpu()))
             del batch  # its images are not to stay on the device while the next batch is sampled
-            self.progress.sampled(size, [self.scorer.total(scores.marked()) for scores in pending if scores.done()])
+            self.progress.sampled(
+                size, [self.scorer.total(scores.rewards_or_nan()) for scores in pending if scores.done()]
+            )
         return batches, pending
 
     def _context(self, pairs: Sequence[PromptPair], first: int) -> Context:

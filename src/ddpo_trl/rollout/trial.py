@@ -8,7 +8,8 @@ from accelerate.utils import broadcast_object_list
 from ddpo_trl.policy.policy import Policy
 from ddpo_trl.policy.records import Context
 from ddpo_trl.prompts import PromptPair, PromptSource, ShuffledPrompts
-from ddpo_trl.rewards.scoring import RewardScorer, first_problem
+from ddpo_trl.rewards.pending import first_problem
+from ddpo_trl.rewards.scoring import RewardScorer
 from ddpo_trl.seeding import Stream, derived_seed, randomness_untouched
 
 

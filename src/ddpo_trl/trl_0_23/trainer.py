@@ -12,7 +12,7 @@ from ddpo_trl import trainer
 from ddpo_trl.artifacts import checkpoints
 from ddpo_trl.config import DDPOConfig as OurConfig
 from ddpo_trl.prompts import PromptFunction
-from ddpo_trl.rewards.scoring import RewardFunction, reward_name
+from ddpo_trl.rewards.function import RewardFunction, reward_name
 from ddpo_trl.rollout.records import Rollout
 from ddpo_trl.trl_0_23.config import TRLConfig as DDPOConfig
 from ddpo_trl.trl_0_23.config import convert_config

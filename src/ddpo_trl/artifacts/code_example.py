@@ -1,0 +1,102 @@
+"""Example code in the model card: loads the trained model and generates an image."""
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from PIL.Image import Image
+
+from ddpo_trl.artifacts.hub_metadata import hub_name
+from ddpo_trl.config import DDPOConfig
+from ddpo_trl.emoji import EMOJI_PATH
+from ddpo_trl.policy.lora import has_lora_loader
+from ddpo_trl.policy.policy import Policy
+
+
+# The scheduler is saved too, since it may have been replaced after loading and images depend on it.
+SCHEDULER_FOLDER = "scheduler"
+
+
+def example(
+    policy: Policy, config: DDPOConfig, repo_id: str, prompt: str, task: str, inputs: Mapping[str, Any]
+) -> str:
+    """Return Python code that loads the model and generates an image as evaluation does."""
+    pipeline, component = policy.pipeline, policy.denoiser_name
+    pipeline_class, scheduler_class = type(pipeline).__name__, type(pipeline.scheduler).__name__
+    where = f'"{repo_id}"' + (f', revision="{config.hub_revision}"' if config.hub_revision else "")
+    imports, arguments = [], ""
+    classes = [pipeline_class, scheduler_class]
+    after = [f'pipeline.scheduler = {scheduler_class}.from_pretrained({where}, subfolder="{SCHEDULER_FOLDER}")']
+    if policy.adapter is None:
+        model_class = type(policy.denoiser).__name__
+        classes.append(model_class)
+        arguments = f', {component}={model_class}.from_pretrained({where}, subfolder="{component}")'
+    elif has_lora_loader(pipeline):
+        after.append(f"pipeline.load_lora_weights({where})")
+    else:
+        imports.append("from peft import PeftModel")
+        after.append(f"PeftModel.from_pretrained(pipeline.{component}, {where})  # adds the adapter in place")
+    base = f'"{hub_name(pipeline) or "path/to/the/base/pipeline"}"'
+    if str(pipeline.name_or_path) == str(EMOJI_PATH):
+        imports.append("from ddpo_trl.emoji import EMOJI_PATH")
+        base = "EMOJI_PATH"
+    dtype = next(policy.denoiser.parameters()).dtype  # an adapter may have another dtype
+    if dtype in (torch.float16, torch.bfloat16):
+        imports.insert(0, "import torch")
+        arguments += f", dtype={dtype}"
+    written, defined = written_arguments(config, inputs)
+    if any("load_image(" in line for line in defined):
+        imports.append("from diffusers.utils import load_image")
+    imports.insert(imports[:1] == ["import torch"], f"from diffusers import {', '.join(classes)}")
+    load = f"pipeline = {pipeline_class}.from_pretrained({base}{arguments})"
+    result, field = ("video", "frames") if task.endswith("video") else ("image", "images")
+    call = f"{result} = pipeline({', '.join([literal(prompt), *written])}).{field}[0]"
+    return "\n".join([*imports, "", load, *after, *defined, call])
+
+
+def written_arguments(config: DDPOConfig, inputs: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """
+    Write the arguments of the pipeline call as in evaluation.
+
+    Args:
+        config ([`DDPOConfig`]):
+            Settings of the run.
+        inputs (`Mapping[str, Any]`):
+            Values of `config.pipeline_inputs` for the prompt.
+
+    Returns:
+        Arguments in Python, and lines before the call that define the arguments without a literal.
+    """
+    assert not isinstance(config.pipeline_kwargs, str), "DDPOConfig parses strings"
+    values: dict[str, Any] = {"num_inference_steps": config.num_inference_steps}
+    if config.guidance_scale is not None:
+        values["guidance_scale"] = config.guidance_scale
+    values |= {**(config.pipeline_kwargs or {}), **{name: inputs.get(name) for name in config.pipeline_inputs or ()}}
+    written, defined = [], []
+    for name, value in values.items():
+        value = value.item() if isinstance(value, np.generic) else value
+        is_picture = isinstance(value, Image) or (value is None and name.endswith("image"))
+        if is_literal(value) and not is_picture:
+            written.append(f"{name}={literal(value)}")
+            continue
+        written.append(f"{name}={name}")
+        source = f'load_image("{name}.png")' if is_picture else f"...  # the {type(value).__name__} of the run"
+        defined.append(f"{name} = {source}")
+    return written, defined
+
+
+def is_literal(value: Any) -> bool:
+    """Return whether the `repr` of a value is a Python literal."""
+    if isinstance(value, dict):
+        return all(is_literal(part) for item in value.items() for part in item)
+    if isinstance(value, list | tuple):
+        return all(is_literal(part) for part in value)
+    return value is None or type(value) in (str, int, bool) or (type(value) is float and math.isfinite(value))
+
+
+def literal(value: Any) -> str:
+    """Return a value as a Python literal, strings in double quotes."""
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
