@@ -14,7 +14,7 @@ from peft import LoraConfig
 from conftest import brightness, tiny_pipeline
 from ddpo_trl import DDPOTrainer
 from ddpo_trl.checks.doctor import storage_bytes
-from ddpo_trl.policy.embeddings import EmbeddingCache
+from ddpo_trl.policy.embedding_cache import EmbeddingCache
 from ddpo_trl.policy.per_sample_gradients import Watch, trained_layers
 from ddpo_trl.policy.records import Step, steps_to
 from ddpo_trl.rollout.loader import RolloutLoader

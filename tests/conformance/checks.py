@@ -32,8 +32,10 @@ from conformance.more_pipelines import MORE_CASES
 from conformance.newer_pipelines import NEWER_CASES
 from conformance.refused_pipelines import Refusal
 from ddpo_trl import DDPOConfig, DDPOTrainer, check_pipeline
+from ddpo_trl.policy.adapter_files import has_lora_loader, save_adapter
+from ddpo_trl.policy.denoiser import denoiser_name
 from ddpo_trl.policy.embeddings import text_encoders
-from ddpo_trl.policy.lora import ADAPTER_NAME, add_adapter, denoiser_name, has_lora_loader, save_adapter
+from ddpo_trl.policy.lora import ADAPTER_NAME, add_adapter
 from ddpo_trl.policy.per_sample_gradients import trained_weights
 from ddpo_trl.policy.policy import Policy, seeded
 from ddpo_trl.policy.records import Context

@@ -26,7 +26,7 @@ from ddpo_trl.artifacts import record
 from ddpo_trl.artifacts.environment import PACKAGES
 from ddpo_trl.config import DDPOConfig
 from ddpo_trl.emoji import EMOJI_PATH
-from ddpo_trl.policy.lora import has_lora_loader
+from ddpo_trl.policy.adapter_files import has_lora_loader
 from ddpo_trl.policy.pipeline import makes_video
 from ddpo_trl.policy.policy import Policy
 from ddpo_trl.policy.schedulers.flow_match import FlowMatchPolicyScheduler

@@ -27,9 +27,9 @@ from ddpo_trl.checks.trial import (
     without_hooks,
     without_option,
 )
-from ddpo_trl.policy.embeddings import is_setting
 from ddpo_trl.policy.fingerprint import changed_weights, settings_in_use
 from ddpo_trl.policy.policy import Policy
+from ddpo_trl.policy.values import is_setting
 from ddpo_trl.seeding import forked_generators
 
 

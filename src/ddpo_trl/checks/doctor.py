@@ -15,14 +15,9 @@ from torch import Tensor, nn
 
 from ddpo_trl.checks import log_prob_difference, replay_problem
 from ddpo_trl.config import DDPOConfig
-from ddpo_trl.policy.lora import (
-    adapter_layers,
-    add_adapter,
-    denoiser_name,
-    describe_adapter,
-    has_lora_loader,
-    remove_adapters,
-)
+from ddpo_trl.policy.adapter_files import has_lora_loader
+from ddpo_trl.policy.denoiser import adapter_layers, denoiser_name, remove_adapters
+from ddpo_trl.policy.lora import add_adapter, describe_adapter
 from ddpo_trl.policy.policy import Policy
 from ddpo_trl.policy.records import SampledBatch
 from ddpo_trl.rollout.records import Transition

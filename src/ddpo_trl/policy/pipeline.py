@@ -15,8 +15,9 @@ from torch import nn
 from ddpo_trl.config import DDPOConfig
 from ddpo_trl.config_checks import OWN_PIPELINE_ARGUMENTS
 from ddpo_trl.descriptions import DIGITS, described, digest
-from ddpo_trl.policy.embeddings import PER_SAMPLE_PREFIXES, PromptEncoder, text_encoders
-from ddpo_trl.policy.lora import denoiser_name
+from ddpo_trl.policy.denoiser import denoiser_name
+from ddpo_trl.policy.embedding_calls import PER_SAMPLE_PREFIXES
+from ddpo_trl.policy.embeddings import PromptEncoder, text_encoders
 from ddpo_trl.policy.schedulers import PolicyScheduler
 
 

@@ -10,26 +10,16 @@ import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from peft import PeftConfig
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 
 from ddpo_trl.config import DDPOConfig
-from ddpo_trl.distributed import is_sharded
-from ddpo_trl.finite import check_weights
+from ddpo_trl.policy.adapter_files import load_adapter, save_adapter
 from ddpo_trl.policy.calls import BatchCalls, attention_modules, images_tensor, processors_kept
-from ddpo_trl.policy.embeddings import OnlyInPlace, PromptEncoder, is_setting
+from ddpo_trl.policy.denoiser import adapter_layers, adapters_off, denoiser_name, present_classes, recorded_grad_modes
+from ddpo_trl.policy.embeddings import OnlyInPlace, PromptEncoder
 from ddpo_trl.policy.fingerprint import Conditions, SettingOwners, conditions, setting_owners, settings_in_use
+from ddpo_trl.policy.full_weights import freeze_all_but_denoiser, load_denoiser, save_denoiser
 from ddpo_trl.policy.gaussian import kl_divergence, log_prob
-from ddpo_trl.policy.lora import (
-    adapter_layers,
-    adapter_scales,
-    adapters_off,
-    add_adapter,
-    denoiser_name,
-    describe_adapter,
-    freeze_all_but_denoiser,
-    load_adapter,
-    save_adapter,
-)
+from ddpo_trl.policy.lora import adapter_scales, add_adapter, describe_adapter
 from ddpo_trl.policy.per_sample_gradients import SampleGradients, TrainedLayer
 from ddpo_trl.policy.pipeline import check_call, parts, policy_copy, quiet_copy, with_denoiser
 from ddpo_trl.policy.records import Context, Gradients, SampledBatch, Step, join_samples, steps_to
@@ -43,6 +33,7 @@ from ddpo_trl.policy.schedulers import (
     learn_layout,
     policy_scheduler,
 )
+from ddpo_trl.policy.values import is_setting
 
 
 class Survey(NamedTuple):
@@ -120,7 +111,7 @@ class Policy(nn.Module):
 
         Raises:
             `ValueError`: If the pipeline can't be trained so, see [`~ddpo_trl.policy.lora.add_adapter`] and
-                [`~ddpo_trl.policy.lora.freeze_all_but_denoiser`].
+                [`~ddpo_trl.policy.full_weights.freeze_all_but_denoiser`].
             `TypeError`: If an argument has the wrong type.
         """
         if not isinstance(pipeline, DiffusionPipeline):
@@ -547,7 +538,7 @@ class Policy(nn.Module):
 
     def save(self, directory: str | os.PathLike[str], write: bool = True) -> None:
         """
-        Writes what is trained: the adapter ([`~ddpo_trl.policy.lora.save_adapter`]), or the denoiser in a subfolder.
+        Write the adapter ([`~ddpo_trl.policy.adapter_files.save_adapter`]), or the denoiser in a subfolder.
 
         Args:
             directory (`str` or `os.PathLike`):
@@ -563,9 +554,7 @@ class Policy(nn.Module):
     def load(self, directory: str | os.PathLike[str]) -> None:
         """Reads back what [`~Policy.save`] wrote, into the parameters that are there."""
         if self.adapter is None:
-            model_class = type(self.denoiser)
-            saved = model_class.from_pretrained(directory, subfolder=self.denoiser_name, use_safetensors=True)
-            set_model_state_dict(self.denoiser, saved.state_dict(), options=StateDictOptions(full_state_dict=True))
+            load_denoiser(self.denoiser, directory, self.denoiser_name)
         else:
             load_adapter(self.pipeline, self.adapter, directory)
 
@@ -661,35 +650,6 @@ class Policy(nn.Module):
             return
         with adapters_off(self.denoiser):
             yield self.policy_pipeline
-
-
-@contextmanager
-def recorded_grad_modes(module: nn.Module) -> Iterator[list[bool]]:
-    """Whether gradients were on, for each call of a module."""
-    modes: list[bool] = []
-    hook = module.register_forward_hook(lambda *_: modes.append(torch.is_grad_enabled()))
-    try:
-        yield modes
-    finally:
-        hook.remove()
-
-
-def present_classes(module: nn.Module, names: Collection[str]) -> list[str]:
-    """Those of the class names that a module's parts have."""
-    return sorted({type(part).__name__ for part in module.modules()} & set(names))
-
-
-def save_denoiser(denoiser: ModelMixin, directory: str, write: bool = True) -> None:
-    """As `denoiser.save_pretrained(directory)`, also if its weights are sharded; arguments as for [`Policy.save`]."""
-    check_weights(dict(denoiser.named_parameters()), directory)
-    if is_sharded(denoiser):
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        weights = get_model_state_dict(denoiser, options=options)  # on one process, the others get none
-        with torch.device("meta"):
-            denoiser = type(denoiser).from_config(denoiser.config)
-        denoiser.load_state_dict(weights, strict=write, assign=True)
-    if write:
-        denoiser.save_pretrained(directory)
 
 
 def seeded(context: Context) -> list[torch.Generator]:
