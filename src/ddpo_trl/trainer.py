@@ -23,6 +23,7 @@ from ddpo_trl.artifacts import checkpoints
 from ddpo_trl.artifacts.saving import SavingTrainer
 from ddpo_trl.artifacts.tracking import RunRecorder, fixed_prompts
 from ddpo_trl.checks import ReplayCheck
+from ddpo_trl.checks.gradients import no_gradient_cause
 from ddpo_trl.config import DDPOConfig
 from ddpo_trl.distributed import check_alike, check_devices, check_wrapping, note_process
 from ddpo_trl.evaluation import Evaluator, Samples, check_evaluation, reward_names
@@ -264,12 +265,12 @@ class DDPOTrainer(SavingTrainer):
             check_inputs(self.eval_prompts, policy.input_names, "eval_prompts")
         if args.offload_text_encoders:  # before the denoiser is beside them
             with autocast(args):
-                policy.encode(known_prompts(policy, self.prompts, self.eval_prompts or ()), args.device)
+                policy.runner.encode(known_prompts(policy, self.prompts, self.eval_prompts or ()), args.device)
         move(pipeline, args.device, args)
         batches = trial_samples(policy, self.prompts)
         trial = batches.rows(range(min(TRIAL_SAMPLES, args.per_device_sample_batch_size)))
         with autocast(args):
-            plan = plan_batches(args, *policy.survey(batches))
+            plan = plan_batches(args, *policy.probe_schedule(batches))
             self.plan, self._gradient_layers = choose_passes(args, policy, trial, plan)
         args.gradient_accumulation_steps = self.plan.micro_batches_per_update
         if args.save_total_limit == 1 and args.metric_for_best_model is not None:
@@ -440,7 +441,9 @@ class DDPOTrainer(SavingTrainer):
             metrics["objective/kl"] = batch.counted(kl).detach().mean()
         loss = loss * batch.share_counted  # the mean over all samples, to which dropped ones add nothing
         if not log_probs.requires_grad:
-            raise RuntimeError(self._policy.no_gradient(batch.step, batch.latents, batch.next_latents, batch.context))
+            raise RuntimeError(
+                no_gradient_cause(self._policy, batch.step, batch.latents, batch.next_latents, batch.context)
+            )
         if self.args.target_kl is not None:
             self._target_kl.add(metrics["policy/approxkl_avg"])
         self.metrics.add(metrics)
@@ -462,7 +465,7 @@ class DDPOTrainer(SavingTrainer):
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         prepared = super()._prepare_for_training(*args, **kwargs)
         if self.is_fsdp_enabled:  # what puts the shards together for `forward` has to do it for these as well
-            for method in ("sample", "generate", "survey"):
+            for method in ("sample", "generate", "probe_schedule"):
                 register_fsdp_forward_method(self.model, method)
         return prepared
 

@@ -140,7 +140,7 @@ def autocast(trial: Trial) -> str | None:
 
 def settings(trial: Trial) -> str | None:
     """Guidance or another setting of the sampler that was changed meanwhile."""
-    before, now = trial.conditions.settings, settings_in_use(trial.policy.setting_owners)
+    before, now = trial.conditions.settings, settings_in_use(trial.policy.runner.setting_owners)
     changes = [
         f"{setting_name(owner, name)} was {before[owner].get(name)!r} in sampling and is {now[owner].get(name)!r}"
         for owner in before
@@ -183,7 +183,7 @@ def state(trial: Trial) -> str | None:
 def embeddings(trial: Trial) -> str | None:
     """Prompt embeddings that are not those of sampling."""
     before = trial.conditions.embeddings
-    now = trial.policy.embedding_sums(trial.batch.context)
+    now = trial.policy.runner.embedding_sums(trial.batch.context)
     if len(before) == len(now) and all(map(torch.equal, before, now)):
         return None
     return (
@@ -194,7 +194,7 @@ def embeddings(trial: Trial) -> str | None:
 
 def adapter(trial: Trial) -> str | None:
     """Adapters that were switched, merged or scaled."""
-    before, now = trial.conditions.adapter, trial.policy.conditions(None).adapter
+    before, now = trial.conditions.adapter, trial.policy.runner.conditions(None).adapter
     if before == now:
         return None
     changed = len(before) - sum(old == new for old, new in zip(before, now, strict=False))
@@ -206,7 +206,7 @@ def adapter(trial: Trial) -> str | None:
 
 def weights(trial: Trial) -> str | None:
     """Weights that were written to."""
-    before, now = trial.conditions, trial.policy.conditions(None)
+    before, now = trial.conditions, trial.policy.runner.conditions(None)
     if before.denoiser_dtype != now.denoiser_dtype:
         return f"the denoiser's dtype: {plain(before.denoiser_dtype)} in sampling, {plain(now.denoiser_dtype)} now."
     changed = changed_weights(trial.policy.denoiser, before)

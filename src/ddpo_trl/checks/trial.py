@@ -188,7 +188,7 @@ def autocast_as(trial: Trial) -> torch.autocast:
 @contextmanager
 def settings_of_sampling(trial: Trial) -> Iterator[None]:
     """The settings as they were in sampling."""
-    owners = trial.policy.setting_owners
+    owners = trial.policy.runner.setting_owners
     now = settings_in_use(owners)
     before = trial.conditions.settings
     try:

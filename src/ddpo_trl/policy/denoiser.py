@@ -5,7 +5,6 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.utils.peft_utils import recurse_remove_peft_layers
@@ -83,17 +82,6 @@ def sharing_weights(denoiser: nn.Module) -> nn.Module:
     if adapter_layers(copied):
         remove_adapters(copied)
     return copied
-
-
-@contextmanager
-def recorded_grad_modes(module: nn.Module) -> Iterator[list[bool]]:
-    """Whether gradients were on, for each call of a module."""
-    modes: list[bool] = []
-    hook = module.register_forward_hook(lambda *_: modes.append(torch.is_grad_enabled()))
-    try:
-        yield modes
-    finally:
-        hook.remove()
 
 
 def present_classes(module: nn.Module, names: Collection[str]) -> list[str]:
