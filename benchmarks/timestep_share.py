@@ -28,7 +28,7 @@ def shares(steps: int, samples: int, guidance_scale: float) -> tuple[list[float]
     policy = Policy(pipeline, config, add_adapter(pipeline, None))
     prompts = (PROMPTS * samples)[:samples]
     context = policy.context(prompts, [{}] * samples, list(range(samples)))
-    stds = policy.survey(context).stds
+    stds = policy.probe_schedule(context).stds
     noisy = [step for step, std in enumerate(stds) if std > 0]
     layers = layers_of_samples(policy, policy.context(prompts[:2], [{}] * 2, [0, 1]), noisy[0])
     squares = []

@@ -124,7 +124,7 @@ def test_only_the_policy_runs_a_pipeline():
             or ast.unparse(node.func).startswith("call_with_grad(")
         )
     }
-    assert running == {"policy.policy"}
+    assert running == {"policy.runner"}
     naming = {module for module, node in expressions if isinstance(node, ast.Attribute) and node.attr == "__call__"}
     assert naming == {"policy.pipeline"}  # which reads its signature and takes off its `torch.no_grad()`
 

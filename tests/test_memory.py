@@ -14,9 +14,10 @@ from peft import LoraConfig
 from conftest import brightness, tiny_pipeline
 from ddpo_trl import DDPOTrainer
 from ddpo_trl.checks.doctor import storage_bytes
-from ddpo_trl.policy.embeddings import EmbeddingCache
+from ddpo_trl.policy.embedding_cache import EmbeddingCache
 from ddpo_trl.policy.per_sample_gradients import Watch, trained_layers
 from ddpo_trl.policy.records import Step, steps_to
+from ddpo_trl.policy.sampling import differentiate
 from ddpo_trl.rollout.loader import RolloutLoader
 
 
@@ -55,7 +56,7 @@ def test_an_offloaded_rollout_is_on_the_cpu_and_its_micro_batches_where_the_adva
         devices.append(device)
         return steps_to(steps, device)
 
-    monkeypatch.setattr("ddpo_trl.policy.policy.steps_to", to)
+    monkeypatch.setattr("ddpo_trl.policy.sampling.steps_to", to)
     trainer = DDPOTrainer(make_config(one_pass=False, offload_rollout=True), brightness, PROMPTS, tiny_pipeline())
     devices.clear()  # the trial at construction
     trainer.train()
@@ -160,14 +161,14 @@ def test_one_pass_holds_no_outputs_of_layers_that_pytorch_would_not_hold(make_co
     def remember(module: Any, inputs: Any, output: torch.Tensor) -> None:
         outputs.append(weakref.ref(output))
 
-    def differentiate(log_probs: torch.Tensor) -> None:
+    def take(log_probs: torch.Tensor) -> None:
         watch.backward(log_probs.sum())
 
     context = policy.context(PROMPTS[:2], [{}] * 2, [0, 1])
     with watch.watching():
         wide = [layer for layer in layers if layer.weight.shape[0] > layer.weight.shape[1]]
         hooks = [layer.register_forward_hook(remember) for layer in wide]
-        policy.differentiate(context, 0, differentiate)
+        differentiate(policy.runner, context, 0, take)
         for hook in hooks:
             hook.remove()
     assert len(alive) > 10  # calls that a gradient reached

@@ -24,6 +24,7 @@ from ddpo_trl.artifacts.saving import SavingTrainer
 from ddpo_trl.artifacts.tracking import RunRecorder, fixed_prompts
 from ddpo_trl.checks import ReplayCheck
 from ddpo_trl.checks.construction import check_arguments, plan_round
+from ddpo_trl.checks.gradients import no_gradient_cause
 from ddpo_trl.config import DDPOConfig
 from ddpo_trl.distributed import check_alike, check_devices, check_wrapping, note_process
 from ddpo_trl.evaluation.evaluator import check_evaluation, reward_names
@@ -389,7 +390,9 @@ class DDPOTrainer(SavingTrainer):
             metrics["objective/kl"] = batch.counted(kl).detach().mean()
         loss = loss * batch.share_counted  # the mean over all samples, to which dropped ones add nothing
         if not log_probs.requires_grad:
-            raise RuntimeError(self._policy.no_gradient(batch.step, batch.latents, batch.next_latents, batch.context))
+            raise RuntimeError(
+                no_gradient_cause(self._policy, batch.step, batch.latents, batch.next_latents, batch.context)
+            )
         if self.args.target_kl is not None:
             self._target_kl.add(metrics["policy/approxkl_avg"])
         self.metrics.add(metrics)
@@ -411,7 +414,7 @@ class DDPOTrainer(SavingTrainer):
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         prepared = super()._prepare_for_training(*args, **kwargs)
         if self.is_fsdp_enabled:  # what puts the shards together for `forward` has to do it for these as well
-            for method in ("sample", "generate", "survey"):
+            for method in ("sample", "generate", "probe_schedule"):
                 register_fsdp_forward_method(self.model, method)
         return prepared
 

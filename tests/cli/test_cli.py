@@ -31,7 +31,9 @@ from ddpo_trl.cli.arguments import CommandParser
 from ddpo_trl.cli.launch import PRESETS, config_path, launch, launch_flags
 from ddpo_trl.cli.sample import SampleArguments, load_policy, make_images, make_row, make_rows, put_on_saved_adapter
 from ddpo_trl.emoji import emoji_captions
-from ddpo_trl.policy.lora import LORA_WEIGHTS_NAME, adapter_layers, add_adapter, save_adapter
+from ddpo_trl.policy.adapter_files import LORA_WEIGHTS_NAME, save_adapter
+from ddpo_trl.policy.denoiser import adapter_layers
+from ddpo_trl.policy.lora import add_adapter
 from ddpo_trl.prompts import animal_activities
 
 

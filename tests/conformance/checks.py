@@ -32,11 +32,14 @@ from conformance.more_pipelines import MORE_CASES
 from conformance.newer_pipelines import NEWER_CASES
 from conformance.refused_pipelines import Refusal
 from ddpo_trl import DDPOConfig, DDPOTrainer, check_pipeline
+from ddpo_trl.policy.adapter_files import has_lora_loader, save_adapter
+from ddpo_trl.policy.denoiser import denoiser_name
 from ddpo_trl.policy.embeddings import text_encoders
-from ddpo_trl.policy.lora import ADAPTER_NAME, add_adapter, denoiser_name, has_lora_loader, save_adapter
+from ddpo_trl.policy.lora import ADAPTER_NAME, add_adapter
 from ddpo_trl.policy.per_sample_gradients import trained_weights
-from ddpo_trl.policy.policy import Policy, seeded
+from ddpo_trl.policy.policy import Policy
 from ddpo_trl.policy.records import Context
+from ddpo_trl.policy.runner import seeded
 from ddpo_trl.policy.schedulers import Sampling
 from ddpo_trl.update.one_pass import layers_of_samples, policy_gradient
 
@@ -268,7 +271,7 @@ def without_noise_it_is_the_own_sampler(case: Case) -> str | None:
     ours = policy.sample(samples, stochastic=()).images
     plain = with_scheduler(policy.pipeline, own_sampler(policy.pipeline.scheduler))
     with torch.no_grad():
-        calls = [policy._run_to_images(plain, call, seeded(call)) for call in policy.calls.split(samples)]
+        calls = [policy.runner.run_to_images(plain, call, seeded(call)) for call in policy.calls.split(samples)]
     assert (ours - torch.cat(calls)).abs().max() < ROUNDING  # not 0: CogVideoX's computes in float64
     return None
 

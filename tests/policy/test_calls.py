@@ -68,7 +68,7 @@ def test_the_fingerprint_holds_the_embeddings_of_all_samples_that_are_made_one_b
         assert torch.equal(of_prompts[row], alone)
         of_negatives.append(negative)
     assert not torch.equal(*of_prompts) and torch.equal(*of_negatives)
-    assert all(map(torch.equal, policy.embedding_sums(context)[::2], of_prompts))
+    assert all(map(torch.equal, policy.runner.embedding_sums(context)[::2], of_prompts))
 
 
 def test_the_fingerprint_holds_the_prompts_embeddings_where_the_negative_prompts_are_encoded_last(make_config):
@@ -86,7 +86,7 @@ def test_samples_of_different_sizes_are_refused_with_the_sizes_and_the_remedy(ma
     policy = policy_of(stable_diffusion(0), make_config, pipeline_inputs=["height", "width"])
     context = policy.context(PROMPTS, [{"height": 16, "width": 16}, {"height": 32, "width": 16}], SEEDS)
     with pytest.raises(ValueError, match=r"different sizes, \(4, 8, 8\) and \(4, 16, 8\): .* set height and width"):
-        policy.survey(context)
+        policy.probe_schedule(context)
 
 
 def test_inputs_that_change_the_schedule_are_refused_with_the_remedy(make_config):
@@ -94,7 +94,7 @@ def test_inputs_that_change_the_schedule_are_refused_with_the_remedy(make_config
     policy = policy_of(stable_diffusion_img2img(0), make_config, **settings)
     context = policy.context(PROMPTS, [{"strength": 0.5}, {"strength": 1.0}], SEEDS)
     with pytest.raises(ValueError, match="strength changes the schedule. Give one value for all in pipeline_kwargs"):
-        policy.survey(context)
+        policy.probe_schedule(context)
     with pytest.raises(ValueError, match="different numbers of steps, 2 and 4: strength changes the schedule"):
         policy.sample(context)
 
@@ -102,7 +102,7 @@ def test_inputs_that_change_the_schedule_are_refused_with_the_remedy(make_config
 def test_what_a_pipeline_raises_for_a_single_sample_is_raised(make_config):
     policy = policy_of(stable_diffusion_img2img(0), make_config, pipeline_inputs=["image"])
     with pytest.raises(ValueError, match="Input is in incorrect format"):
-        policy.survey(policy.context(PROMPTS, [{"image": "a.png"}, {"image": "b.png"}], SEEDS))
+        policy.probe_schedule(policy.context(PROMPTS, [{"image": "a.png"}, {"image": "b.png"}], SEEDS))
 
 
 @pytest.mark.parametrize(
@@ -118,7 +118,7 @@ def test_an_input_that_leaves_samples_as_they_are_is_reported(
     monkeypatch.setattr("ddpo_trl.policy.calls.logger.warning", warnings.append)
     settings = {"guidance_scale": guidance_scale, "pipeline_inputs": ["guidance_rescale"]}
     policy = policy_of(stable_diffusion(0), make_config, **settings)
-    policy.survey(policy.context(PROMPTS, [{"guidance_rescale": value} for value in values], SEEDS))
+    policy.probe_schedule(policy.context(PROMPTS, [{"guidance_rescale": value} for value in values], SEEDS))
     assert policy.calls.without_effect == without_effect
     reported = [line for line in warnings if "'guidance_rescale', but with another value of it a sample is" in line]
     assert len(reported) == len(without_effect)
@@ -132,7 +132,7 @@ def test_a_mask_that_acts_behind_the_step_has_an_effect(make_config):
     assert case.make_inputs is not None
     inputs = case.make_inputs(2)
     metadata = [{name: values[row] for name, values in inputs.items()} for row in range(2)]
-    policy.survey(policy.context(PROMPTS, metadata, SEEDS))
+    policy.probe_schedule(policy.context(PROMPTS, metadata, SEEDS))
     assert policy.calls.without_effect == []
 
 

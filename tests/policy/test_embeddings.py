@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from conformance.image_pipelines import flux, stable_diffusion_3
 from conformance.newer_pipelines import qwen_image, z_image
 from conftest import tiny_pipeline
-from ddpo_trl.policy import embeddings as encoding
-from ddpo_trl.policy.embeddings import PromptEncoder, check_mask, join
+from ddpo_trl.policy.embedding_batches import check_mask, join
+from ddpo_trl.policy.embedding_cache import EmbeddingCache
+from ddpo_trl.policy.embeddings import OnlyInPlace, PromptEncoder, remembering
 
 
 PROMPTS = ["cat", "dog", "cat", "owl"]
@@ -205,7 +206,7 @@ def test_a_call_about_a_single_text_goes_straight_through():
 
 
 def test_the_prompts_used_longest_ago_are_forgotten_first(monkeypatch):
-    monkeypatch.setattr(encoding, "MAX_CACHED_BYTES", 2 * 4)  # of two prompts
+    monkeypatch.setattr("ddpo_trl.policy.embedding_cache.MAX_CACHED_BYTES", 2 * 4)  # of two prompts
     encode, calls = recording()
     encode(["cat", "mouse"])
     encode(["cat"])  # the mouse now is the one used longest ago
@@ -218,23 +219,23 @@ def test_the_prompts_used_longest_ago_are_forgotten_first(monkeypatch):
 
 
 def test_a_batch_of_more_prompts_than_are_kept_is_whole(monkeypatch):
-    monkeypatch.setattr(encoding, "MAX_CACHED_BYTES", 2 * 4)  # of two prompts
+    monkeypatch.setattr("ddpo_trl.policy.embedding_cache.MAX_CACHED_BYTES", 2 * 4)  # of two prompts
     encode, calls = recording()
     assert encode(["a", "ab", "abc", "abcd", "a"]).tolist() == [[1.0], [2.0], [3.0], [4.0], [1.0]]
     assert len(calls) == 4 + PAIR
 
 
 def test_what_two_prompts_have_in_common_is_kept_once_and_counted_once(monkeypatch):
-    cache = encoding.EmbeddingCache()
+    cache = EmbeddingCache()
     for name, value in (("cat", 1.0), ("dog", 2.0)):
         cache.put(name, (torch.full((1, 4), value), torch.zeros(1, 4)))  # with a negative prompt
     (cat, negative), (dog, again) = cache.get("cat"), cache.get("dog")
     assert (cat.tolist(), dog.tolist()) == ([[1.0] * 4], [[2.0] * 4])
     assert negative is again
-    monkeypatch.setattr(encoding, "MAX_CACHED_BYTES", 3 * 4 * 4)
+    monkeypatch.setattr("ddpo_trl.policy.embedding_cache.MAX_CACHED_BYTES", 3 * 4 * 4)
     cache.shrink()
     assert "cat" in cache
-    monkeypatch.setattr(encoding, "MAX_CACHED_BYTES", 3 * 4 * 4 - 1)
+    monkeypatch.setattr("ddpo_trl.policy.embedding_cache.MAX_CACHED_BYTES", 3 * 4 * 4 - 1)
     cache.shrink()
     assert "cat" not in cache and "dog" in cache
 
@@ -271,13 +272,13 @@ def test_prompts_are_encoded_ahead_for_the_device_that_the_pipeline_is_going_to_
 
 def test_what_is_encoded_in_place_only_is_not_encoded_ahead():
     encode, calls = recording()
-    with encode.ahead(torch.device("meta")), pytest.raises(encoding.OnlyInPlace):
+    with encode.ahead(torch.device("meta")), pytest.raises(OnlyInPlace):
         encode(["cat"])
     assert calls == []
 
 
 def test_an_encoder_remembers_its_last_inputs_only(monkeypatch):
-    monkeypatch.setattr(encoding, "MAX_CACHED_INPUTS", 2)
+    monkeypatch.setattr("ddpo_trl.policy.embeddings.MAX_CACHED_INPUTS", 2)
     runs: list[float] = []
 
     class Noted(Lengths):
@@ -285,7 +286,7 @@ def test_an_encoder_remembers_its_last_inputs_only(monkeypatch):
             runs.append(lengths.item())
             return super().forward(lengths)
 
-    twin = encoding.remembering(Noted())
+    twin = remembering(Noted())
     for length in (1.0, 2.0, 1.0, 3.0, 1.0, 2.0):
         assert twin(torch.tensor(length)).item() == length
     assert runs == [1.0, 2.0, 3.0, 2.0]
@@ -302,7 +303,7 @@ def test_an_encoder_remembers_its_last_inputs_only(monkeypatch):
     ],
 )
 def test_an_encoder_tells_inputs_of_other_values_shapes_and_types_apart(other):
-    twin = encoding.remembering(Lengths())
+    twin = remembering(Lengths())
     first = torch.tensor([0, 1])
     assert torch.equal(twin(first), first.float())
     assert torch.equal(twin(other), torch.ones(()) * other)

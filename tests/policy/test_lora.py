@@ -30,20 +30,10 @@ from torch import nn
 from conformance.image_pipelines import PIXART_KWARGS, flux, pixart_sigma, stable_diffusion, stable_diffusion_3
 from conformance.newer_pipelines import flux2_klein, hunyuan_dit, kandinsky, qwen_image, z_image
 from conftest import tiny_pipeline
-from ddpo_trl.policy.lora import (
-    ADAPTER_NAME,
-    active_adapters,
-    adapters_off,
-    add_adapter,
-    attention_projections,
-    default_lora_config,
-    denoiser_name,
-    freeze_all_but_denoiser,
-    has_lora_loader,
-    load_adapter,
-    remove_adapters,
-    save_adapter,
-)
+from ddpo_trl.policy.adapter_files import has_lora_loader, load_adapter, save_adapter
+from ddpo_trl.policy.denoiser import active_adapters, adapters_off, denoiser_name, remove_adapters
+from ddpo_trl.policy.full_weights import freeze_all_but_denoiser
+from ddpo_trl.policy.lora import ADAPTER_NAME, add_adapter, attention_projections, default_lora_config
 
 
 Build = Callable[[int], DiffusionPipeline]

@@ -152,34 +152,34 @@ def test_no_safety_checker_blackens_what_is_to_be_scored(make_config):
     assert pipeline.safety_checker is checker
 
 
-# ---- The survey ----
+# ---- Probing the schedule ----
 
 
-def test_the_survey_runs_one_step_and_decodes_no_image(make_config):
+def test_probing_runs_one_step_and_decodes_no_image(make_config):
     pipeline = tiny_pipeline()
     policy = make_policy(pipeline, make_config())
     calls = []
     pipeline.unet.register_forward_hook(lambda *_: calls.append(1))
     pipeline.vae.decode = None
-    stds = policy.survey(CONTEXT).stds
+    stds = policy.probe_schedule(CONTEXT).stds
     assert len(calls) == 1
     assert len(stds) == 4 and min(stds) > 0
 
 
 @pytest.mark.parametrize(("strength", "steps"), [(1.0, 4), (0.75, 3), (0.5, 2)])
-def test_the_survey_knows_the_steps_that_image_to_image_leaves_out(make_config, strength, steps):
-    whole = make_policy(stable_diffusion(0), make_config()).survey(CONTEXT).stds  # has the same scheduler
+def test_probing_knows_the_steps_that_image_to_image_leaves_out(make_config, strength, steps):
+    whole = make_policy(stable_diffusion(0), make_config()).probe_schedule(CONTEXT).stds  # has the same scheduler
     config = make_config(pipeline_inputs=["image"], pipeline_kwargs={"strength": strength})
     policy = make_policy(stable_diffusion_img2img(0), config)
     context = policy.context(PROMPTS, [{"image": image} for image in images(4)], SEEDS)
-    assert policy.survey(context).stds == whole[-steps:]
+    assert policy.probe_schedule(context).stds == whole[-steps:]
     assert sorted(policy.sample(context, record=range(4)).steps) == list(range(steps))
 
 
 def test_schedules_of_ones_own_are_sampled_and_replayed(make_config):
     config = make_config(num_inference_steps=3, pipeline_kwargs={"sigmas": [1.0, 0.7, 0.2], "max_sequence_length": 16})
     policy = make_policy(stable_diffusion_3(0), config)
-    stds = policy.survey(CONTEXT).stds
+    stds = policy.probe_schedule(CONTEXT).stds
     assert len(stds) == 3 and stds[2] == 0  # it ends at 0
     # the release's shift of 3: s -> 3 s / (1 + 2 s)
     assert policy.scheduler.sigmas.tolist() == pytest.approx([1.0, 0.875, 3 / 7, 0.0], rel=1e-6)
@@ -190,19 +190,19 @@ def test_schedules_of_ones_own_are_sampled_and_replayed(make_config):
 
 def test_noise_that_a_step_cant_hold_is_refused_before_the_first_sample(make_config):
     with pytest.raises(ValueError, match=r"eta is 2, with which step 2 of 4 .*Set eta to 1 at most"):
-        make_policy(tiny_pipeline(), make_config(eta=2.0)).survey(CONTEXT)
+        make_policy(tiny_pipeline(), make_config(eta=2.0)).probe_schedule(CONTEXT)
     with pytest.raises(ValueError, match=r"noise_level is 1\.4, with which step 2 of 4 .*Set noise_level to 0\.775"):
         config = make_config(noise_level=1.4, pipeline_kwargs={"max_sequence_length": 16})
-        make_policy(stable_diffusion_3(0), config).survey(CONTEXT)
+        make_policy(stable_diffusion_3(0), config).probe_schedule(CONTEXT)
 
 
 def test_only_the_steps_that_a_window_can_reach_have_to_hold_their_noise(make_config):
     """The first of four steps could draw 1.058 times DDPM's noise, the third hardly more than that."""
     settings = {"eta": 1.05, "num_inference_steps": 4, "sde_window_size": 1}
-    make_policy(tiny_pipeline(), make_config(train_timestep_range=(0.0, 0.25), **settings)).survey(CONTEXT)
+    make_policy(tiny_pipeline(), make_config(train_timestep_range=(0.0, 0.25), **settings)).probe_schedule(CONTEXT)
     for window in ((0.0, 0.75), (0.5, 0.75)):
         with pytest.raises(ValueError, match="eta is 1.05, with which step 2 of 4"):
-            make_policy(tiny_pipeline(), make_config(train_timestep_range=window, **settings)).survey(CONTEXT)
+            make_policy(tiny_pipeline(), make_config(train_timestep_range=window, **settings)).probe_schedule(CONTEXT)
 
 
 # ---- Gradients and batches ----
@@ -325,12 +325,12 @@ def test_the_reference_is_the_pipeline_without_its_adapter(make_config):
     _, kl = policy(**arguments, with_reference=True)
     assert (kl > 0).all()
     # KL of two Gaussians, from the means of both policies, by torch's own formula
-    mean = policy._visit(policy.policy_pipeline, Replay(1, step.latents), CONTEXT).mean
+    mean = policy.runner.visit(policy.policy_pipeline, Replay(1, step.latents), CONTEXT).mean
     reference = make_policy(plain, make_config())
     for name, parameter in reference.named_parameters():
         if "lora_B" in name:
             torch.nn.init.zeros_(parameter)
-    replay = reference._visit(reference.policy_pipeline, Replay(1, step.latents), CONTEXT)
+    replay = reference.runner.visit(reference.policy_pipeline, Replay(1, step.latents), CONTEXT)
     normals = [torch.distributions.Normal(m, replay.std) for m in (mean, replay.mean)]
     expected = torch.distributions.kl_divergence(*normals).flatten(1).mean(1)
     assert torch.allclose(kl, expected, rtol=1e-4, atol=1e-9)
@@ -433,7 +433,9 @@ def test_a_list_of_texts_for_all_batches_is_refused(make_config):
 
 
 def test_eta_scales_the_noise_of_every_step(make_config):
-    whole, less = (make_policy(tiny_pipeline(), make_config(eta=eta)).survey(CONTEXT).stds for eta in (1.0, 0.3))
+    whole, less = (
+        make_policy(tiny_pipeline(), make_config(eta=eta)).probe_schedule(CONTEXT).stds for eta in (1.0, 0.3)
+    )
     assert less == pytest.approx([0.3 * std for std in whole], rel=1e-5)
 
 
@@ -508,9 +510,9 @@ def test_it_says_in_a_line_what_is_trained(make_config):
     assert policy.describe() == description.format(layers * ranks, layers)
     pipeline = tiny_pipeline()
     pipeline.unet.requires_grad_(False)
-    pipeline.unet.conv_in.requires_grad_(True)  # 4 to 8 channels, 3x3, and a bias
+    pipeline.unet.conv_in.requires_grad_(True)  # 4 to 16 channels, 3x3, and a bias
     own = Policy(pipeline, make_config(use_lora=False), adapter=None)
-    assert own.describe() == "pipeline.unet (UNet2DConditionModel): 296 of its own weights"
+    assert own.describe() == "pipeline.unet (UNet2DConditionModel): 592 of its own weights"
 
 
 # ---- What is refused ----
@@ -536,7 +538,7 @@ def test_a_pipeline_that_never_asks_its_scheduler_is_refused(make_config):
     pipeline = IgnoresItsScheduler(**tiny_pipeline().components, requires_safety_checker=False)
     policy = make_policy(pipeline, make_config())
     with pytest.raises(RuntimeError, match="IgnoresItsScheduler finished without a step of its scheduler"):
-        policy.survey(CONTEXT)
+        policy.probe_schedule(CONTEXT)
 
 
 def test_a_pipeline_that_takes_no_prompts_is_refused(make_config):

@@ -13,7 +13,7 @@ import torch
 from datasets import Dataset
 
 from ddpo_trl.descriptions import code_digest, described
-from ddpo_trl.policy.embeddings import by_value
+from ddpo_trl.policy.values import by_value
 from ddpo_trl.prompts import PromptSource, fingerprint, prompt_pairs, prompt_source
 from ddpo_trl.prompts.sources import ShuffledPrompts
 

@@ -21,7 +21,7 @@ from transformers.utils.hub import hf_api
 from ddpo_trl.artifacts.checkpoints import CONFIG_NAME
 from ddpo_trl.artifacts.record import SAMPLES_FOLDER
 from ddpo_trl.config import DDPOConfig
-from ddpo_trl.policy.lora import LORA_WEIGHTS_NAME, PEFT_WEIGHTS_NAME
+from ddpo_trl.policy.adapter_files import LORA_WEIGHTS_NAME, PEFT_WEIGHTS_NAME
 
 
 logger = logging.get_logger(__name__)

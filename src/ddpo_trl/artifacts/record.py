@@ -20,7 +20,7 @@ from transformers import TrainingArguments
 from ddpo_trl.artifacts.checkpoints import CONFIG_NAME
 from ddpo_trl.artifacts.environment import environment
 from ddpo_trl.artifacts.plots import ImageRow, Picture, save_comparison, save_reward_curve, save_sheet
-from ddpo_trl.policy.lora import LORA_WEIGHTS_NAME, PEFT_WEIGHTS_NAME
+from ddpo_trl.policy.adapter_files import LORA_WEIGHTS_NAME, PEFT_WEIGHTS_NAME
 from ddpo_trl.rewards.model import as_pictures
 
 

@@ -27,9 +27,9 @@ from ddpo_trl.checks.mismatch import (
     without_hooks,
 )
 from ddpo_trl.checks.wording import listed, plain, setting_name, verb
-from ddpo_trl.policy.embeddings import is_setting
 from ddpo_trl.policy.fingerprint import changed_weights, settings_in_use
 from ddpo_trl.policy.policy import Policy
+from ddpo_trl.policy.values import is_setting
 from ddpo_trl.seeding import forked_generators
 
 
@@ -135,7 +135,7 @@ def autocast(mismatch: Mismatch) -> str | None:
 
 def settings(mismatch: Mismatch) -> str | None:
     """Check for guidance or another sampler setting that was changed after sampling."""
-    before, now = mismatch.fingerprint.settings, settings_in_use(mismatch.policy.setting_owners)
+    before, now = mismatch.fingerprint.settings, settings_in_use(mismatch.policy.runner.setting_owners)
     changes = [
         f"{setting_name(owner, name)} was {before[owner].get(name)!r} in sampling and is {now[owner].get(name)!r}"
         for owner in before
@@ -178,7 +178,7 @@ def state(mismatch: Mismatch) -> str | None:
 def embeddings(mismatch: Mismatch) -> str | None:
     """Check for prompt embeddings that changed after sampling."""
     before = mismatch.fingerprint.embeddings
-    now = mismatch.policy.embedding_sums(mismatch.batch.context)
+    now = mismatch.policy.runner.embedding_sums(mismatch.batch.context)
     if len(before) == len(now) and all(map(torch.equal, before, now)):
         return None
     return (
@@ -189,7 +189,7 @@ def embeddings(mismatch: Mismatch) -> str | None:
 
 def adapter(mismatch: Mismatch) -> str | None:
     """Check for adapters that were enabled, disabled, merged or scaled after sampling."""
-    before, now = mismatch.fingerprint.adapter, mismatch.policy.fingerprint(None).adapter
+    before, now = mismatch.fingerprint.adapter, mismatch.policy.runner.fingerprint(None).adapter
     if before == now:
         return None
     changed = len(before) - sum(old == new for old, new in zip(before, now, strict=False))
@@ -201,7 +201,7 @@ def adapter(mismatch: Mismatch) -> str | None:
 
 def weights(mismatch: Mismatch) -> str | None:
     """Check for trained weights that changed after sampling."""
-    before, now = mismatch.fingerprint, mismatch.policy.fingerprint(None)
+    before, now = mismatch.fingerprint, mismatch.policy.runner.fingerprint(None)
     if before.denoiser_dtype != now.denoiser_dtype:
         return f"the denoiser's dtype: {plain(before.denoiser_dtype)} in sampling, {plain(now.denoiser_dtype)} now."
     changed = changed_weights(mismatch.policy.denoiser, before)

@@ -90,12 +90,12 @@ def plan_round(
         check_inputs(eval_prompts, policy.input_names, "eval_prompts")
     if config.offload_text_encoders:  # before the denoiser is on the same device
         with autocast(config):
-            policy.encode(known_prompts(policy, prompts, eval_prompts or ()), config.device)
+            policy.runner.encode(known_prompts(policy, prompts, eval_prompts or ()), config.device)
     move(pipeline, config.device, config)
     batches = trial_samples(policy, prompts)
     trial = batches.rows(range(min(TRIAL_SAMPLES, config.per_device_sample_batch_size)))
     with autocast(config):
-        plan = plan_batches(config, *policy.survey(batches))
+        plan = plan_batches(config, *policy.probe_schedule(batches))
         plan, layers = choose_passes(config, policy, trial, plan)
     config.gradient_accumulation_steps = plan.micro_batches_per_update
     if config.save_total_limit == 1 and config.metric_for_best_model is not None:

@@ -14,15 +14,11 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from ddpo_trl.checks import log_prob_difference, replay_problem
+from ddpo_trl.checks.gradients import no_gradient_cause
 from ddpo_trl.config import DDPOConfig
-from ddpo_trl.policy.lora import (
-    adapter_layers,
-    add_adapter,
-    denoiser_name,
-    describe_adapter,
-    has_lora_loader,
-    remove_adapters,
-)
+from ddpo_trl.policy.adapter_files import has_lora_loader
+from ddpo_trl.policy.denoiser import adapter_layers, denoiser_name, remove_adapters
+from ddpo_trl.policy.lora import add_adapter, describe_adapter
 from ddpo_trl.policy.policy import Policy
 from ddpo_trl.policy.records import SampledBatch
 from ddpo_trl.rollout.records import Transition
@@ -179,7 +175,7 @@ def _examine(
     policy = Policy(pipeline, config, adapter)
     report.scheduler = f"{type(pipeline.scheduler).__name__} as {type(policy.scheduler).__name__}"
     context = policy.context(prompts, metadata, seeds=range(len(prompts)))
-    report.stds = policy.survey(context).stds
+    report.stds = policy.probe_schedule(context).stds
     if policy.calls.one_by_one_reason is not None:
         report.notes.append(f"one call of the pipeline per sample: {policy.calls.one_by_one_reason}")
     if policy.calls.without_effect:
@@ -231,7 +227,9 @@ def _examine_replay(report: PipelineReport, policy: Policy, batch: SampledBatch)
         if report.problem is None:
             report.problem = replay_problem(policy, transition, replayed, [batch] * len(batch.context))
         if report.problem is None and not replayed.requires_grad:
-            report.problem = policy.no_gradient(index, transition.latents, transition.next_latents, batch.context)
+            report.problem = no_gradient_cause(
+                policy, index, transition.latents, transition.next_latents, batch.context
+            )
 
 
 def _examine_gradients(report: PipelineReport, policy: Policy, batch: SampledBatch) -> None:

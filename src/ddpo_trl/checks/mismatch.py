@@ -191,7 +191,7 @@ def autocast_as(mismatch: Mismatch) -> torch.autocast:
 @contextmanager
 def settings_of_sampling(mismatch: Mismatch) -> Iterator[None]:
     """Restore the settings of sampling meanwhile."""
-    owners = mismatch.policy.setting_owners
+    owners = mismatch.policy.runner.setting_owners
     now = settings_in_use(owners)
     before = mismatch.fingerprint.settings
     try:

@@ -22,18 +22,9 @@ from ddpo_trl.cli.sources import first_prompts, load_model, load_prompt_source, 
 from ddpo_trl.cli.train import SETTINGS_NAME
 from ddpo_trl.config import DDPOConfig
 from ddpo_trl.finite import finite_rows
-from ddpo_trl.policy.lora import (
-    ADAPTER_NAME,
-    LORA_WEIGHTS_NAME,
-    PEFT_WEIGHTS_NAME,
-    adapter_layers,
-    adapters_off,
-    add_adapter,
-    denoiser_name,
-    has_lora_loader,
-    load_adapter,
-    quiet,
-)
+from ddpo_trl.policy.adapter_files import LORA_WEIGHTS_NAME, PEFT_WEIGHTS_NAME, has_lora_loader, load_adapter, quiet
+from ddpo_trl.policy.denoiser import adapter_layers, adapters_off, denoiser_name
+from ddpo_trl.policy.lora import ADAPTER_NAME, add_adapter
 from ddpo_trl.policy.policy import Policy
 from ddpo_trl.prompts import PromptPair
 from ddpo_trl.rewards.model import as_pictures

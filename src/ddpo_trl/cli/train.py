@@ -18,7 +18,8 @@ from ddpo_trl.cli.errors import usage_errors
 from ddpo_trl.cli.launch import LAUNCHED, launch, launch_flags
 from ddpo_trl.cli.sources import load_model, load_prompt_source, load_reward
 from ddpo_trl.config import DDPOConfig
-from ddpo_trl.policy.lora import attention_projections, default_lora_config, denoiser_name
+from ddpo_trl.policy.denoiser import denoiser_name
+from ddpo_trl.policy.lora import attention_projections, default_lora_config
 from ddpo_trl.trainer import DDPOTrainer
 
 

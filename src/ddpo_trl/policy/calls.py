@@ -14,9 +14,9 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from ddpo_trl.policy.embeddings import by_value
 from ddpo_trl.policy.records import Context
 from ddpo_trl.policy.schedulers import Replay, StepReplayed
+from ddpo_trl.policy.values import by_value
 from ddpo_trl.seeding import Stream, derived_seed, forked_generators
 
 

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ddpo_trl.config import DDPOConfig
-from ddpo_trl.policy.embeddings import is_setting
-from ddpo_trl.policy.lora import adapter_layers
+from ddpo_trl.policy.denoiser import adapter_layers
+from ddpo_trl.policy.values import is_setting
 
 
 @dataclass(frozen=True, kw_only=True)

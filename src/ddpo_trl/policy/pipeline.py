@@ -15,8 +15,9 @@ from torch import nn
 from ddpo_trl.config import DDPOConfig
 from ddpo_trl.config_checks import OWN_PIPELINE_ARGUMENTS
 from ddpo_trl.descriptions import DIGITS, described, digest
-from ddpo_trl.policy.embeddings import PER_SAMPLE_PREFIXES, PromptEncoder, text_encoders
-from ddpo_trl.policy.lora import denoiser_name
+from ddpo_trl.policy.denoiser import denoiser_name
+from ddpo_trl.policy.embedding_calls import PER_SAMPLE_PREFIXES
+from ddpo_trl.policy.embeddings import PromptEncoder, text_encoders
 from ddpo_trl.policy.schedulers import PolicyScheduler
 
 
@@ -189,13 +190,17 @@ def parts(pipeline: DiffusionPipeline) -> dict[str, DiffusionPipeline]:
     return {name: part for name, part in vars(pipeline).items() if isinstance(part, DiffusionPipeline)}
 
 
-def policy_copy(pipeline: DiffusionPipeline, scheduler: PolicyScheduler, offload: bool) -> DiffusionPipeline:
+def policy_copy(
+    pipeline: DiffusionPipeline, denoiser: str, scheduler: PolicyScheduler, offload: bool
+) -> DiffusionPipeline:
     """
     A shallow copy of a pipeline that steps as a policy.
 
     Args:
         pipeline ([`~diffusers.DiffusionPipeline`]):
             The pipeline, which is left as it is.
+        denoiser (`str`):
+            Name of the component that is trained.
         scheduler ([`~ddpo_trl.policy.schedulers.PolicyScheduler`]):
             The copy's scheduler, and that of the part that has the denoiser.
         offload (`bool`):
@@ -203,11 +208,10 @@ def policy_copy(pipeline: DiffusionPipeline, scheduler: PolicyScheduler, offload
     """
     twin: Any = quiet_copy(pipeline)
     twin.scheduler = scheduler
-    denoiser = denoiser_name(pipeline)
     twin.__class__ = class_with_known_device(class_with_grad(type(pipeline)), denoiser)
     for name, part in parts(pipeline).items():
         if part.components.get(denoiser) is pipeline.components[denoiser]:
-            vars(twin)[name] = policy_copy(part, scheduler, offload)
+            vars(twin)[name] = policy_copy(part, denoiser, scheduler, offload)
     if "encode_prompt" in dir(twin):
         twin.encode_prompt = PromptEncoder(twin, offload)
     if "prepare_latents" in dir(twin):
@@ -218,13 +222,12 @@ def policy_copy(pipeline: DiffusionPipeline, scheduler: PolicyScheduler, offload
     return twin
 
 
-def with_denoiser(pipeline: DiffusionPipeline, denoiser: ModelMixin) -> DiffusionPipeline:
+def with_denoiser(pipeline: DiffusionPipeline, name: str, denoiser: ModelMixin) -> DiffusionPipeline:
     """A shallow copy with another denoiser, in its parts too."""
-    name = denoiser_name(pipeline)
     twin = copy.copy(pipeline)
     for part_name, part in parts(pipeline).items():
         if part.components.get(name) is pipeline.components[name]:
-            vars(twin)[part_name] = with_denoiser(part, denoiser)
+            vars(twin)[part_name] = with_denoiser(part, name, denoiser)
     twin.register_modules(**{name: denoiser})
     return twin
 

@@ -156,7 +156,7 @@ class RolloutLoader:
         if self.policy.settings.offload_text_encoders:  # which come for a round at once, and not for every batch
             with self.accelerator.autocast():
                 contexts = (self._context(pairs[first : first + size], first) for first in firsts)
-                self.policy.encode(contexts, self.policy.denoiser.device)
+                self.policy.runner.encode(contexts, self.policy.denoiser.device)
         for first in firsts:
             own = pairs[first : first + size]
             context, metadata = self._context(own, first), [entries for _, entries in own]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from ddpo_trl.config import DDPOConfig, TransitionWeighting, WindowStrategy
-from ddpo_trl.policy.embeddings import MAX_CACHED_BYTES
+from ddpo_trl.policy.embedding_cache import MAX_CACHED_BYTES
 from ddpo_trl.seeding import Stream, generator
 
 

@@ -27,6 +27,7 @@ from ddpo_trl.policy.per_sample_gradients import (
 )
 from ddpo_trl.policy.policy import Policy
 from ddpo_trl.policy.records import Context, SampledBatch
+from ddpo_trl.policy.sampling import differentiate
 from ddpo_trl.policy.schedulers import NoGradient
 from ddpo_trl.rollout.plan import BatchPlan
 from ddpo_trl.rollout.trial import TRIAL_SAMPLES
@@ -197,8 +198,11 @@ def _differentiated(
 
     watch = Watch(layers, take)
     with watch.watching():
-        policy.differentiate(
-            trial, step, lambda log_probs: expected.extend(watch.backward(log_probs[sample], list(sums)))
+        differentiate(
+            policy.runner,
+            trial,
+            step,
+            lambda log_probs: expected.extend(watch.backward(log_probs[sample], list(sums))),
         )
     if not expected:
         raise ValueError(f"the pipeline ends before step {step}")

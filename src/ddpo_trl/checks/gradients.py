@@ -1,0 +1,53 @@
+"""Why no gradient reaches the denoiser in a step."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from ddpo_trl.policy.denoiser import adapter_layers
+from ddpo_trl.policy.policy import Policy
+from ddpo_trl.policy.records import Context
+
+
+def no_gradient_cause(policy: Policy, step: int, latents: Tensor, next_latents: Tensor, context: Context) -> str:
+    """
+    Return the reason, in a sentence, why a step has no gradient.
+
+    Args:
+        policy ([`~ddpo_trl.policy.policy.Policy`]):
+            The policy, not wrapped.
+        step, latents, next_latents, context:
+            As for [`~ddpo_trl.policy.policy.Policy.forward`].
+    """
+    found = f"No gradient reaches pipeline.{policy.denoiser_name} at step {step}: "
+    with torch.enable_grad(), recorded_grad_modes(policy.denoiser) as modes:
+        replayed = Policy.forward(policy, step, latents, next_latents, context).log_probs
+    if replayed.requires_grad:
+        return f"{found}gradients are switched off around the policy. Look for torch.set_grad_enabled(False)."
+    if not modes:
+        return f"{found}the pipeline runs another network there. Leave such steps out with train_timestep_range."
+    if not any(modes):
+        return (
+            f"{found}the pipeline runs it without gradients. Look for `torch.no_grad()` inside of its __call__ or "
+            "of a hook, or leave such steps out with train_timestep_range."
+        )
+    if any(layer.merged for layer in adapter_layers(policy.denoiser)):
+        return f"{found}the adapter is fused into its weights. Call `pipeline.unfuse_lora()` before training."
+    return (
+        f"{found}what it predicts there does not depend on the weights that are trained. The adapter may be "
+        "switched off (`enable_lora()`), or the network detaches its output; if only in some steps, leave them "
+        "out with train_timestep_range."
+    )
+
+
+@contextmanager
+def recorded_grad_modes(module: nn.Module) -> Iterator[list[bool]]:
+    """Record for each call of a module if gradients were on."""
+    modes: list[bool] = []
+    hook = module.register_forward_hook(lambda *_: modes.append(torch.is_grad_enabled()))
+    try:
+        yield modes
+    finally:
+        hook.remove()
