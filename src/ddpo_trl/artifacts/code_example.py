@@ -12,7 +12,7 @@ from PIL.Image import Image
 from ddpo_trl.artifacts.hub_metadata import hub_name
 from ddpo_trl.config import DDPOConfig
 from ddpo_trl.emoji import EMOJI_PATH
-from ddpo_trl.policy.lora import has_lora_loader
+from ddpo_trl.policy.adapter_files import has_lora_loader
 from ddpo_trl.policy.policy import Policy
 
 
