@@ -39,7 +39,7 @@ from ddpo_trl.policy.lora import ADAPTER_NAME, add_adapter
 from ddpo_trl.policy.per_sample_gradients import trained_weights
 from ddpo_trl.policy.policy import Policy
 from ddpo_trl.policy.records import Context
-from ddpo_trl.policy.runner import seeded
+from ddpo_trl.policy.runner import PipelineRunner, seeded
 from ddpo_trl.policy.schedulers import Sampling
 from ddpo_trl.update.one_pass import layers_of_samples, policy_gradient
 
@@ -414,7 +414,7 @@ def batches_have_one_sample_if_asked(case: Case) -> None:
     """With batch sizes of 1 a round is trained without a call for two samples, at construction neither."""
     pairs = list(zip(PROMPTS, metadata(case), strict=True))
     ones = {"per_device_sample_batch_size": 1, "per_device_train_batch_size": 1, "num_sample_batches": 2}
-    with mock.patch.object(Policy, "_run", autospec=True, side_effect=Policy._run) as run:
+    with mock.patch.object(PipelineRunner, "run", autospec=True, side_effect=PipelineRunner.run) as run:
         trainer = DDPOTrainer(config(case, **ones), brightness, pairs, case.build(0))
         with contextlib.redirect_stdout(io.StringIO()):  # Trainer prints its logs
             trainer.train()

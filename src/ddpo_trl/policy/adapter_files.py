@@ -29,7 +29,7 @@ PEFT_PREFIX = "base_model.model."  # of the names in that file
 
 
 def has_lora_loader(pipeline: DiffusionPipeline) -> bool:
-    """Whether `pipeline.load_lora_weights` exists and loads adapters of the denoiser."""
+    """Return `True` if `pipeline.load_lora_weights` exists and loads adapters of the denoiser."""
     name = denoiser_name(pipeline)
     return (
         isinstance(pipeline, LoraBaseMixin)
@@ -42,21 +42,21 @@ def save_adapter(
     pipeline: DiffusionPipeline, adapter: str, directory: str | os.PathLike[str], write: bool = True
 ) -> None:
     """
-    Writes `pytorch_lora_weights.safetensors`, which `pipeline.load_lora_weights(directory)` of diffusers loads.
+    Write `pytorch_lora_weights.safetensors` for `pipeline.load_lora_weights(directory)` of diffusers.
 
-    Where the pipeline has no such loader (PixArt, Kandinsky) it writes peft's files instead, for
-    `PeftModel.from_pretrained(denoiser, directory)`. The adapter's config goes with the weights: without it a
+    If the pipeline has no such loader (PixArt, Kandinsky), write peft's files instead, for
+    `PeftModel.from_pretrained(denoiser, directory)`. The adapter's config is saved with the weights: without it, a
     `lora_alpha` other than the rank would be lost.
 
     Args:
         pipeline ([`~diffusers.DiffusionPipeline`]):
             The pipeline with the adapter on its denoiser.
         adapter (`str`):
-            The adapter's name.
+            Name of the adapter.
         directory (`str` or `os.PathLike`):
-            Where to; made if absent.
+            Target directory; created if missing.
         write (`bool`, *optional*, defaults to `True`):
-            `False` on all processes but one: they only have a share in gathering sharded weights.
+            `False` on all processes except one: they only take part in gathering sharded weights.
     """
     name = denoiser_name(pipeline)
     denoiser = pipeline.components[name]
@@ -77,16 +77,16 @@ def save_adapter(
 
 def load_adapter(pipeline: DiffusionPipeline, adapter: str, directory: str | os.PathLike[str]) -> None:
     """
-    Loads what [`save_adapter`] wrote *into* the existing adapter, whose parameters stay the optimizer's.
+    Load what [`save_adapter`] wrote *into* the existing adapter, whose parameters stay the optimizer's.
 
-    (`load_lora_weights` would add a second adapter beside it: TRL's trainer lost its weights on resume that way.)
+    (`load_lora_weights` would add a second adapter: TRL's trainer lost its weights on resume that way.)
 
     Args:
         pipeline, adapter, directory:
             As for [`save_adapter`].
 
     Raises:
-        `ValueError`: If the file can't be read, or has not exactly the adapter's weights.
+        `ValueError`: If the file can't be read, or its weights are not exactly the adapter's.
     """
     name = denoiser_name(pipeline)
     denoiser = pipeline.components[name]
@@ -111,10 +111,18 @@ def load_adapter(pipeline: DiffusionPipeline, adapter: str, directory: str | os.
 
 def check_files(pipeline: DiffusionPipeline, adapter: str, owner: str) -> None:
     """
-    Saves an adapter, loads it as its users will into a copy of the denoiser, and compares.
+    Save an adapter, load it into a copy of the denoiser as its users will, and compare.
+
+    Args:
+        pipeline ([`~diffusers.DiffusionPipeline`]):
+            The pipeline with the adapter on its denoiser.
+        adapter (`str`):
+            Name of the adapter.
+        owner (`str`):
+            Where the adapter comes from, for the message.
 
     Raises:
-        `ValueError`: If it can't be loaded, or is another one then.
+        `ValueError`: If it can't be loaded, or the loaded adapter differs.
     """
     name = denoiser_name(pipeline)
     denoiser: Any = pipeline.components[name]
@@ -143,7 +151,7 @@ def check_files(pipeline: DiffusionPipeline, adapter: str, owner: str) -> None:
 
 
 def trained_but_not_saved(denoiser: nn.Module, adapter: str) -> list[str]:
-    """Names of the weights that require gradients and are not among those of an adapter."""
+    """Return the names of the weights that require gradients and are not an adapter's."""
     saved = {value.data_ptr() for value in get_peft_model_state_dict(denoiser, adapter_name=adapter).values()}
     return [
         name for name, value in denoiser.named_parameters() if value.requires_grad and value.data_ptr() not in saved
@@ -152,7 +160,7 @@ def trained_but_not_saved(denoiser: nn.Module, adapter: str) -> list[str]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without what loaders say of parts that an adapter does not have."""
+    """Silence the warnings of loaders about components that an adapter does not have."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:

@@ -15,7 +15,7 @@ from torch import nn
 
 def denoiser_name(pipeline: DiffusionPipeline) -> str:
     """
-    The name of the component that is trained, `"unet"` or `"transformer"`.
+    Return the name of the component that is trained, `"unet"` or `"transformer"`.
 
     Raises:
         `ValueError`: If the pipeline has neither.
@@ -36,18 +36,18 @@ def denoiser_name(pipeline: DiffusionPipeline) -> str:
 
 
 def adapter_layers(denoiser: nn.Module) -> list[BaseTunerLayer]:
-    """The layers of a denoiser that carry adapters. Through peft, because not all denoisers know diffusers' mixin."""
+    """Return the layers that carry adapters. Through peft, because not all denoisers have diffusers' mixin."""
     return [module for module in denoiser.modules() if isinstance(module, BaseTunerLayer)]
 
 
 def active_adapters(denoiser: nn.Module) -> list[str]:
-    """Names of the adapters that are switched on."""
+    """Return the names of the active adapters."""
     return sorted({name for layer in adapter_layers(denoiser) for name in layer.active_adapters})
 
 
 @contextmanager
 def adapters_off(denoiser: nn.Module) -> Iterator[None]:
-    """The denoiser without its adapters, while the context is open."""
+    """Switch the adapters of a denoiser off while the context is open."""
     layers = adapter_layers(denoiser)
     for layer in layers:
         layer.enable_adapters(False)
@@ -59,7 +59,7 @@ def adapters_off(denoiser: nn.Module) -> Iterator[None]:
 
 
 def remove_adapters(denoiser: nn.Module) -> None:
-    """Removes all adapters, and the layers that held them."""
+    """Remove all adapters, and the layers that held them."""
     recurse_remove_peft_layers(denoiser)
     for name, module in list(denoiser.named_modules()):
         if isinstance(module, AuxiliaryTrainingWrapper):
@@ -71,7 +71,7 @@ def remove_adapters(denoiser: nn.Module) -> None:
 
 
 def sharing_weights(denoiser: nn.Module) -> nn.Module:
-    """A copy of a denoiser without its adapters, which takes no memory: it has the same weights."""
+    """Return a copy of a denoiser without its adapters. It takes no memory, because it shares the weights."""
     shared: dict[int, Any] = {}
     for parameter in denoiser.parameters():
         # Quantized weights are of other types, which have to stay what they are.
@@ -85,5 +85,5 @@ def sharing_weights(denoiser: nn.Module) -> nn.Module:
 
 
 def present_classes(module: nn.Module, names: Collection[str]) -> list[str]:
-    """Those of the class names that a module's parts have."""
+    """Return the class names among `names` that occur in a module."""
     return sorted({type(part).__name__ for part in module.modules()} & set(names))

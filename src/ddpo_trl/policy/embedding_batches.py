@@ -1,4 +1,4 @@
-"""What `encode_prompt` returns: where the samples are in it, and how embeddings of single prompts make a batch."""
+"""Embeddings of single prompts joined to a batch: the dimension of the samples in each, padding, and masks."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,21 +8,21 @@ from torch import Tensor
 
 
 class NotJoinable(Exception):
-    """The embeddings of single prompts don't make up that of a batch in a way that is known."""
+    """The embeddings of single prompts don't make up that of a batch in any supported way."""
 
 
 def batch_dimensions(single: Any, pair: Any) -> Any:
     """
-    For each tensor of a single prompt's embedding the dimension in which it is a batch; -1 if it belongs to no sample.
+    Return the dimension of the samples for each tensor of an embedding; -1 if it has none.
 
     Args:
         single:
-            What `encode_prompt` returned for a prompt.
+            Output of `encode_prompt` for a prompt.
         pair:
-            What it returned for the same prompt twice.
+            Its output for the same prompt twice.
 
     Raises:
-        [`NotJoinable`]: If one is no batch of one in exactly one dimension.
+        [`NotJoinable`]: If a tensor does not grow from 1 to 2 in exactly one dimension.
     """
     match single, pair:
         case (tuple(), tuple()) if len(single) == len(pair):
@@ -48,9 +48,9 @@ def check_close(joined: Any, together: Any) -> None:
 
     Args:
         joined:
-            Those of single prompts, joined.
+            Embeddings of single prompts, joined.
         together:
-            What `encode_prompt` returned for all at once.
+            Output of `encode_prompt` for all prompts at once.
 
     Raises:
         [`NotJoinable`]: If they differ.
@@ -71,22 +71,22 @@ def check_close(joined: Any, together: Any) -> None:
 
 def join(values: Sequence[Any], ragged_example: Any = None, layout: Any = 0) -> Any:
     """
-    The embeddings of single prompts as those of a batch.
+    Join the embeddings of single prompts to those of a batch.
 
-    Tensors of one sample are stacked up, padded with zeros at the end of the dimension behind that of the samples;
-    lists are joined. What is equal for all prompts belongs to none of them (FLUX's text ids).
+    Tensors are concatenated, padded with zeros at the end of the dimension after that of the samples; lists are
+    joined. Tensors without a sample's dimension must be equal for all prompts (FLUX's text ids), and stay as they are.
 
     Args:
         values (`Sequence`):
-            What `encode_prompt` returned for each prompt.
+            Output of `encode_prompt` for each prompt.
         ragged_example (*optional*):
-            What it returned for two prompts of different length at once. Where that has a mask and the single prompts
-            have none, theirs are all ones.
+            Its output for two prompts of different lengths at once. Masks that it has and the single prompts don't
+            are filled with ones.
         layout (*optional*):
-            [`batch_dimensions`]; samples are in the first dimension by default.
+            Output of [`batch_dimensions`]; samples are in the first dimension by default.
 
     Raises:
-        `ValueError`: If a value differs between prompts and has not one row per prompt.
+        `ValueError`: If a value differs between prompts and does not have one row per prompt.
     """
     first = values[0]
     match first:
@@ -113,13 +113,13 @@ def join(values: Sequence[Any], ragged_example: Any = None, layout: Any = 0) -> 
 
 def padded(rows: Sequence[Tensor], dim: int = 0) -> list[Tensor]:
     """
-    Single samples with zeros at the end of the tokens up to the longest.
+    Pad the tokens of single samples with zeros at the end, up to the longest.
 
     Args:
         rows (`Sequence[torch.Tensor]` of shape `(1, L, ...)`):
-            Of one sample each.
+            One sample each.
         dim (`int`):
-            That of the samples, the tokens' being the next: 1 for `(layers, 1, L, ...)`.
+            Dimension of the samples; that of the tokens is the next. 1 for `(layers, 1, L, ...)`.
     """
     if rows[0].ndim < dim + 2:
         return list(rows)
@@ -136,13 +136,13 @@ def padded(rows: Sequence[Tensor], dim: int = 0) -> list[Tensor]:
 
 
 def text_length(embeddings: Any) -> int:
-    """Tokens of a single prompt's embedding."""
+    """Return the number of tokens of a single prompt's embedding."""
     first = embeddings[0] if isinstance(embeddings, tuple) else embeddings
     return first.shape[1] if isinstance(first, Tensor) and first.ndim > 1 else 0
 
 
 def with_masks(embeddings: Sequence[tuple[Any, ...]], ragged_example: Any) -> Sequence[tuple[Any, ...]]:
-    """The embeddings of single prompts with masks of ones where the example of different lengths has masks."""
+    """Fill in masks of ones for single prompts where the example of different lengths has masks."""
     lengths = [text_length(embedding) for embedding in embeddings]
     if ragged_example is None or len(set(lengths)) == 1:
         return embeddings
@@ -159,13 +159,13 @@ def with_masks(embeddings: Sequence[tuple[Any, ...]], ragged_example: Any) -> Se
 
 def check_mask(embeddings: Any, length: int) -> None:
     """
-    Raises a `ValueError` if nothing tells padding from text: a sample would depend on the longest prompt beside it.
+    Raise a `ValueError` if no mask marks the padding: a sample would depend on the longest prompt of its batch.
 
     Args:
         embeddings:
-            What `encode_prompt` returned for prompts of different length.
+            Output of `encode_prompt` for prompts of different lengths.
         length (`int`):
-            Of the longest.
+            Tokens of the longest.
     """
     values = embeddings if isinstance(embeddings, tuple) else (embeddings,)
     if not any(isinstance(value, Tensor) and value.ndim == 2 and value.shape[1] == length for value in values):

@@ -10,27 +10,27 @@ from accelerate.utils import recursively_apply
 from torch import Tensor
 
 
-# What the embeddings that are kept may take. In bfloat16 a prompt has 0.1 MiB for Stable Diffusion, 4 for Wan.
+# Bound of the embeddings that are kept. In bfloat16 a prompt has 0.1 MiB for Stable Diffusion, 4 for Wan.
 MAX_CACHED_BYTES = 2 * 2**30
 
 
 @dataclass(frozen=True)
 class Kept:
     """
-    A tensor in CPU memory.
+    A tensor kept in CPU memory.
 
     Args:
         tensor (`torch.Tensor`):
-            There.
+            The tensor, on the CPU.
         device (`torch.device`):
-            Where it belongs.
+            The device it came from.
     """
 
     tensor: Tensor
     device: torch.device
 
     def equals(self, other: "Kept") -> bool:
-        """Whether one can stand for the other."""
+        """Return `True` if both hold the same tensor of the same device."""
         own, its = self.tensor, other.tensor
         same_kind = (self.device, own.dtype, own.shape) == (other.device, its.dtype, its.shape)
         return same_kind and torch.equal(own, its)
@@ -38,13 +38,13 @@ class Kept:
 
 class EmbeddingCache:
     """
-    Embeddings by what they were made from, in CPU memory: the last used ones, up to [`MAX_CACHED_BYTES`].
+    The last used embeddings by what they were made from, in CPU memory, up to `MAX_CACHED_BYTES`.
 
-    What one has in common with the one before it is kept once: the negative prompt's.
+    Tensors that an embedding shares with the one before it are kept once: the negative prompt's.
 
     Attributes:
         largest (`int`):
-            Bytes of the largest so far, with what it has in common.
+            Bytes of the largest embedding so far, including shared tensors.
     """
 
     largest = 0
@@ -62,22 +62,22 @@ class EmbeddingCache:
 
     @property
     def is_full(self) -> bool:
-        """Whether another embedding of the largest size would be too much."""
+        """`True` if another embedding of the largest size would exceed the bound."""
         return self._bytes + self.largest > MAX_CACHED_BYTES
 
     def touch(self, key: Hashable) -> None:
-        """Makes an embedding the last used one."""
+        """Mark an embedding as the last used one."""
         self._entries.move_to_end(key)
 
     def get(self, key: Hashable) -> Any:
-        """An embedding where it belongs."""
+        """Return an embedding on the device it came from."""
         embedding, _ = self._entries[key]
         return recursively_apply(
             lambda kept: kept.tensor.to(kept.device), embedding, test_type=lambda value: isinstance(value, Kept)
         )
 
     def put(self, key: Hashable, embedding: Any) -> None:
-        """Keeps an embedding."""
+        """Add an embedding."""
         before, self._newest = self._newest, []
 
         def keep(tensor: Tensor) -> Kept:
@@ -92,7 +92,7 @@ class EmbeddingCache:
         self.largest = max(self.largest, sum(one.tensor.nbytes for one in self._newest))
 
     def shrink(self) -> None:
-        """Forgets the longest unused ones until the rest takes no more than it may."""
+        """Drop the least recently used embeddings until the rest is within the bound."""
         while self._bytes > MAX_CACHED_BYTES and self._entries:
             _, (_, size) = self._entries.popitem(last=False)
             self._bytes -= size

@@ -7,12 +7,12 @@ from collections.abc import Hashable
 from ddpo_trl.policy.values import by_value, is_setting
 
 
-# Arguments of `encode_prompt` that hold one value per sample where they are lists; other lists are settings.
+# Prefixes of arguments of `encode_prompt` that hold one value per sample if they are lists; others are settings.
 PER_SAMPLE_PREFIXES = ("prompt", "negative_prompt")
 
 
 def split_by_sample(call: inspect.BoundArguments) -> list[inspect.BoundArguments] | None:
-    """One call per prompt; `None` if the call isn't about a list of prompts, or holds one image for all of them."""
+    """Return one call per prompt; `None` for a call without a list of prompts, or with one image for all of them."""
     prompts = call.arguments.get("prompt")
     if not isinstance(prompts, list) or not is_known_by_value(call):
         return None
@@ -29,10 +29,10 @@ def split_by_sample(call: inspect.BoundArguments) -> list[inspect.BoundArguments
 
 def per_sample_arguments(call: inspect.BoundArguments) -> set[str]:
     """
-    Names of the arguments of a call with a list of prompts that hold one value per prompt.
+    Return the names of the arguments of a call with a list of prompts that hold one value per prompt.
 
-    Texts are known by the argument's name. Images and the like may be several of every sample instead: what is made of
-    each alone is compared with what is made of all.
+    Texts are recognized by the argument's name. Other lists may hold several images of every sample instead, so their
+    embeddings are later compared with those of a batch.
     """
     count = len(call.arguments["prompt"])
     return {
@@ -44,28 +44,28 @@ def per_sample_arguments(call: inspect.BoundArguments) -> set[str]:
 
 
 def is_about_texts(call: inspect.BoundArguments) -> bool:
-    """Whether a call holds texts and settings only."""
+    """Return `True` if a call has only texts and settings as arguments."""
     return all(is_setting(value) for value in call.arguments.values())
 
 
 def is_known_by_value(call: inspect.BoundArguments) -> bool:
-    """Whether a call can be told from another by comparison, and encodes anything."""
+    """Return `True` if all arguments of a call can be compared by value, and none is an embedding already."""
     return not any(
         "embeds" in name and value is not None or by_value(value) is None for name, value in call.arguments.items()
     )
 
 
 def call_key(call: inspect.BoundArguments) -> Hashable:
-    """What distinguishes one call from another."""
+    """Return a key that identifies a call."""
     return tuple((name, by_value(value)) for name, value in call.arguments.items())
 
 
 def images_key(call: inspect.BoundArguments) -> Hashable:
-    """What distinguishes one call from another, apart from texts and settings."""
+    """Return a key that identifies a call except for texts and settings."""
     return tuple(by_value(value) for value in call.arguments.values() if not is_setting(value))
 
 
 def settings_key(call: inspect.BoundArguments) -> Hashable:
-    """What distinguishes one call from another, apart from the samples."""
+    """Return a key that identifies a call except for its samples."""
     per_sample = per_sample_arguments(call)
     return repr({name: "" if name in per_sample else value for name, value in call.arguments.items()})

@@ -1,6 +1,6 @@
 """Prompt embeddings, computed once per prompt: replay runs no text encoder, and the encoders may leave the GPU.
 
-They are kept in CPU memory. On the GPU are those of one batch.
+They are kept in CPU memory; only those of one batch are on the GPU.
 """
 
 import copy
@@ -30,12 +30,12 @@ from ddpo_trl.policy.embedding_calls import (
 from ddpo_trl.policy.values import by_value
 
 
-# Inputs of a text encoder whose outputs are kept: the negative prompt, which comes with every other prompt again.
+# Number of a text encoder's inputs whose outputs are kept: the same negative prompt comes with every prompt.
 MAX_CACHED_INPUTS = 4
 
 
 def text_encoders(pipeline: DiffusionPipeline) -> dict[str, nn.Module]:
-    """The pipeline's text encoders by component name."""
+    """Return the pipeline's text encoders by component name."""
     return {
         name: component
         for name, component in pipeline.components.items()
@@ -51,21 +51,22 @@ class PromptEncoder:
     """
     A pipeline's `encode_prompt` that encodes every prompt once and by itself.
 
-    So replay runs no text encoder, and a sample's embedding does not depend on the batch it is in. Embeddings of
-    different lengths are padded at the end with zeros, in the mask too, as pipelines do within a batch. Which values
-    then are a mask that was left out for a single prompt (Qwen-Image) is learned from one batch of two prompts, and
-    where in the embeddings the samples are from another. Prompts that come with an image each are encoded one by one
-    where two of them, encoded together, are what each is alone. What can't be joined is encoded as whole batches.
+    Replay then runs no text encoder, and a sample's embedding does not depend on the batch it is in. Embeddings of
+    different lengths are padded at the end with zeros, and so are their masks, as pipelines do within a batch. One
+    batch of two prompts shows which values are a mask that is left out for a single prompt (Qwen-Image); another one
+    shows the dimension of the samples in each embedding. Prompts that come with an image each are encoded one by one
+    if two of them encoded together equal each encoded alone. Embeddings that can't be joined are encoded as whole
+    batches.
 
     Args:
         pipeline ([`~diffusers.DiffusionPipeline`]):
-            The pipeline; it is given text encoders that remember their last inputs, and must be a copy for that.
+            A copy of the user's pipeline: its text encoders are replaced by ones that remember their last inputs.
         offload (`bool`):
-            Whether the text encoders stay on the CPU while they have nothing to encode.
+            Keep the text encoders on the CPU while they have nothing to encode.
 
     Attributes:
         returned (`list`):
-            What it returned since the list was emptied, which is for the caller to do.
+            Embeddings returned since the caller last emptied the list.
     """
 
     def __init__(self, pipeline: DiffusionPipeline, offload: bool):
@@ -73,11 +74,11 @@ class PromptEncoder:
         self.returned: list[Any] = []
         self.encoders = text_encoders(pipeline)
         self.offload = offload
-        self._ahead: torch.device | None = None  # where the pipeline is going to run,
+        self._ahead: torch.device | None = None  # where the pipeline will run,
         self._here = torch.device("cpu")  # and where it runs while it is not there yet
         self._stays = False
         self._cache = EmbeddingCache()
-        self._present: dict[Hashable, Any] = {}  # those of the last batch: steps of the same samples come in a row
+        self._present: dict[Hashable, Any] = {}  # of the last batch: steps of the same samples come in a row
         self._layouts: dict[Hashable, Any] = {}  # where the samples are in embeddings, by the settings of the call
         self._ragged_example: Any = None  # what encode_prompt returns for prompts of different lengths
         pipeline.register_modules(**{name: remembering(encoder) for name, encoder in self.encoders.items()})
@@ -87,7 +88,7 @@ class PromptEncoder:
             self._move("cpu")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """What the pipeline calls in place of its `encode_prompt`."""
+        """Encode prompts; the pipeline calls it instead of its own `encode_prompt`."""
         embeddings = self._embeddings(*args, **kwargs)
         self.returned.append(embeddings)
         if self._ahead is None:
@@ -129,7 +130,7 @@ class PromptEncoder:
         return join(embeddings, self._ragged_example, self._layouts[settings_key(calls[0])])
 
     def _learn_layout(self, calls: Sequence[inspect.BoundArguments]) -> bool:
-        """Whether single prompts can be joined: it is learned from one call with the first prompt twice."""
+        """Learn from one call with the first prompt twice if single prompts can be joined, and return it."""
         key = settings_key(calls[0])
         if key not in self._layouts:
             # Of images it shows only where two are different whether a sample's embedding depends on the other's.
@@ -165,17 +166,17 @@ class PromptEncoder:
     def _encode(self, calls: Sequence[tuple[Sequence[Any], dict[str, Any]]]) -> list[Any]:
         if not calls:
             return []
-        with torch.no_grad(), self._at_hand():
+        with torch.no_grad(), self._encoders_on_device():
             return [self._encode_prompt(*args, **kwargs) for args, kwargs in calls]
 
     @property
     def largest(self) -> int:
-        """Bytes of the largest embedding of a prompt so far."""
+        """Bytes of the largest prompt embedding so far."""
         return self._cache.largest
 
     @contextmanager
-    def _at_hand(self) -> Iterator[None]:
-        """The text encoders are where the pipeline runs."""
+    def _encoders_on_device(self) -> Iterator[None]:
+        """The text encoders are on the pipeline's device while the context is open."""
         if not self.offload or self._stays:
             yield
             return
@@ -190,12 +191,13 @@ class PromptEncoder:
     @contextmanager
     def ahead(self, device: torch.device) -> Iterator[None]:
         """
-        While the context is open, prompts are encoded for a pipeline that is going to run on `device`, wherever it is
-        by now, and text encoders that are needed come once.
+        Encode for a pipeline that will run on `device`, wherever it is now, while the context is open.
+
+        Text encoders are moved to the device once.
 
         Args:
             device (`torch.device`):
-                As tensors there name it.
+                The device, as the `device` of its tensors.
         """
         self._ahead, self._here = device, self.pipeline.device
         try:
@@ -208,7 +210,7 @@ class PromptEncoder:
 
     @property
     def is_full(self) -> bool:
-        """Whether what is encoded next may push out what was encoded before."""
+        """`True` if the next embedding may push out an earlier one."""
         return self._cache.is_full
 
     def _move(self, device: torch.device | str) -> None:
@@ -218,7 +220,7 @@ class PromptEncoder:
 
 def remembering(encoder: nn.Module) -> nn.Module:
     """
-    A shallow copy of a text encoder, sharing its weights, that runs the same input only once.
+    Return a shallow copy of a text encoder, sharing its weights, that runs the same input only once.
 
     Prompts are encoded one by one, and each comes with the same negative prompt.
     """
@@ -241,7 +243,7 @@ def remembering(encoder: nn.Module) -> nn.Module:
 
 
 def input_key(value: Any) -> Hashable:
-    """A text encoder's argument by value."""
+    """Return what identifies an argument of a text encoder."""
     match value:
         case Tensor():
             return by_value(value)

@@ -16,11 +16,11 @@ from ddpo_trl.policy.denoiser import adapter_layers, denoiser_name
 
 def freeze_all_but_denoiser(pipeline: DiffusionPipeline, peft_config: PeftConfig | None) -> None:
     """
-    Prepares a pipeline for training the denoiser's own weights, those of them that require gradients.
+    Prepare a pipeline for training the denoiser's own weights, as far as they require gradients.
 
     Args:
         pipeline ([`~diffusers.DiffusionPipeline`]):
-            Without adapter, its denoiser in float32.
+            A pipeline without an adapter, its denoiser in float32.
         peft_config ([`~peft.PeftConfig`], *optional*):
             Must be `None` here.
 
@@ -53,7 +53,17 @@ def freeze_all_but_denoiser(pipeline: DiffusionPipeline, peft_config: PeftConfig
 
 
 def save_denoiser(denoiser: ModelMixin, directory: str, write: bool = True) -> None:
-    """As `denoiser.save_pretrained(directory)`, also if its weights are sharded; arguments as for [`Policy.save`]."""
+    """
+    Call `denoiser.save_pretrained(directory)`, with the whole weights if they are sharded.
+
+    Args:
+        denoiser ([`~diffusers.ModelMixin`]):
+            The network.
+        directory (`str`):
+            Target directory.
+        write (`bool`, *optional*, defaults to `True`):
+            `False` on all processes except one: they only take part in gathering sharded weights.
+    """
     check_weights(dict(denoiser.named_parameters()), directory)
     if is_sharded(denoiser):
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)

@@ -33,20 +33,21 @@ ADAPTER_NAME = "default"
 
 
 def default_lora_config(denoiser: nn.Module) -> LoraConfig:
-    """r = 4 on the attention projections, as TRL ≤ 0.23 and ddpo-pytorch had it."""
+    """Return a config with r = 4 on the attention projections, as in TRL ≤ 0.23 and ddpo-pytorch."""
     return LoraConfig(r=4, lora_alpha=4, init_lora_weights="gaussian", target_modules=attention_projections(denoiser))
 
 
 def attention_projections(denoiser: nn.Module) -> list[str]:
     """
-    LoRA targets that select all linear layers of all attentions of a denoiser: queries, keys, values and outputs, of
-    the text stream as well where there are two.
+    Return LoRA targets that select all linear layers of all attentions of a denoiser: queries, keys, values and
+    outputs, including those of a separate text stream.
 
     Returns:
-        Names within an attention (`["to_k", "to_out.0", ...]`) if these select the same layers, else full names.
+        `list[str]`: Names within an attention (`["to_k", "to_out.0", ...]`) if these select the same layers, else
+        full names.
 
     Raises:
-        `ValueError`: If there is no attention.
+        `ValueError`: If there are no attention layers.
     """
     modules = dict(denoiser.named_modules())
     layers: set[str] = set()
@@ -65,7 +66,7 @@ def attention_projections(denoiser: nn.Module) -> list[str]:
 
 
 def _name_within_attention(modules: dict[str, nn.Module], name: str) -> str | None:
-    """`"to_out.0"` for `"blocks.3.attn.to_out.0"`; `None` for a layer that belongs to no attention."""
+    """Return `"to_out.0"` for `"blocks.3.attn.to_out.0"`; `None` for a layer outside of an attention."""
     owner = name
     while owner:
         owner = owner.rpartition(".")[0]
@@ -81,20 +82,20 @@ def _is_attention(module: nn.Module) -> bool:
 
 def add_adapter(pipeline: DiffusionPipeline, peft_config: PeftConfig | None) -> str:
     """
-    Freezes everything in the pipeline but a LoRA adapter of its denoiser, whose weights become float32.
+    Freeze everything in the pipeline except a LoRA adapter of its denoiser, whose weights become float32.
 
     Args:
         pipeline ([`~diffusers.DiffusionPipeline`]):
-            With one active adapter on the denoiser already, or without any.
+            A pipeline with one active adapter on its denoiser, or with none.
         peft_config ([`~peft.PeftConfig`], *optional*):
-            Adapter to add; [`default_lora_config`] if there is none yet.
+            Adapter to add; defaults to [`default_lora_config`] if the denoiser has none.
 
     Returns:
-        The adapter's name.
+        `str`: Name of the adapter.
 
     Raises:
-        `ValueError`: If `peft_config` is given and the denoiser has an adapter, or several are active; if the adapter
-            changes the base model, or would not be loaded from its file as it was trained.
+        `ValueError`: If `peft_config` is given although the denoiser has an adapter, or several are active; if the
+            adapter changes the base model, or would not be loaded from its file as it was trained.
     """
     name = denoiser_name(pipeline)
     denoiser = pipeline.components[name]
@@ -173,12 +174,12 @@ def _add_adapter(denoiser: nn.Module, peft_config: PeftConfig) -> None:
 
 
 def adapter_scales(denoiser: nn.Module, adapter: str) -> list[float]:
-    """What the products of an adapter's weights are multiplied by (`lora_alpha / r`), every value once."""
+    """Return the distinct factors of an adapter's layers (`lora_alpha / r`)."""
     return sorted({layer.scaling[adapter] for layer in adapter_layers(denoiser) if isinstance(layer, LoraLayer)})
 
 
 def describe_adapter(denoiser: Any, adapter: str) -> str:
-    """One line about an adapter: its layers and the number of its weights."""
+    """Return one line about an adapter: its layers and the number of its weights."""
     layers = len(adapter_layers(denoiser))
     weights = sum(p.numel() for p in denoiser.parameters() if p.requires_grad)
     targets = denoiser.peft_config[adapter].target_modules

@@ -1,4 +1,4 @@
-"""The diffusers pipeline as a policy. This is the only file that runs a pipeline's `__call__`."""
+"""The diffusers pipeline as a policy: a module that samples, replays recorded steps, and saves what is trained."""
 
 import os
 from collections.abc import Collection, Mapping, Sequence
@@ -25,15 +25,15 @@ from ddpo_trl.policy.schedulers import Replay, policy_scheduler
 
 class Schedule(NamedTuple):
     """
-    What is known of a sampler before the first sample.
+    Schedule of a sampler, and the memory of one sample.
 
     Args:
         stds (`list[float]`):
             σ_t of each step, from noise to image; 0 for deterministic steps.
         state_bytes (`int`):
-            Memory of one sample's state x_t.
+            Bytes of one sample's state x_t.
         embedding_bytes (`int`):
-            Memory of what its prompt is encoded to, the negative prompt included; 0 if the pipeline's are not known.
+            Bytes of its prompt embedding, including the negative prompt's; 0 if the pipeline's are not known.
     """
 
     stds: list[float]
@@ -43,13 +43,13 @@ class Schedule(NamedTuple):
 
 class PolicyOutput(NamedTuple):
     """
-    What the policy says of recorded actions.
+    Log-probabilities of recorded actions, and the divergence of their steps.
 
     Args:
         log_probs (`torch.Tensor` of shape `(B,)`):
             log π_θ, float32.
         kl (`torch.Tensor` of shape `(B,)`, *optional*):
-            KL(π_θ ‖ π_ref) of the transition, float32, ≥ 0; only where asked for.
+            KL(π_θ ‖ π_ref) of the transition, float32, ≥ 0; only if requested.
     """
 
     log_probs: Tensor
@@ -60,17 +60,15 @@ class Policy(nn.Module):
     """
     π_θ(x_{t-1} | x_t, prompt), given by a diffusers pipeline.
 
-    Sampling and training run the same `pipeline.__call__` under a policy scheduler. The module registers the denoiser
-    and keeps the pipeline beside it, so that DDP wraps it and synchronises gradients although the pipeline calls the
-    bare denoiser.
+    Sampling and training run the same `pipeline.__call__` under a policy scheduler
+    ([`~ddpo_trl.policy.runner.PipelineRunner`]). The module registers the denoiser only, so that DDP wraps it and
+    synchronizes gradients although the pipeline calls the bare denoiser.
 
-    The user's pipeline is not touched but for the adapter: a shallow copy, which shares all networks, gets the policy
-    scheduler and a cache of prompt embeddings.
+    The user's pipeline is not changed except for the adapter.
 
     Args:
         pipeline ([`~diffusers.DiffusionPipeline`]):
-            A text-to-image or text-to-video pipeline; what is to be trained in its denoiser requires gradients
-            already.
+            A text-to-image or text-to-video pipeline. The weights to train in its denoiser already require gradients.
         config ([`DDPOConfig`]):
             Sampler and log-probability settings.
         adapter (`str`, *optional*):
@@ -78,7 +76,7 @@ class Policy(nn.Module):
 
     Raises:
         `ValueError`: If the scheduler can't be turned into a policy, the pipeline does not take the arguments it is
-            meant to be called with, or nothing requires gradients.
+            will be called with, or nothing requires gradients.
     """
 
     @classmethod
@@ -86,18 +84,18 @@ class Policy(nn.Module):
         cls, pipeline: DiffusionPipeline, config: DDPOConfig, peft_config: PeftConfig | None = None
     ) -> "Policy":
         """
-        Prepares a pipeline for training: with an adapter on its denoiser, or all weights of the denoiser.
+        Prepare a pipeline for training an adapter on its denoiser, or the denoiser's own weights.
 
         Args:
             pipeline ([`~diffusers.DiffusionPipeline`]):
                 The pipeline. What is not trained is frozen.
             config ([`DDPOConfig`]):
-                Settings; `use_lora` decides.
+                Settings; `use_lora` selects which of the two.
             peft_config ([`~peft.PeftConfig`], *optional*):
-                Adapter to add; the pipeline's own, or the default one, if it is left out.
+                Adapter to add. Defaults to the pipeline's own adapter, or else to the default one.
 
         Raises:
-            `ValueError`: If the pipeline can't be trained so, see [`~ddpo_trl.policy.lora.add_adapter`] and
+            `ValueError`: If the pipeline can't be trained that way, see [`~ddpo_trl.policy.lora.add_adapter`] and
                 [`~ddpo_trl.policy.full_weights.freeze_all_but_denoiser`].
             `TypeError`: If an argument has the wrong type.
         """
@@ -139,15 +137,15 @@ class Policy(nn.Module):
 
     def context(self, prompts: Sequence[str], metadata: Sequence[Any], seeds: Sequence[int]) -> Context:
         """
-        What a batch is made from.
+        Build the context of a batch.
 
         Args:
             prompts (`Sequence[str]` of length `B`):
                 The prompts.
             metadata (`Sequence` of length `B`):
-                What came with them; entries named in `config.pipeline_inputs` go to the pipeline.
+                Metadata of the prompts; entries named in `config.pipeline_inputs` are passed to the pipeline.
             seeds (`Sequence[int]` of length `B`):
-                All randomness of each sample.
+                Seeds of all randomness of each sample.
 
         Raises:
             `ValueError`: If an entry is missing.
@@ -164,7 +162,7 @@ class Policy(nn.Module):
 
     def probe_schedule(self, context: Context) -> Schedule:
         """
-        Runs the pipeline up to its first step, and no further: what its timesteps are, only its `__call__` knows.
+        Run the pipeline up to its first step and no further: only its `__call__` knows its timesteps.
 
         Args:
             context ([`~ddpo_trl.policy.records.Context`]):
@@ -174,7 +172,7 @@ class Policy(nn.Module):
             [`Schedule`]
 
         Raises:
-            `ValueError`: If a step that gets noise can't hold so much, or no state can be handed to the pipeline.
+            `ValueError`: If a step can't hold the noise it would get, or the pipeline does not accept a state.
         """
         latents = self.runner.first_state(context)
         steps = len(self.scheduler.stds)
@@ -185,7 +183,7 @@ class Policy(nn.Module):
         return Schedule(self.scheduler.stds, latents.nbytes // len(context), embedding_bytes)
 
     def describe(self) -> str:
-        """One line about what is trained."""
+        """Return one line about the trained weights."""
         what = f"pipeline.{self.denoiser_name} ({type(self.denoiser).__name__})"
         if self.adapter is None:
             weights = sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
@@ -194,13 +192,13 @@ class Policy(nn.Module):
 
     @property
     def adapter_record(self) -> dict[str, Any]:
-        """What the record of a run says of its adapter besides the weights; empty if there is none."""
+        """Entries about the adapter, other than its weights, in the record of a run; empty without an adapter."""
         if self.adapter is None:
             return {}
         return {"The scale of the adapter": adapter_scales(self.denoiser, self.adapter)}
 
     def train(self, mode: bool = True) -> "Policy":
-        """Keeps the denoiser in evaluation mode: with dropout a replayed step is not the policy that was sampled."""
+        """Keep the denoiser in evaluation mode: with dropout, a replayed step is not the policy that was sampled."""
         return super().train(False)
 
     def activation_checkpointing_enable(
@@ -210,7 +208,7 @@ class Policy(nn.Module):
         offload: bool = False,
     ) -> None:
         """
-        What the Trainer calls for `gradient_checkpointing=True`.
+        Enable gradient checkpointing: called by the Trainer for `gradient_checkpointing=True`.
 
         Raises:
             `ValueError`: For the options that diffusers' models don't have.
@@ -230,17 +228,17 @@ class Policy(nn.Module):
         max_steps: int | None = None,
     ) -> SampledBatch:
         """
-        Draws images from the policy.
+        Draw images from the policy.
 
         Args:
             context ([`~ddpo_trl.policy.records.Context`] of length `B`):
-                What they are made from.
+                Prompts, seeds and inputs of the samples.
             record (`Collection[int]`):
-                Indices of the denoising steps whose transitions are kept; deterministic ones never are.
+                Indices of the denoising steps whose transitions are kept, if they are stochastic.
             stochastic (`Collection[int]`, *optional*):
                 Indices of the steps that get noise, all by default.
             max_steps (`int`, *optional*):
-                Stop denoising after so many steps; all by default.
+                Number of steps after which denoising stops; all by default.
         """
         calls = self.calls.split(context)
         return SampledBatch.joined(
@@ -256,13 +254,13 @@ class Policy(nn.Module):
         stochastic: Collection[int] | None = None,
     ) -> SampledBatch:
         """
-        Draws the images that [`~Policy.sample`] draws, and takes the gradients of their log-probabilities meanwhile.
+        Draw the images that [`~Policy.sample`] draws, and take the gradients of their log-probabilities meanwhile.
 
         Args:
             context ([`~ddpo_trl.policy.records.Context`] of length `B`):
-                What they are made from.
+                Prompts, seeds and inputs of the samples.
             weights (`Mapping[int, float]`):
-                The denoising steps that are trained on, by index, each with the weight of its log-probability.
+                Weight of the log-probability of each trained denoising step, by the step's index.
             layers (`Mapping[torch.nn.Module, int]`):
                 See [`~ddpo_trl.policy.per_sample_gradients.SampleGradients`].
             stochastic (`Collection[int]`, *optional*):
@@ -276,11 +274,11 @@ class Policy(nn.Module):
     @torch.no_grad()
     def generate(self, context: Context) -> Tensor:
         """
-        Draws images as the pipeline's users will, with its own scheduler.
+        Draw images as the pipeline's users will, with its own scheduler.
 
         Args:
             context ([`~ddpo_trl.policy.records.Context`] of length `B`):
-                What they are made from.
+                Prompts, seeds and inputs of the samples.
 
         Returns:
             `torch.Tensor` of shape `(B, 3, H, W)`, or `(B, F, 3, H, W)` for video, float32 in [0, 1].
@@ -292,17 +290,17 @@ class Policy(nn.Module):
         self, step: int, latents: Tensor, next_latents: Tensor, context: Context, with_reference: bool = False
     ) -> PolicyOutput:
         """
-        Runs one recorded step again.
+        Replay one recorded step.
 
         Args:
             step (`int`):
-                Its index in the sampler's schedule.
+                Index of the step in the sampler's schedule.
             latents, next_latents (`torch.Tensor` of shape `(B, ...)`):
                 State x_t and action x_{t-1} as recorded.
             context ([`~ddpo_trl.policy.records.Context`] of length `B`):
-                What they were sampled from.
+                Context that they were sampled from.
             with_reference (`bool`, *optional*, defaults to `False`):
-                Whether to take the KL divergence to the reference policy too, at the cost of one more forward pass.
+                Also compute the KL divergence to the reference policy, at the cost of one more forward pass.
         """
         if self.scheduler.layout is None:
             self.runner.first_state(context)
@@ -322,9 +320,9 @@ class Policy(nn.Module):
 
         Args:
             directory (`str` or `os.PathLike`):
-                Where to.
+                Target directory.
             write (`bool`, *optional*, defaults to `True`):
-                `False` on all processes but one: they only have a share in gathering sharded weights.
+                `False` on all processes except one: they only take part in gathering sharded weights.
         """
         if self.adapter is None:
             save_denoiser(self.denoiser, os.path.join(directory, self.denoiser_name), write)
@@ -332,7 +330,7 @@ class Policy(nn.Module):
             save_adapter(self.pipeline, self.adapter, directory, write)
 
     def load(self, directory: str | os.PathLike[str]) -> None:
-        """Reads back what [`~Policy.save`] wrote, into the parameters that are there."""
+        """Load what [`~Policy.save`] wrote into the existing parameters."""
         if self.adapter is None:
             load_denoiser(self.denoiser, directory, self.denoiser_name)
         else:

@@ -15,7 +15,7 @@ SETTING_TYPES = (str, int, float, bool, type(None), torch.device, torch.dtype)
 
 
 def is_setting(value: Any) -> bool:
-    """Whether a value is a text or number, or made of such: it can be told from another by comparison."""
+    """Return `True` for a text, a number or the like, or a container of these: they can be compared with `==`."""
     match value:
         case list() | tuple():
             return all(is_setting(part) for part in value)
@@ -26,7 +26,7 @@ def is_setting(value: Any) -> bool:
 
 
 def by_value(value: Any) -> Hashable | None:
-    """A setting, an image, an array or a tensor as what distinguishes it from others; `None` if nothing does."""
+    """Return a key that identifies a setting, an image, an array or a tensor; `None` for any other value."""
     match value:
         case Tensor():
             return ("tensor", value.dtype, value.shape, digest(value))
