@@ -510,7 +510,7 @@ def test_it_says_in_a_line_what_is_trained(make_config):
     pipeline.unet.requires_grad_(False)
     pipeline.unet.conv_in.requires_grad_(True)  # 4 to 8 channels, 3x3, and a bias
     own = Policy(pipeline, make_config(use_lora=False), adapter=None)
-    assert own.describe() == "pipeline.unet (UNet2DConditionModel): 296 of its own weights"
+    assert own.describe() == "pipeline.unet (UNet2DConditionModel): 592 of its own weights"
 
 
 # ---- What is refused ----
