@@ -21,7 +21,7 @@ learning: $(READY)  ## the slow proof that the demo learns, and that its control
 	$(BIN)/pytest -q -m slow -s tests/learning $(FLAGS)
 
 package: $(READY)  ## installs the wheel in a new environment outside the tree and trains there; and in two processes
-	$(BIN)/pytest -q -m slow tests/test_packaging.py tests/cli/test_cli.py $(FLAGS)
+	$(BIN)/pytest -q -m slow tests/test_packaging.py tests/cli/test_cli.py tests/rewards/test_misbehaving_rewards.py $(FLAGS)
 
 torture: $(READY)  ## kills runs, in one pass and in two, 30 times at random moments; last line is survived N/N
 	TRANSFORMERS_VERBOSITY=error $(BIN)/python tests/torture.py $(FLAGS)

@@ -217,13 +217,13 @@ def other_forms(runs: Runs) -> Observations:
 
 def the_page(runs: Runs) -> Observations:
     """The examples of docs/hub.md, in the order in which they stand there."""
-    from test_documentation import ROOT, snippets
+    from test_documentation import ROOT, shorter, snippets
 
     os.chdir(runs.directory)
     codes = snippets((ROOT / "docs" / "hub.md").read_text())
     names: list[Observations] = [{} for _ in codes]
     for code, of in zip(codes, names, strict=True):
-        exec(compile(code, "hub.md", "exec"), of)
+        exec(compile(shorter(code), "hub.md", "exec"), of)
     repository = runs.hub.repositories["me/simple-emoji"]
     return {"files": sorted(repository.files()), "image": list(names[-1]["image"].size)}
 

@@ -254,13 +254,18 @@ def test_groups_with_one_valid_sample_have_no_advantage(make_config):
 # ---- Several processes ----
 
 
-def test_when_one_ranks_reward_raises_both_ranks_end_with_its_message(tmp_path):
-    """Started as users do it: a rank that ends so ends the command."""
+@pytest.mark.parametrize("by_the_command", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_when_one_ranks_reward_raises_both_ranks_end_with_its_message(tmp_path, by_the_command):
+    """As users start them, a rank that ends so ends the command too."""
     output_dir = tmp_path / "run"
     output_dir.mkdir()
-    run = launch(Path(run_misbehaving_rewards.__file__), [str(output_dir), "raise"])
+    if by_the_command:
+        run = launch(Path(run_misbehaving_rewards.__file__), [str(output_dir), "raise"])
+        assert run.returncode != 0
+    else:
+        with pytest.raises(AssertionError, match=r"statuses \[1, 1\]"):
+            fork(run_misbehaving_rewards.main, str(output_dir), "raise")
     end = time.time()
-    assert run.returncode != 0
     for rank in range(2):
         raised = torch.load(tmp_path / "run" / f"raised-{rank}.pt", weights_only=True)
         assert "raised ConnectionError: rank 1 fails (round 1" in raised["message"]

@@ -54,7 +54,7 @@ def test_the_gradient_is_that_of_two_passes(make_config, loss_type, settings):
 )
 def test_convolutions_time_embeddings_and_biases_are_taken_sample_by_sample_too(make_config, peft_config):
     def pipeline():
-        adapted = tiny_pipeline()
+        adapted = tiny_pipeline(seed=1)  # with 0, guidance leaves little of the prediction, and rounding counts
         adapted.unet.add_adapter(peft_config)
         return adapted
 
