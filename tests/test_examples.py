@@ -83,9 +83,7 @@ def reward_url():
     port = free_port()
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("DDPO_TRL_REWARD_TOKEN", raising=False)
-        threading.Thread(
-            target=serve, args=("ddpo_trl.rewards:colorfulness",), kwargs={"port": port}, daemon=True
-        ).start()
+        threading.Thread(target=serve, args=(rewards.colorfulness,), kwargs={"port": port}, daemon=True).start()
         url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 30
         while True:
             try:

@@ -304,7 +304,9 @@ def test_the_plan_counts_what_is_held_once_a_round_is_sampled(make_config, monke
     assert plan.images_bytes == storage_bytes([batch.images for batch in trainer.rollout.batches])
     embeddings = 4 * 12 * 16 * 4  # three prompts and the negative one, of 12 tokens, float32
     assert plan.embeddings_bytes == 8 * 2 * embeddings / 4  # up to: eight prompts with a negative one each
-    assert stated + embeddings <= held[0] < 1.1 * (stated + embeddings)  # log-probabilities, rewards
+    fingerprints = [batch.fingerprint for batch in trainer.rollout.batches]
+    sums = storage_bytes([each for one in fingerprints if one for each in [*one.weights.values(), *one.embeddings]])
+    assert stated + embeddings + sums <= held[0] < 1.1 * (stated + embeddings) + sums  # log-probabilities, rewards
     assert f"{plan.images_bytes / 2**20:.3g} MiB" in str(plan)
 
 

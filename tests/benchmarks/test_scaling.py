@@ -26,6 +26,11 @@ def test_an_axis_varies_one_size_from_the_base_point(axis):
     assert len(varied) == 1
 
 
+@pytest.fixture(autouse=True)
+def runs_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("RUNS_FOLDER", str(tmp_path))  # as each process of a team has it
+
+
 @pytest.mark.parametrize("one_pass", [True, False])
 @pytest.mark.parametrize("point", POINTS, ids=str)
 def test_every_point_is_a_round_of_its_size(point, one_pass):
@@ -49,6 +54,8 @@ def test_every_process_has_the_threads_of_its_team_and_only_those_of_one_trainer
         assert [each["OMP_NUM_THREADS"] for each in found] == ["1"] * team.processes
         ranks = ["0", "1"] if team.together and team.processes == 2 else [None] * team.processes
         assert [each.get("RANK") for each in found] == ranks
+        folders = {each["RUNS_FOLDER"] for each in found}  # the processes of a run write to one, two runs to two
+        assert len(folders) == (1 if team.together else team.processes)
 
 
 def test_a_round_is_told_relative_to_the_base_point_by_the_median():

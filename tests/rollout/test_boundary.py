@@ -40,7 +40,7 @@ class Ask(TrainerCallback):
 
 def test_a_signal_or_a_request_of_one_run_or_round_is_not_one_of_the_next(monkeypatch):
     said: list[str] = []
-    monkeypatch.setattr("ddpo_trl.boundary.logger.warning", said.append)
+    monkeypatch.setattr("ddpo_trl.rollout.boundary.logger.warning", said.append)
     signals = StopSignals(["SIGUSR1"])
     for sends in (True, False):
         with signals.handled():
