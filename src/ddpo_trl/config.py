@@ -9,7 +9,7 @@ from transformers import TrainingArguments
 
 from ddpo_trl.config_checks import check_given, check_relations
 from ddpo_trl.descriptions import described
-from ddpo_trl.settings import Bounds, Count, NotNegative, OptionalCount, Positive, documented, setting
+from ddpo_trl.settings import Bounds, Count, NotNegative, OptionalCount, Positive, default_of, documented, setting
 from ddpo_trl.suggestions import checks_names
 
 
@@ -156,7 +156,7 @@ class DDPOConfig(TrainingArguments):
     reward_timeout: Annotated[float | None, Bounds(above=0, finite=True)] = setting(
         None,
         """Maximum number of seconds per call of a reward function (one batch), including the first call. The thread of
-        a longer call is abandoned; an `async` function is cancelled. `None` sets no limit.""",
+        a longer call is abandoned; an `async` function is canceled. `None` sets no limit.""",
     )
     advantage_normalization: Literal["batch", "prompt", "group", "none"] = setting(
         "batch",
@@ -326,9 +326,7 @@ class DDPOConfig(TrainingArguments):
         """The settings that differ from their defaults."""
         given = {}
         for field in dataclasses.fields(self):
-            factory = field.default_factory
-            default = field.default if factory is dataclasses.MISSING else factory()
-            value = vars(self)[field.name]
+            value, default = vars(self)[field.name], default_of(field)
             if value != default and (value or default) and field.name not in DERIVED_SETTINGS:
                 given[field.name] = value
         return f"DDPOConfig({', '.join(f'{name}={value!r}' for name, value in given.items())})"

@@ -9,7 +9,7 @@ from typing import Any
 from accelerate.utils import get_int_from_env, parse_flag_from_env
 from transformers import TrainingArguments
 
-from ddpo_trl.settings import out_of_bounds, wrong_types
+from ddpo_trl.settings import default_of, out_of_bounds, wrong_types
 
 
 # Environment variables with the number of processes that a launcher started, as accelerate reads them.
@@ -100,16 +100,17 @@ def check_relations(config: Any) -> None:
 
 
 def raise_first(problems: Iterator[str]) -> None:
+    """Raise a `ValueError` with the first problem."""
     for problem in problems:
         raise ValueError(problem)
 
 
 def without_effect(config: Any) -> Iterator[str]:
+    """Check for settings of the Trainer that would do nothing."""
     defaults = {field.name: field for field in dataclasses.fields(TrainingArguments)}
     for name, remedy in WITHOUT_EFFECT.items():
-        default, value = defaults[name], vars(config)[name]
-        usual = default.default if default.default_factory is dataclasses.MISSING else default.default_factory()
-        if value != usual and value is not None and value is not False:
+        value = vars(config)[name]
+        if value != default_of(defaults[name]) and value is not None and value is not False:
             yield f"{name} is {value!r}, which would do nothing here: {remedy}. Leave it out."
     for what, remedy in (
         ("logging", "set logging_strategy='steps'"),
@@ -125,6 +126,7 @@ def without_effect(config: Any) -> Iterator[str]:
 
 
 def processes(config: Any) -> Iterator[str]:
+    """Check that the processes of a launcher can join."""
     started = get_int_from_env(PROCESS_COUNTS, 1)
     if started > 1 and config.world_size == 1:
         yield (
@@ -134,6 +136,7 @@ def processes(config: Any) -> Iterator[str]:
 
 
 def noise(config: Any) -> Iterator[str]:
+    """Check that steps are stochastic."""
     if not config.eta > 0:
         yield f"eta is {config.eta}: a step without noise is not a policy. Set eta above 0 (1.0 is DDPM's noise)."
     if not config.noise_level > 0:
@@ -146,6 +149,7 @@ def noise(config: Any) -> Iterator[str]:
 
 
 def ranges(config: Any) -> Iterator[str]:
+    """Check numbers whose bounds depend on others, and those of the Trainer."""
     if config.guidance_scale is not None and not math.isfinite(config.guidance_scale):
         yield f"guidance_scale is {config.guidance_scale}; it must be finite or None."
     for name in ("adam_beta1", "adam_beta2", "adam_epsilon", "warmup_steps", "eval_delay"):
@@ -168,6 +172,7 @@ def ranges(config: Any) -> Iterator[str]:
 
 
 def objective(config: Any) -> Iterator[str]:
+    """Check the estimator, its advantages, and the number of passes."""
     if config.loss_type == "sf" and config.updates_per_round > 1:
         yield (
             f"loss_type is 'sf' with num_ppo_epochs={config.num_ppo_epochs} and num_mini_batches="
@@ -210,6 +215,7 @@ def one_pass_disabled_reason(config: Any) -> str | None:
 
 
 def target_kl(config: Any) -> Iterator[str]:
+    """Check that a limit of the divergence can take effect."""
     if config.target_kl is None:
         return
     if config.loss_type == "sf":
@@ -231,6 +237,7 @@ def target_kl(config: Any) -> Iterator[str]:
 
 
 def pipeline_arguments(config: Any) -> Iterator[str]:
+    """Check that each argument of the pipeline is set in one place."""
     inputs, kwargs = set(config.pipeline_inputs or ()), config.pipeline_kwargs
     if kwargs is not None and not isinstance(kwargs, dict):
         yield (
@@ -253,7 +260,7 @@ def pipeline_arguments(config: Any) -> Iterator[str]:
 
 
 def boundaries(config: Any) -> Iterator[str]:
-    """Settings that would end a round in the middle."""
+    """Check for settings that would end a round in the middle."""
     if config.gradient_accumulation_steps != 1:
         yield (
             f"gradient_accumulation_steps is {config.gradient_accumulation_steps}, but it is derived: gradients "
@@ -282,6 +289,7 @@ def boundaries(config: Any) -> Iterator[str]:
 
 
 def saving(config: Any) -> Iterator[str]:
+    """Check that checkpoints and evaluations fall between rounds, and that no failure is hidden."""
     if config.save_strategy == "steps":
         yield (
             "save_strategy is 'steps': a checkpoint inside a round can't be resumed, because the rollout is not part "

@@ -1,6 +1,7 @@
 """Fields of settings: each has its text, its bounds and its choices in one place."""
 
 import dataclasses
+import functools
 import json
 import math
 import textwrap
@@ -73,19 +74,30 @@ def setting(default: Any, help: str) -> Any:
     return dataclasses.field(default=default, metadata=metadata)
 
 
+def default_of(field: dataclasses.Field) -> Any:
+    """Return the value of a field that is not given."""
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+@functools.cache  # resolving names takes longer than all checks of a config
+def types_of(settings: type, with_bounds: bool) -> dict[str, Any]:
+    """Return the types of the fields by name."""
+    return typing.get_type_hints(settings, include_extras=with_bounds)
+
+
 def wrong_types(settings: Any) -> Iterator[str]:
-    """Sentences about the fields for numbers whose value is none, such as a text."""
-    for name, hint in typing.get_type_hints(type(settings)).items():
+    """Return sentences about the fields for numbers whose value is not a number, such as a text."""
+    for name, hint in types_of(settings.__class__, with_bounds=False).items():
         kind, what = NUMBERS.get(hint, (object, ""))
         value = vars(settings).get(name)
         if not isinstance(value, kind | None) or (what and isinstance(value, bool)):
-            hint = " (In YAML, 1e-4 is a text and 1.0e-4 a number.)" if isinstance(value, str) else ""
-            yield f"{name} is {value!r}; give {what}.{hint}"
+            yaml = " (In YAML, 1e-4 is a text and 1.0e-4 a number.)" if isinstance(value, str) else ""
+            yield f"{name} is {value!r}; give {what}.{yaml}"
 
 
 def out_of_bounds(settings: Any) -> Iterator[str]:
-    """Sentences about the fields whose value is not among the choices or within the bounds of their type."""
-    for name, hint in typing.get_type_hints(type(settings), include_extras=True).items():
+    """Return sentences about the fields whose value is not among the choices or within the bounds of their type."""
+    for name, hint in types_of(settings.__class__, with_bounds=True).items():
         value = vars(settings).get(name)
         if typing.get_origin(hint) is Literal and value not in typing.get_args(hint):
             yield f"{name} is {value!r}; choose one of {', '.join(map(repr, typing.get_args(hint)))}."
@@ -116,19 +128,16 @@ def documented(**headings: str) -> Callable[[type[T]], type[T]]:
 def parameters(settings: Any, headings: typing.Mapping[str, str]) -> Iterator[str]:
     """Lines of a docstring's section of parameters, in TRL's format."""
     fields = {field.name: field for field in dataclasses.fields(settings)}
-    hints = typing.get_type_hints(settings)  # without bounds
+    hints = types_of(settings, with_bounds=False)
     for name in settings.__annotations__:
         if name in headings:
             yield from ["", f"        > {headings[name]}", ""][name == next(iter(headings)) :]
-        field = fields[name]
-        default = field.default
-        if field.default_factory is not dataclasses.MISSING:
-            default = field.default_factory()
+        default = default_of(fields[name])
         shown = json.dumps(default) if isinstance(default, str | list) else str(default)
         kind = f"{type_name(hints[name])}, *optional*" + ("" if default is None else f", defaults to `{shown}`")
         yield f"        {name} ({kind}):"
         yield textwrap.fill(
-            field.metadata["help"],
+            fields[name].metadata["help"],
             119,
             initial_indent=" " * 12,
             subsequent_indent=" " * 12,

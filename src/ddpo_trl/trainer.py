@@ -217,7 +217,7 @@ class DDPOTrainer(SavingTrainer):
         self.eval_prompts = None if eval_prompts is None else prompt_pairs(eval_prompts, "eval_prompts")
         given: dict[str, Any] = {**args.shared_settings, "reward_fn": self.scorer.names}
         if isinstance(self.prompts, ShuffledPrompts) and args.world_size > 1:
-            given["prompt_fn"] = fingerprint(self.prompts.pairs)
+            given["prompt_fn"] = self.prompts.fingerprint
         if self.eval_prompts is not None and args.world_size > 1:
             given["eval_prompts"] = fingerprint(self.eval_prompts)
         check_alike(given)
@@ -226,7 +226,7 @@ class DDPOTrainer(SavingTrainer):
         self.prompt_key_fn = default_prompt_key if prompt_key_fn is None else prompt_key_fn
         (self._example,) = preview(self.prompts, 1)
         prompt_keys([self._example], self.prompt_key_fn)
-        self.advantages = Advantages(args, self.scorer.weight_of, self.prompt_key_fn)
+        self.advantages = Advantages(args, self.scorer, self.prompt_key_fn)
 
     def _try_reward_functions(self, size: int) -> None:
         scorers = [self.scorer] if self.eval_scorer is None else [self.scorer, self.eval_scorer]
@@ -282,7 +282,7 @@ class DDPOTrainer(SavingTrainer):
         check_alike({"resume_from_checkpoint": checkpoint and os.path.basename(checkpoint)})  # disks may not be shared
         self._make_room(checkpoint)
         if self.is_world_process_zero() and not self.args.disable_tqdm:
-            print(f"Batch plan\n{self.plan}\nTrained\n  {self._policy.describe()}")
+            print(f"{self.plan!r}\nTrained\n  {self._policy.describe()}")
         self.episodes = 0  # a checkpoint brings its own count
         # Without what a run that failed has left, or one whose last rounds were not logged.
         self._update_loss = torch.zeros((), device=self.args.device)

@@ -101,6 +101,7 @@ class EvaluatingTrainer(Trainer):
 
     @property
     def _evaluator(self) -> Evaluator:
+        assert self.args.per_device_eval_batch_size is not None, "DDPOConfig sets it"
         return Evaluator(
             policy=self._policy,
             scorer=self.scorer,
@@ -108,7 +109,7 @@ class EvaluatingTrainer(Trainer):
             drop_invalid=self.args.on_invalid_reward == "drop",
             accelerator=self.accelerator,
             seed=self.args.seed,
-            batch_size=self.args.per_device_eval_batch_size or self.args.per_device_sample_batch_size,
+            batch_size=self.args.per_device_eval_batch_size,
             progress=self.progress,
         )
 

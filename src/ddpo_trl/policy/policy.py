@@ -75,7 +75,7 @@ class Policy(nn.Module):
             Name of the trained LoRA adapter, `None` if the denoiser's own weights are trained.
 
     Raises:
-        `ValueError`: If the scheduler can't be turned into a policy, the pipeline does not take the arguments it is
+        `ValueError`: If the scheduler can't be turned into a policy, the pipeline does not take the arguments that it
             will be called with, or nothing requires gradients.
     """
 

@@ -6,7 +6,7 @@ The arithmetic is float64 and runs on every process over the gathered rewards of
 import itertools
 import math
 from collections import defaultdict, deque
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ddpo_trl.config import DDPOConfig
 from ddpo_trl.prompts import PromptKeyFunction, PromptPair, prompt_keys
+from ddpo_trl.rewards.scoring import RewardScorer
 
 
 # Keeps the quotient finite when all rewards but a few are equal; far below any reward difference that matters.
@@ -196,8 +197,8 @@ class Advantages:
     Args:
         config ([`DDPOConfig`]):
             Settings.
-        weights (`Mapping[str, float]`):
-            Weight of each reward function in the sum, by name.
+        scorer ([`~ddpo_trl.rewards.scoring.RewardScorer`]):
+            Reward functions and their weighted sum.
         prompt_key_fn (`Callable`):
             Name of the task of a prompt and its metadata, for `"prompt"`.
 
@@ -208,13 +209,13 @@ class Advantages:
             The same for each reward function, before they are summed; empty if they are summed first.
     """
 
-    def __init__(self, config: DDPOConfig, weights: Mapping[str, float], prompt_key_fn: PromptKeyFunction):
+    def __init__(self, config: DDPOConfig, scorer: RewardScorer, prompt_key_fn: PromptKeyFunction):
         self.config = config
-        self.weights = dict(weights)
+        self.scorer = scorer
         self.prompt_key_fn = prompt_key_fn
         self.normalize_each: list[Normalizer] = []
         if config.multi_objective_aggregation == "normalize_then_sum":
-            self.normalize_each = [self._normalizer() for _ in weights]
+            self.normalize_each = [self._normalizer() for _ in scorer.names]
             self.normalize: Normalizer = normalize_by_batch
         else:
             self.normalize = self._normalizer()
@@ -266,8 +267,7 @@ class Advantages:
             each = [
                 normalize_valid(own, column, keys) for own, column in zip(self.normalize_each, columns, strict=True)
             ]
-            weights = torch.tensor([*self.weights.values()], dtype=torch.float64)
-            totals = (torch.stack(each, dim=1) @ weights).masked_fill(dropped, torch.nan)
+            totals = self.scorer.total(torch.stack(each, dim=1)).masked_fill(dropped, torch.nan)
         advantages = normalize_valid(self.normalize, totals, keys)
         clip = math.inf if self.config.advantage_normalization == "none" else self.config.advantage_clip
         return advantages.clamp(-clip, clip)
