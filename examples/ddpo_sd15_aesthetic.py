@@ -5,7 +5,7 @@ Stable Diffusion 1.5 learns what LAION's aesthetic predictor likes: the example 
 python examples/ddpo_sd15_aesthetic.py
 accelerate launch examples/ddpo_sd15_aesthetic.py --report_to wandb --push_to_hub
 
-# On a CPU, with nothing to download: the emoji pipeline, and colourfulness in place of the predictor.
+# On a CPU, with nothing to download: the emoji pipeline, and colorfulness in place of the predictor.
 python examples/ddpo_sd15_aesthetic.py --embedded --num_inference_steps 10 --num_train_epochs 5
 ```
 

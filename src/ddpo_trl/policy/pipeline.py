@@ -147,7 +147,7 @@ def makes_video(pipeline: DiffusionPipeline) -> bool:
 def move(pipeline: DiffusionPipeline, device: torch.device, config: DDPOConfig) -> None:
     """Moves a pipeline to a device, except for what waits in CPU memory."""
     if not (config.offload_text_encoders or config.offload_vae):
-        pipeline.to(device)  # knows what must not be moved, such as quantised networks
+        pipeline.to(device)  # knows what must not be moved, such as quantized networks
         return
     waiting = {*(text_encoders(pipeline) if config.offload_text_encoders else ()), *(["vae"] * config.offload_vae)}
     for name, component in pipeline.components.items():

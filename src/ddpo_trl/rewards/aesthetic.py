@@ -45,7 +45,7 @@ class LaionAesthetic(RewardModel[AestheticPredictor]):
     rate the normalized image embedding of CLIP ViT-L/14. It was trained on ratings from 1 to 10. Most images get 4 to
     7; nothing holds an optimized one below 10.
 
-    Licences: Apache-2.0 according to those who republish the head (`trl-lib` names none); of
+    Licenses: Apache-2.0 according to those who republish the head (`trl-lib` names none); of
     [CLIP](https://github.com/openai/CLIP), MIT.
 
     Args:

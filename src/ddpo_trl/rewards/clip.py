@@ -21,7 +21,7 @@ class Clip:
         network (`CLIPModel`):
             On its device, in its dtype.
         processor (`Any`):
-            Its image processor: resizes the shorter side, crops the centre, normalizes.
+            Its image processor: resizes the shorter side, crops the center, normalizes.
         tokenizer (`Any`):
             Its tokenizer.
         logit_scale (`float`):
@@ -89,7 +89,7 @@ class CLIPScore(RewardModel[Clip]):
 
     CLIPScore of [Hessel et al. 2021](https://huggingface.co/papers/2104.08718), who put "A photo depicts" before every
     text, as here by default. They used CLIP ViT-B/32, `model="openai/clip-vit-base-patch32"`; the default here is the
-    larger ViT-L/14. Both are of [OpenAI](https://github.com/openai/CLIP), licence MIT.
+    larger ViT-L/14. Both are of [OpenAI](https://github.com/openai/CLIP), license MIT.
 
     Values are in [0, 2.5], mostly in 0.3 to 1.
 
@@ -134,7 +134,7 @@ class PickScore(RewardModel[Clip]):
     Values are within ±`logit_scale`, which is about 100, and mostly in 16 to 24. Users often divide by 26, to have
     rewards up to about 1. That only matters where they are added to other rewards.
 
-    Source: [PickScore](https://github.com/yuvalkirstain/PickScore), licence MIT (that of the authors' demo; the
+    Source: [PickScore](https://github.com/yuvalkirstain/PickScore), license MIT (that of the authors' demo; the
     model's card names none), trained from
     [CLIP ViT-H/14 of LAION](https://huggingface.co/laion/CLIP-ViT-H-14-laion2B-s32B-b79K), MIT.
 

@@ -55,8 +55,8 @@ class EmojiAlignment(RewardModel[AlignmentModel]):
 
     The model is made for 64x64 emoji on white and knows nothing else: of 412 captions it puts the right one first for
     84 % of the drawings it learned from, and for 13 % of those in a style that it never saw of their concept. It was
-    shown images of the right colours and no drawing too, and told that they mean nothing. Large steps please it with
-    colours all the same: watch [`~ddpo_trl.emoji.recognized_share`] beside it.
+    shown images of the right colors and no drawing too, and told that they mean nothing. Large steps please it with
+    colors all the same: watch [`~ddpo_trl.emoji.recognized_share`] beside it.
 
     1.25 M parameters, Apache-2.0; it learned from Noto Emoji (Apache-2.0), Fluent Emoji (MIT) and emojibase (MIT) by
     `tools/emoji/alignment.py`. Plain transformers loads it:

@@ -56,7 +56,7 @@ class HPSv2(RewardModel[Clip]):
     Values are in [-1, 1], mostly in 0.2 to 0.35 (the authors' tables show 100 times as much). Only scores of the same
     prompt can be compared.
 
-    Source: [HPSv2](https://github.com/tgxs002/HPSv2), licence Apache-2.0, trained from
+    Source: [HPSv2](https://github.com/tgxs002/HPSv2), license Apache-2.0, trained from
     [CLIP ViT-H/14 of LAION](https://huggingface.co/laion/CLIP-ViT-H-14-laion2B-s32B-b79K), MIT.
 
     Args:

@@ -140,7 +140,7 @@ class ImageReward(RewardModel[BlipJudge]):
 
 def as_pixels(image: Image.Image) -> Tensor:
     """
-    An image as the original prepares it, `(3, 224, 224)` float32: the shorter side to 224, its centre, normalized.
+    An image as the original prepares it, `(3, 224, 224)` float32: the shorter side to 224, its center, normalized.
 
     Not by a processor of transformers: where an odd number of rows or columns is cut off, torchvision, which the
     original uses, leaves the odd one on the other side half of the time.

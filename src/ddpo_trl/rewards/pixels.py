@@ -1,4 +1,4 @@
-"""Reward functions that need no model: the size as a JPEG, brightness, colours."""
+"""Reward functions that need no model: the size as a JPEG, brightness, colors."""
 
 import io
 from typing import Any
@@ -82,7 +82,7 @@ def redness(images: Tensor, prompts: tuple[str, ...], metadata: tuple[Any, ...])
 
 def colorfulness(images: Tensor, prompts: tuple[str, ...], metadata: tuple[Any, ...]) -> Tensor:
     """
-    The colourfulness M3 of Hasler and Süsstrunk, "Measuring colourfulness in natural images" (2003), of 8-bit values.
+    The colorfulness M3 of Hasler and Süsstrunk, "Measuring colourfulness in natural images" (2003), of 8-bit values.
 
     With rg = R − G and yb = (R + G) / 2 − B: √(σ_rg² + σ_yb²) + 0.3 √(μ_rg² + μ_yb²).
 
@@ -93,7 +93,7 @@ def colorfulness(images: Tensor, prompts: tuple[str, ...], metadata: tuple[Any, 
             Not used.
 
     Returns:
-        `torch.Tensor` of shape `(B,)`: 0 for grey, about 15 for slightly and 109 for extremely colourful images; of a
+        `torch.Tensor` of shape `(B,)`: 0 for gray, about 15 for slightly and 109 for extremely colorful images; of a
         video, the mean of its frames.
     """
     red, green, blue = (images.float().flatten(0, -4).movedim(-3, 0).flatten(2) * 255).unbind(0)

@@ -61,7 +61,7 @@ class AestheticPredictorV25(RewardModel[SiglipPredictor]):
     LAION's, it is meant for illustrations too. Above 5.5 is a great score, its author says; nothing holds an optimized
     image below 10.
 
-    Licences: the head is published in a repository under the AGPL-3.0, which names no other licence for its weights;
+    Licenses: the head is published in a repository under the AGPL-3.0, which names no other license for its weights;
     they are downloaded and no part of this package. [SigLIP](https://huggingface.co/google/siglip-so400m-patch14-384)
     is Google's, Apache-2.0.
 

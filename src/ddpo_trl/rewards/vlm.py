@@ -127,8 +127,8 @@ class VLMJudge(RewardModel[Judge]):
     Nothing but the model's answer is judged, and a policy finds what pleases it: the paper's learned to write the
     number of animals into the image instead of drawing as many.
 
-    The licence is that of the models: Apache-2.0 for `"HuggingFaceTB/SmolVLM-Instruct"`, for instance, the Llama 2
-    licence for `"llava-hf/llava-1.5-7b-hf"`, MIT for the text encoder. Models whose processor takes videos too, such
+    The license is that of the models: Apache-2.0 for `"HuggingFaceTB/SmolVLM-Instruct"`, for instance, the Llama 2
+    license for `"llava-hf/llava-1.5-7b-hf"`, MIT for the text encoder. Models whose processor takes videos too, such
     as Qwen2-VL, need the package torchvision.
 
     Args:

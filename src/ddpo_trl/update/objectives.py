@@ -1,6 +1,6 @@
 """The two policy-gradient objectives of DDPO, as losses over a micro-batch of transitions.
 
-They return what to minimise and what to log; they never log, gather or hold state.
+They return what to minimize and what to log; they never log, gather or hold state.
 """
 
 import math
@@ -15,7 +15,7 @@ from ddpo_trl.config import DDPOConfig
 @dataclass(frozen=True, kw_only=True)
 class Objective:
     """
-    What an objective returns: the scalar to minimise and detached statistics to log.
+    What an objective returns: the scalar to minimize and detached statistics to log.
 
     Args:
         loss (`torch.Tensor` of shape `()`):

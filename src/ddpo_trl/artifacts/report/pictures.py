@@ -48,7 +48,7 @@ def picture(path: Path, side: int) -> Picture | None:
     if others:
         options |= {"save_all": True, "append_images": others, "duration": milliseconds, "loop": 0}
     elif max(first.size) <= SMALLEST_SIDE:
-        options["lossless"] = True  # else colours have half the resolution, which shows in a small image
+        options["lossless"] = True  # else colors have half the resolution, which shows in a small image
     buffer = io.BytesIO()
     first.save(buffer, "WEBP", **options)
     uri = f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"

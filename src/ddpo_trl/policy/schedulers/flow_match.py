@@ -3,7 +3,7 @@
 The state at time σ is x_σ = (1 − σ) x_0 + σ ε, the denoiser predicts the velocity v = ε − x_0, and a step goes from σ
 to σ' < σ. Both forms are Gaussian and become the ODE's Euler step x + (σ' − σ) v without noise.
 
-- "sde" discretises the SDE with the ODE's marginals. Their error is O(σ − σ'), except for the first steps from σ = 1,
+- "sde" discretizes the SDE with the ODE's marginals. Their error is O(σ − σ'), except for the first steps from σ = 1,
   where std² = a²/k at the k-th step however short it is.
 - "cps" gives signal and noise the exact weights of x_σ'. In return the noise that stays is correlated with the image
   predicted: Gaussian data of variance s² come out with s² (1 + cos(a π / 2)) / 2, however many steps there are.
