@@ -142,9 +142,8 @@ def test_held_out_rewards_are_scored_in_evaluation_only_and_logged_by_name(make_
 
     config = make_config(num_train_epochs=2, eval_strategy="epoch", eval_rounds=2)
     trainer = trainer_for(config, eval_reward_fn=[held_out, brightness])
-    assert batches == [2]  # the trial at construction
     trainer.train()
-    assert batches == [2, 3]  # the evaluation prompts, once
+    assert batches == [3]  # the evaluation prompts, once
     (log,) = evaluations(trainer)
     images = trainer.generate_samples().images.double()
     assert log["eval_rewards/held_out/mean"] == pytest.approx(10 * images[:, 0].mean().item(), abs=1e-5)
@@ -359,7 +358,7 @@ def test_save_strategy_best_saves_better_rounds_only_and_they_are_resumable(make
         ({}, {"eval_reward_fn": []}, "eval_reward_fn is an empty list"),
         ({}, {"eval_reward_fn": [brightness, 3]}, r"eval_reward_fn\[1\] is 3, which can't be called"),
         ({}, {"eval_reward_fn": lambda images: [0.0]}, r"eval_reward_fn\[0\] .* is called with three"),
-        ({}, {"eval_reward_fn": lambda i, p, m: [0.0]}, "returned 1 values for 2 images"),
+        ({"try_reward_fn": True}, {"eval_reward_fn": lambda i, p, m: [0.0]}, "returned 1 values for 2 images"),
     ],
 )
 def test_a_mistake_is_refused_at_construction_with_its_remedy(make_config, settings, kwargs, message):

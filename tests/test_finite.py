@@ -130,7 +130,7 @@ def test_a_dropped_image_that_is_not_finite_leaves_the_update_of_one_that_has_no
         def reward(images: torch.Tensor, prompts: Any, metadata: Any) -> Any:
             rewards = list(jpeg_compressibility(images, prompts, metadata))
             trainer_rounds.append(len(images))
-            return [*rewards[:3], None] if len(trainer_rounds) == 2 else rewards  # after the trial
+            return [*rewards[:3], None] if len(trainer_rounds) == 1 else rewards
 
         return reward
 
@@ -172,7 +172,7 @@ def test_a_micro_batch_of_dropped_samples_only_adds_nothing(make_config):
         def reward(images: torch.Tensor, prompts: Any, metadata: Any) -> Any:
             calls.append(1)
             values = brightness(images, prompts, metadata)
-            return [None] * len(images) if drop and len(calls) == 3 else values
+            return [None] * len(images) if drop and len(calls) == 2 else values
 
         config = make_config(
             on_invalid_reward="drop", num_sample_batches=batches, one_pass=False, max_workers=1, optim="sgd",

@@ -145,6 +145,12 @@ class DDPOConfig(TrainingArguments):
         `"normalize_then_sum"` ([GDPO](https://huggingface.co/papers/2601.05242)): each is standardized by itself, then
         their weighted sum is standardized over the round.""",
     )
+    try_reward_fn: bool = setting(
+        False,
+        """Whether every reward function scores an image (two, if batches have more than one) at construction, so that
+        a faulty one is refused before anything is sampled. `False` calls none before training, because calls may be
+        slow or paid; a problem with the first batch then ends the run before the second is sampled.""",
+    )
     max_workers: Count = setting(2, "Number of threads that compute rewards while the next batch is sampled.")
     on_invalid_reward: Literal["raise", "drop"] = setting(
         "raise",

@@ -232,13 +232,13 @@ def run_demo(arguments: DemoArguments, config: DDPOConfig) -> dict[str, Any]:
     if arguments.shuffle_rewards:
         trainer.advantages.normalize = shuffled(trainer.advantages.normalize, generator(config.seed, Stream.CONTROL))
     before = trainer.generate_samples()
-    start = time.perf_counter()
+    start, start_cpu = time.perf_counter(), time.process_time()
     trainer.train()
-    seconds = time.perf_counter() - start
+    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - start_cpu
     after = trainer.generate_samples()
 
     trainer.save_model()
-    summary = summarise(trainer, task, before, after, seconds)
+    summary = summarise(trainer, task, before, after, seconds, cpu_seconds)
     Path(config.output_dir, "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     return summary
 
@@ -255,7 +255,9 @@ def recognised(samples: Samples, captions: list[str]) -> Tensor:
     return torch.tensor([recognized_share(image[None], [caption]) for image, caption in pairs])
 
 
-def summarise(trainer: DDPOTrainer, task: Task, before: Samples, after: Samples, seconds: float) -> dict[str, Any]:
+def summarise(
+    trainer: DDPOTrainer, task: Task, before: Samples, after: Samples, seconds: float, cpu_seconds: float
+) -> dict[str, Any]:
     """The figures of a run; the standard errors are those of the means of the paired gains."""
     gain, stderr = mean_and_stderr((after.rewards - before.rewards)[:, 0])
     hits = [recognised(samples, task.captions) for samples in (before, after)]
@@ -279,6 +281,7 @@ def summarise(trainer: DDPOTrainer, task: Task, before: Samples, after: Samples,
             "scoring": sum(log["time/scoring"] for log in logs),  # in worker threads, while sampling goes on
             "training": seconds - sampling - waiting,
             "total": seconds,
+            "training_cpu": cpu_seconds,  # of all threads
         },
         "config": trainer.args.to_dict(),
     }

@@ -50,7 +50,7 @@ from ddpo_trl.rollout.callbacks import RoundProgress, TrainingClock
 from ddpo_trl.rollout.loader import RolloutLoader
 from ddpo_trl.rollout.metrics import Metrics
 from ddpo_trl.rollout.records import Rollout
-from ddpo_trl.rollout.trial import preview, try_reward_functions
+from ddpo_trl.rollout.trial import preview, trial_image, try_reward_functions
 from ddpo_trl.suggestions import checks_names
 from ddpo_trl.update import optimizers as optimizers_  # the argument's name is Trainer's
 from ddpo_trl.update.objectives import objective
@@ -194,7 +194,7 @@ class DDPOTrainer(SavingTrainer):
         self._own_optimizer = optimizers[0] is not None or optimizer_cls_and_kwargs is not None
         self._ingredients = self._ingredients_of(policy)
         self._example_inputs = {name: values[0] for name, values in trial.inputs.items()}
-        self._try_reward_functions(len(trial))
+        self._try_rewards(len(trial))
         self._add_own_callbacks()
 
     def _set_sources(
@@ -228,11 +228,13 @@ class DDPOTrainer(SavingTrainer):
         prompt_keys([self._example], self.prompt_key_fn)
         self.advantages = Advantages(args, self.scorer, self.prompt_key_fn)
 
-    def _try_reward_functions(self, size: int) -> None:
+    def _try_rewards(self, size: int) -> None:
         scorers = [self.scorer] if self.eval_scorer is None else [self.scorer, self.eval_scorer]
         with self.accelerator.autocast():
-            image_bytes = try_reward_functions(self._policy, scorers, self._example, size)
-        self.plan = dataclasses.replace(self.plan, image_bytes=image_bytes)
+            image = trial_image(self._policy, self._example)
+        self.plan = dataclasses.replace(self.plan, image_bytes=image.nbytes)
+        if self.args.try_reward_fn:
+            try_reward_functions(scorers, image, self._example, size)
 
     def _add_own_callbacks(self) -> None:
         """Progress bars, the clock and the record of the run, in this order and after the user's callbacks."""
@@ -247,6 +249,14 @@ class DDPOTrainer(SavingTrainer):
         self.add_callback(self.recorder)
 
     # ---- The round ----
+
+    def num_examples(self, dataloader: Any) -> int:
+        """Reward queries per round: the samples that the Trainer's `train_samples_per_second` counts."""
+        return self.plan.samples_per_round
+
+    def get_total_train_batch_size(self, args: Any) -> Any:
+        """Reward queries per optimizer step, for the same figure with `max_steps`."""
+        return self.plan.samples_per_round / self.args.updates_per_round
 
     def get_train_dataloader(self) -> RolloutLoader:
         """The loader that makes a rollout per epoch. There is no training set but the policy's own samples."""

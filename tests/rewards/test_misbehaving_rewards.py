@@ -51,10 +51,10 @@ FAILURES: dict[str, tuple[Callable[[list[Any]], Any], str, list[int]]] = {
 
 
 class FailsAt:
-    """Brightness, but for the calls with these numbers. Call 0 is the trial; then come two batches a round."""
+    """Brightness, except in the calls with these numbers. Calls 1 and 2 are the batches of round 0, and so on."""
 
     def __init__(self, failure: Callable[[list[Any]], Any], *calls: int):
-        self.failure, self.calls, self.count = failure, calls, 0
+        self.failure, self.calls, self.count = failure, calls, 1
 
     def __call__(self, images: torch.Tensor, prompts: Any, metadata: Any) -> Any:
         call, self.count = self.count, self.count + 1
@@ -90,10 +90,33 @@ def test_a_failure_ends_the_run_with_its_name_and_the_last_finished_round_is_on_
 
 @pytest.mark.parametrize("policy", ["raise", "drop"])
 @pytest.mark.parametrize("kind", FAILURES)
-def test_the_trial_at_construction_always_raises(make_config, kind, policy):
+def test_the_trial_at_construction_raises_where_it_is_asked_for(make_config, kind, policy):
     failure, message, _ = FAILURES[kind]
     with pytest.raises((RuntimeError, TimeoutError, TypeError, ValueError), match=f"`FailsAt`.* {message}"):
-        trainer_of(make_config(on_invalid_reward=policy, reward_timeout=0.5), failure, 0)
+        trainer_of(make_config(try_reward_fn=True, on_invalid_reward=policy, reward_timeout=0.5), failure, 1)
+
+
+def test_reward_functions_are_not_called_before_training(make_config):
+    called = threading.Event()
+
+    def paid(images: torch.Tensor, prompts: Any, metadata: Any) -> Any:
+        called.set()
+        return brightness(images, prompts, metadata)
+
+    trainer = DDPOTrainer(make_config(), paid, PROMPTS, tiny_pipeline(), eval_prompts=PROMPTS, eval_reward_fn=paid)
+    assert not called.is_set()
+    trainer.train()
+    assert called.is_set()
+
+
+@in_both_passes
+def test_a_problem_with_the_first_batch_ends_the_run_before_the_second_is_sampled(make_config):
+    pipeline, calls = tiny_pipeline(), []
+    trainer = DDPOTrainer(make_config(), lambda images, prompts, metadata: None, PROMPTS, pipeline)
+    pipeline.unet.register_forward_pre_hook(lambda *_: calls.append(1))
+    with pytest.raises(TypeError, match="returned None; it must return one number per image"):
+        trainer.train()
+    assert len(calls) == trainer.args.num_inference_steps
 
 
 # ---- drop ----
@@ -184,11 +207,11 @@ class AlmostAlwaysNone:
     """Two invalid rewards for a batch, then three."""
 
     def __init__(self) -> None:
-        self.calls = 0
+        self.calls = 1
 
     def __call__(self, images: Any, prompts: Any, metadata: Any) -> Any:
         self.calls += 1
-        invalid = min(self.calls, 3) if len(images) == 4 else 0
+        invalid = min(self.calls, 3)
         return [None] * invalid + [1.0] * (len(images) - invalid)
 
 

@@ -99,7 +99,7 @@ def test_a_reward_without_spread_takes_no_part_and_is_counted(make_config):
 def test_a_sample_that_one_function_has_no_reward_for_is_dropped_from_all(make_config):
     def some(images, prompts, metadata):
         rewards = brightness(images, prompts, metadata).tolist()
-        return [math.nan, *rewards[1:]] if len(images) > 2 else rewards  # not in the trial at construction
+        return [math.nan, *rewards[1:]]
 
     settings = {
         "multi_objective_aggregation": "normalize_then_sum",

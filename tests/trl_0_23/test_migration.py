@@ -366,7 +366,7 @@ def test_the_hook_is_given_what_the_reward_function_saw_and_said(tmp_path):
     trainer.train()
     assert [step for _, step, _ in told] == [0, 2]
     batches = [batch for data, _, _ in told for batch in data]
-    assert len(batches) == 4  # two a round; not the trial at construction
+    assert len(batches) == 4  # two per round
     for images, prompts, metadata, rewards, info in batches:
         call = info["call"]
         assert torch.equal(images, seen[call - 1][0])

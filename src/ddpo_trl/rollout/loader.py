@@ -96,6 +96,7 @@ class RolloutLoader:
     before_sampling: Callable[[], None]
     on_rollout: Callable[[Rollout], None]
     round: int = 0
+    has_scored: bool = False
 
     def __len__(self) -> int:
         return self.plan.micro_batches_per_round
@@ -172,6 +173,9 @@ class RolloutLoader:
             # The reward functions have them where they were made; then what is shown of them is all that is wanted.
             batches.append(dataclasses.replace(batch, images=batch.images.cpu()))
             del batch  # its images are not to stay on the device while the next batch is sampled
+            if not self.has_scored:  # a faulty reward function ends the run now, and not after a whole round
+                first_problem(pending, raises=not self.drop_invalid)
+                self.has_scored = True
             self.progress.sampled(
                 size, [self.scorer.total(scores.rewards_or_nan()) for scores in pending if scores.done()]
             )

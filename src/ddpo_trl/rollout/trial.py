@@ -4,7 +4,9 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from accelerate.utils import broadcast_object_list
+from torch import Tensor
 
+from ddpo_trl.finite import finite_rows, image_problem
 from ddpo_trl.policy.policy import Policy
 from ddpo_trl.policy.records import Context
 from ddpo_trl.prompts import PromptPair, PromptSource, ShuffledPrompts
@@ -51,36 +53,44 @@ def known_prompts(policy: Policy, prompts: PromptSource, eval_prompts: Sequence[
         yield policy.context(texts, metadata, range(len(texts)))
 
 
-def try_reward_functions(policy: Policy, scorers: Sequence[RewardScorer], pair: PromptPair, size: int) -> int:
+def trial_image(policy: Policy, pair: PromptPair) -> Tensor:
     """
-    Scores an image made in one denoising step, so that a faulty reward function is refused at construction. Where
-    batches have more than one image, it is scored together with a darker copy: a function that works for one image may
-    not work for two. To be called under the autocast of the run.
+    Make an image in one denoising step, under the autocast of the caller: `(1, 3, H, W)` or `(1, F, 3, H, W)`,
+    float32 in [0, 1].
+
+    Raises:
+        `NotFiniteError`: If the image is not finite.
+    """
+    prompt, metadata = pair
+    seed = derived_seed(policy.settings.seed, Stream.EVALUATION, 0)
+    image = policy.sample(policy.context([prompt], [metadata], [seed]), max_steps=1).images
+    if not finite_rows(image).all():
+        raise image_problem("trial at construction", 0, prompt, None, 1)
+    return image
+
+
+def try_reward_functions(scorers: Sequence[RewardScorer], image: Tensor, pair: PromptPair, size: int) -> None:
+    """
+    Score an image, so that a faulty reward function is refused at construction. Where batches have more than one
+    image, it is scored together with a darker copy: a function that works for one image may not work for two.
 
     Args:
-        policy ([`~ddpo_trl.policy.policy.Policy`]):
-            Makes the image.
         scorers (`Sequence[RewardScorer]`):
             Training and held-out rewards.
+        image (`torch.Tensor` of shape `(1, 3, H, W)` or `(1, F, 3, H, W)`):
+            The image, float32 in [0, 1].
         pair (`tuple[str, Any]`):
             Prompt and metadata.
         size (`int`):
             Number of images, 1 or 2.
 
-    Returns:
-        `int`: Memory of an image in bytes.
-
     Raises:
         `ValueError` or `TypeError`: If a reward is not valid, whatever `on_invalid_reward` is.
     """
     prompt, metadata = pair
-    settings = policy.settings
-    seed = derived_seed(settings.seed, Stream.EVALUATION, 0)
-    image = policy.sample(policy.context([prompt], [metadata], [seed]), max_steps=1).images
     images = torch.cat([image, image / 2])[:size]
-    with randomness_untouched(settings.device):
+    with randomness_untouched(image.device):
         scores = [
             scorer.submit(images, [prompt] * size, [metadata] * size, "trial at construction") for scorer in scorers
         ]
         first_problem(scores, raises=True)
-    return image.nbytes

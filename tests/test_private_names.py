@@ -1,0 +1,132 @@
+"""Private names of other libraries that the package uses. A release that removes one fails here, by that name."""
+
+import argparse
+import ast
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
+from accelerate.state import GradientState
+from diffusers import DDIMScheduler, DiffusionPipeline
+from diffusers.loaders import PeftAdapterMixin, StableDiffusionLoraLoaderMixin
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import Trainer
+
+import ddpo_trl
+from test_layers import TREES
+
+
+def learning_rates() -> LambdaLR:
+    return LambdaLR(torch.optim.SGD([torch.zeros(1, requires_grad=True)]), lambda step: 1.0)
+
+
+# Where a name is found, and why no public name does. Instances stand for attributes that `__init__` sets.
+PRIVATE_NAMES: dict[str, tuple[Any, str]] = {
+    # The Trainer's steps that are another thing here: what a checkpoint holds, when one is made, what is pushed.
+    **dict.fromkeys(
+        [
+            "_determine_best_metric", "_evaluate", "_finish_current_push", "_get_output_dir", "_load_best_model",
+            "_load_callback_state",
+            "_load_from_checkpoint", "_load_optimizer_and_scheduler", "_load_rng_state", "_maybe_log_save_evaluate",
+            "_prepare_for_training", "_push_from_checkpoint", "_save_checkpoint", "_save_optimizer_and_scheduler",
+        ],
+        (Trainer, "a step of the Trainer without a callback"),
+    ),
+    "_set_sync_gradients": (GradientState, "skips an optimizer step, momenta included"),
+    "_execution_device": (DiffusionPipeline, "walks through all modules, several times per replayed step"),
+    "_lora_loadable_modules": (StableDiffusionLoraLoaderMixin, "which networks `save_lora_weights` saves"),
+    "_hf_peft_config_loaded": (PeftAdapterMixin, "must be reset after adapters were removed"),
+    "_forward_hooks": (torch.nn.Linear(1, 1), "a cause of differing replays"),
+    "_forward_pre_hooks": (torch.nn.Linear(1, 1), "a cause of differing replays"),
+    "_last_lr": (learning_rates(), "what is logged after the learning rate was changed on resume"),
+    "_hf_hook": (add_hook_to_module(torch.nn.Linear(1, 1), ModelHook()), "offloading by accelerate is refused"),
+    "_actions": (argparse.ArgumentParser(), "flags of `accelerate launch`"),
+    "_option_string_actions": (argparse.ArgumentParser(), "flags of a command"),
+    "_format_action_invocation": (argparse.HelpFormatter, "the help of a flag"),
+    "_get_help_string": (argparse.HelpFormatter, "the help of a flag"),
+}  # fmt: skip
+
+# Attributes that are read only where `vars` says that they are there, or that the running Trainer sets.
+CHECKED_ELSEWHERE = {
+    "_initial_global_step",  # every test that logs `eps`
+}
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__") and not name.endswith("_")  # `_x_` is an enum's
+
+
+def own_names() -> Iterator[str]:
+    """Names that the package defines: functions, classes, fields, and attributes set on `self`."""
+    for tree in TREES.values():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                yield node.name
+            elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                yield node.target.id
+            elif (
+                isinstance(node, ast.Attribute)
+                and isinstance(node.ctx, ast.Store)
+                and ast.unparse(node.value) == "self"
+            ):
+                yield node.attr
+
+
+def foreign_attributes() -> set[str]:
+    """Private attributes that the package reads or sets, and does not define."""
+    attributes = {node.attr for tree in TREES.values() for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    return {name for name in attributes if is_private(name)} - {*own_names()}
+
+
+def overridden_methods() -> set[str]:
+    """Private methods of other libraries' classes that a class of the package replaces."""
+    names = [name for _, name, _ in pkgutil.walk_packages(ddpo_trl.__path__, "ddpo_trl.")]
+    modules = [importlib.import_module(name) for name in names if not name.endswith("__main__")]
+    classes = {kind for module in modules for kind in vars(module).values() if inspect.isclass(kind)}
+    return {
+        name
+        for kind in classes
+        if kind.__module__.startswith("ddpo_trl.")
+        for name, value in vars(kind).items()
+        if is_private(name) and inspect.isfunction(value)
+        for base in kind.__mro__
+        if not base.__module__.startswith("ddpo_trl.") and name in vars(base)
+    }
+
+
+@pytest.mark.parametrize("name", PRIVATE_NAMES)
+def test_the_libraries_have_the_private_name(name):
+    owner, _ = PRIVATE_NAMES[name]
+    assert name in dir(owner)
+
+
+def test_no_other_private_name_is_used():
+    assert foreign_attributes() | overridden_methods() <= PRIVATE_NAMES.keys() | CHECKED_ELSEWHERE
+
+
+def test_every_listed_name_is_used():
+    used = {
+        name
+        for tree in TREES.values()
+        for node in ast.walk(tree)
+        for name in (vars(node).get("attr"), vars(node).get("name"), vars(node).get("value"))
+        if isinstance(name, str)
+    }
+    assert PRIVATE_NAMES.keys() | CHECKED_ELSEWHERE <= used
+
+
+def test_a_scheduler_names_the_settings_it_was_not_given():
+    """`_use_default_values`, of which a policy scheduler must not take its parent's."""
+    assert "clip_sample" in DDIMScheduler.from_config({"eta": 1.0}).config["_use_default_values"]
+
+
+def test_no_private_module_or_name_is_imported():
+    imports = [node for tree in TREES.values() for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    names = {alias.name for node in imports for alias in node.names}
+    names |= {part for node in imports for part in (node.module or "").split(".")}
+    assert len(names) > 100 and not {name for name in names if is_private(name)}
