@@ -9,19 +9,19 @@ READY := $(VENV)/ready
 # With two cores, spinning OpenMP threads of one process starve the other.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test learning package torture conformance docs bench scaling results check format emoji emoji-quality emoji-alignment clean
+.PHONY: demo test learning slow torture conformance docs bench scaling results check format emoji emoji-quality emoji-alignment clean
 
 demo: $(READY)  ## the main job: DDPO on the embedded pipeline, results in outputs/demo
 	TRANSFORMERS_VERBOSITY=error $(BIN)/ddpo-trl demo $(FLAGS)  # it warns of a missing torchvision, which nothing here needs
 
 test: $(READY)  ## the test suite; 8 to 14 minutes on two cores, depending on the processor
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile $(FLAGS)  # a core each; what tests of a file share is made once
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 3 --dist loadfile $(FLAGS)  # some tests wait, so three; what tests of a file share is made once
 
 learning: $(READY)  ## the slow proof that the demo learns, and that its control does not
 	$(BIN)/pytest -q -m slow -s tests/learning $(FLAGS)
 
-package: $(READY)  ## installs the wheel in a new environment outside the tree and trains there; and in two processes
-	$(BIN)/pytest -q -m slow tests/test_packaging.py tests/cli/test_cli.py tests/rewards/test_misbehaving_rewards.py $(FLAGS)
+slow: $(READY)  ## all other slow tests: the wheel in a new environment, two processes by accelerate, the notebook
+	$(BIN)/pytest -q -m slow tests --ignore tests/learning --ignore tests/conformance $(FLAGS)
 
 torture: $(READY)  ## kills runs, in one pass and in two, 30 times at random moments; last line is survived N/N
 	TRANSFORMERS_VERBOSITY=error $(BIN)/python tests/torture.py $(FLAGS)

@@ -80,6 +80,7 @@ def test_training_stops_once_the_reward_has_improved_enough(tmp_path):
     assert is_over_after(2.4)
 
 
+@pytest.mark.slow
 def test_the_other_direction_is_a_flag(tmp_path):
     flags = ["--reward", "jpeg_incompressibility", "--log_images_rounds", "0", "--output_dir", str(tmp_path)]
     arguments, config = parse_arguments([*flags, *SHORT])

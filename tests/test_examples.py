@@ -100,7 +100,17 @@ SCRIPTS = sorted(path.name for path in EXAMPLES.glob("*.py"))
 WITHOUT_A_FLAG = {"ddpo_custom_reward.py", "sf_vs_is.py"}
 
 
-@pytest.mark.parametrize("name", sorted({*SCRIPTS} - WITHOUT_A_FLAG))
+# Of the others these run in the quick suite: a real model, a reward of one's own kind, a server.
+QUICK = {"ddpo_sdxl.py", "ddpo_ocr.py", "ddpo_remote_reward.py"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow)
+        for name in sorted({*SCRIPTS} - WITHOUT_A_FLAG)
+    ],
+)
 def test_an_example_trains_the_embedded_pipeline_without_a_download(name, tmp_path, request):
     flags = ["--url", request.getfixturevalue("reward_url")] if name == "ddpo_remote_reward.py" else []
     run(name, tmp_path, "--embedded", *flags)
@@ -152,6 +162,7 @@ def test_the_table_of_examples_names_every_file():
 NOTEBOOK = nbformat.read(EXAMPLES / "ddpo_emoji.ipynb", as_version=4)
 
 
+@pytest.mark.slow
 def test_the_notebook_runs_from_the_first_cell_to_the_last(tmp_path):
     notebook = copy.deepcopy(NOTEBOOK)
     for cell in notebook.cells:  # a single short round

@@ -409,8 +409,9 @@ def test_the_images_of_a_round_do_not_depend_on_the_sample_batch_size_and_their_
             assert torch.equal(noise[size][sample].latents[sample % size], noise[1][sample].latents[0])
 
 
-@in_both_passes
-@pytest.mark.parametrize("normalization", ["batch", "prompt"])
+@pytest.mark.parametrize(
+    ("normalization", "one_pass"), [("batch", True), ("prompt", False)], ids=["one pass", "two passes"]
+)
 def test_a_run_resumed_after_a_round_ends_as_if_never_interrupted(make_config, normalization, one_pass, tmp_path):
     updates = 1 if one_pass else 2  # of a round
     settings = {
