@@ -194,7 +194,7 @@ def test_the_licence_of_the_base_model_goes_with_its_adapter(found):
 @pytest.mark.parametrize(
     ("case", "message"),
     [
-        ("no token", "ValueError: The model is to be pushed to 'me/a', but the Hub answers 401 (Invalid cred"),
+        ("no token", "ValueError: The model is to be pushed to 'me/a', but the Hub answers 401"),
         ("wrong token", "ValueError: The model is to be pushed to 'me/a', but the Hub answers 401 (Invalid cred"),
         ("token to read", "ValueError: The model is to be pushed to 'me/a', but the Hub answers 403 (You don't"),
         ("token to read, repository is there", "ValueError: The model is to be pushed to 'me/shown', but the Hub an"),

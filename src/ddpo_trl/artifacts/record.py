@@ -172,13 +172,8 @@ def write_samples(directory: str | os.PathLike[str], round: int, images: Sequenc
         image.still.save(folder / f"{image.name}.png")
         if len(image.frames) > 1:
             first, *others = image.frames
-            film: dict[str, Any] = {
-                "save_all": True,
-                "append_images": others,
-                "duration": GIF_FRAME_MILLISECONDS,
-                "loop": 0,
-            }
-            first.save(folder / f"{image.name}.gif", **film)
+            path = folder / f"{image.name}.gif"
+            first.save(path, save_all=True, append_images=others, duration=GIF_FRAME_MILLISECONDS, loop=0)
         entries.append(
             {
                 "kind": image.kind,
