@@ -145,7 +145,7 @@ def test_statistics_of_other_reward_functions_are_forgotten_with_a_word(make_con
     trainer = DDPOTrainer(config, [brightness, large], PROMPTS, tiny_pipeline())
     with caplog.at_level("WARNING", logger="ddpo_trl"):
         trainer.train(resume_from_checkpoint=True)
-    said = [record.getMessage() for record in caplog.records if "statistics" in record.getMessage()]
+    said = [record.getMessage() for record in caplog.records if "prompt_statistics.json has" in record.getMessage()]
     assert len(said) == 1 and "has 1 statistics of" in said[0] and "this run has 2 of" in said[0]
 
 

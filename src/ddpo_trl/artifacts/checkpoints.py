@@ -41,11 +41,7 @@ def what_is_left(directory: str, resumed: str | None = None) -> str:
     """
     Return the sentence that goes with the error of a run that ended early: from where it can be resumed.
 
-    Args:
-        directory (`str`):
-            Directory of the run.
-        resumed (`str`, *optional*):
-            Checkpoint that the run was resumed from. The error may be about it, so it is not called intact.
+    `resumed` is the checkpoint that the run was resumed from. The error may be about it, so it is not called intact.
     """
     checkpoint = last_checkpoint(directory)
     if resumed is not None and checkpoint == resumed:
@@ -62,10 +58,8 @@ def to_resume(asked: str | os.PathLike[str] | bool | None, output_dir: str, own_
     Args:
         asked (`str`, `os.PathLike` or `bool`, *optional*):
             Folder of a checkpoint, or `True` for the last one in `output_dir`, if there is one.
-        output_dir (`str`):
-            Directory of the run.
-        own_folder (`bool`, *optional*, defaults to `False`):
-            Whether the checkpoints in `output_dir` are the caller's own.
+        output_dir (`str`), own_folder (`bool`, *optional*, defaults to `False`):
+            Directory of the run, and whether the checkpoints in it are the caller's own.
 
     Raises:
         `ValueError`: If it is not a checkpoint that can be resumed, or if `output_dir` contains another run.
@@ -145,16 +139,8 @@ def make_room(output_dir: str, checkpoint: str | None, names: Iterable[str]) -> 
     """
     Move the files of an earlier run that would be mixed with a new or resumed one to a subfolder.
 
-    Args:
-        output_dir (`str`):
-            Directory of the run.
-        checkpoint (`str`, *optional*):
-            Checkpoint to resume from. Later ones are moved, since the run continues differently; without it, all are.
-        names (`Iterable[str]`):
-            Names of other files and folders to move, if they exist.
-
-    Returns:
-        `str`: The sentence that reports it; `None` if there was nothing to move.
+    These are the checkpoints after the one to resume from (all, without one), since the run continues differently, and
+    other files and folders by their `names`. Return the sentence that reports it; `None` if there was nothing to move.
     """
     step = -1 if checkpoint is None else read_json(Path(checkpoint, TRAINER_STATE_NAME))["global_step"]
     names = [*checkpoints_after(output_dir, step), *names]
@@ -180,12 +166,8 @@ def publish(staged: str, final: str) -> None:
     """
     Rename a complete checkpoint to its final name, which a crash can't interrupt halfway.
 
-    Args:
-        staged (`str`):
-            Folder in which it was written, on the same file system. Its contents are synchronized to disk first: a
-            name that survives a power failure must not stand for files that don't.
-        final (`str`):
-            Final path. An existing checkpoint is replaced.
+    Both paths are on the same file system; an existing checkpoint is replaced. The contents are synchronized to disk
+    first: a name that survives a power failure must not stand for files that don't.
     """
     for directory, _, files in os.walk(staged):
         for name in files:

@@ -45,10 +45,44 @@ class PushingTrainer(EvaluatingTrainer):
     _staging: str | None
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """Create the repository. Trainer calls this at construction, so that a refusal costs no training."""
-        if self.is_world_process_zero():
-            self.hub_model_id = open_repository(self.args, token, private)
-            self.push_in_progress: PushInProgress | None = None
+        """
+        Create the repository and the branch if they are missing, and check that they can be written to. Trainer calls
+        this at construction, so that a refusal costs no training.
+
+        Raises:
+            `ValueError`: If the Hub does not accept the token, the name or the branch.
+            `RuntimeError`: If the Hub can't be reached.
+        """
+        if not self.is_world_process_zero():
+            return
+        name, token, branch = wanted_name(self.args), token or self.args.hub_token, self.args.hub_revision
+        private = self.args.hub_private_repo if private is None else private
+        intent = f"The model is to be pushed to {name!r}"
+        api = hf_api()
+        try:
+            repo_id: str = api.create_repo(name, token=token, private=private, exist_ok=True).repo_id
+            api.auth_check(repo_id, token=token, write=True)
+            if branch is not None and not branch.startswith("refs/"):  # the reference of a pull request exists
+                api.create_branch(repo_id, branch=branch, token=token, exist_ok=True)
+        except HFValidationError as error:
+            raise ValueError(
+                f"{intent}, which can't be the name of a repository. Set hub_model_id='you/name', with letters, "
+                "digits, '-', '_' and '.'."
+            ) from error
+        except HfHubHTTPError as error:
+            answer = error.server_message or error.response.reason_phrase
+            raise ValueError(
+                f"{intent}, but the Hub answers {error.response.status_code} ({answer}). Check hub_model_id, "
+                "hub_revision and the token (`hf auth login`, HF_TOKEN or hub_token), or train with "
+                "push_to_hub=False and push later."
+            ) from error
+        except (httpx2.RequestError, OSError) as error:
+            raise RuntimeError(
+                f"{intent}, but the Hub can't be reached: {in_a_line(error)}. Train with push_to_hub=False and push "
+                "later."
+            ) from error
+        self.hub_model_id = repo_id
+        self.push_in_progress: PushInProgress | None = None
 
     def push_to_hub(
         self,
@@ -193,52 +227,6 @@ class PushingTrainer(EvaluatingTrainer):
             log_history=self.state.log_history,
             paper=self._paper,
         )
-
-
-def open_repository(config: DDPOConfig, token: str | None = None, private: bool | None = None) -> str:
-    """
-    Create the repository and the branch if they are missing, and check that they can be written to.
-
-    Args:
-        config ([`DDPOConfig`]):
-            Settings of the run.
-        token (`str`, *optional*):
-            Token to use instead of `config.hub_token`.
-        private (`bool`, *optional*):
-            Visibility to use instead of `config.hub_private_repo`.
-
-    Returns:
-        `str`: Id of the repository, with the name of the user or organization.
-
-    Raises:
-        `ValueError`: If the Hub does not accept the token, the name or the branch.
-        `RuntimeError`: If the Hub can't be reached.
-    """
-    name, token, branch = wanted_name(config), token or config.hub_token, config.hub_revision
-    private = config.hub_private_repo if private is None else private
-    intent = f"The model is to be pushed to {name!r}"
-    api = hf_api()
-    try:
-        repo_id: str = api.create_repo(name, token=token, private=private, exist_ok=True).repo_id
-        api.auth_check(repo_id, token=token, write=True)
-        if branch is not None and not branch.startswith("refs/"):  # the reference of a pull request exists
-            api.create_branch(repo_id, branch=branch, token=token, exist_ok=True)
-    except HFValidationError as error:
-        raise ValueError(
-            f"{intent}, which can't be the name of a repository. Set hub_model_id='you/name', with letters, digits, "
-            "'-', '_' and '.'."
-        ) from error
-    except HfHubHTTPError as error:
-        answer = error.server_message or error.response.reason_phrase
-        raise ValueError(
-            f"{intent}, but the Hub answers {error.response.status_code} ({answer}). Check hub_model_id, hub_revision "
-            "and the token (`hf auth login`, HF_TOKEN or hub_token), or train with push_to_hub=False and push later."
-        ) from error
-    except (httpx2.RequestError, OSError) as error:
-        raise RuntimeError(
-            f"{intent}, but the Hub can't be reached: {in_a_line(error)}. Train with push_to_hub=False and push later."
-        ) from error
-    return repo_id
 
 
 def wanted_name(config: DDPOConfig) -> str:

@@ -40,31 +40,6 @@ SETTINGS = [
 DIFFUSION_SETTINGS = ["eta"]
 FLOW_SETTINGS = ["sde_type", "noise_level"]
 
-FLOW_GRPO = """\
-@article{liu2025flowgrpo,
-    title   = {Flow-GRPO: Training Flow Matching Models via Online RL},
-    author  = {Jie Liu and Gongye Liu and Jiajun Liang and Yangguang Li and Jiaheng Liu and Xintao Wang and
-               Pengfei Wan and Di Zhang and Wanli Ouyang},
-    journal = {arXiv preprint arXiv:2505.05470},
-    year    = 2025,
-}"""
-
-FLOW_CPS = """\
-@article{wang2025coefficients,
-    title   = {Coefficients-Preserving Sampling for Reinforcement Learning with Flow Matching},
-    author  = {Feng Wang and Zihao Yu},
-    journal = {arXiv preprint arXiv:2509.05952},
-    year    = 2025,
-}"""
-
-MIX_GRPO = """\
-@article{li2025mixgrpo,
-    title   = {MixGRPO: Unlocking Flow-based GRPO Efficiency with Mixed ODE-SDE},
-    author  = {Junzhe Li and Yutao Cui and Tao Huang and Yinping Ma and Chun Fan and Miles Yang and Zhao Zhong},
-    journal = {arXiv preprint arXiv:2507.21802},
-    year    = 2025,
-}"""
-
 
 def write_model_card(
     directory: str | os.PathLike[str],
@@ -89,18 +64,12 @@ def write_model_card(
             Directory of the run, see [`~ddpo_trl.artifacts.record`].
         model_name, repo_id (`str`):
             Heading of the card; Hub id or path to load the model from.
-        policy ([`~ddpo_trl.policy.policy.Policy`]), config ([`DDPOConfig`]):
-            Trained policy, and settings of the run.
         prompt (`str`), inputs (`Mapping[str, Any]`):
             Prompt of the example, with its values of `config.pipeline_inputs`.
         tags (`Sequence[str]`):
             Tags of the metadata, in addition to those derived from the pipeline.
-        dataset_name (`str`, *optional*):
-            Hub id of the prompts' dataset.
         rewards (`Mapping[str, float | None]`):
             Weight of each reward function; `None` for those used in evaluation only.
-        log_history (`Sequence[dict]`):
-            Logs of the Trainer.
         paper (`Mapping[str, str]`):
             Title, id and citation of the paper.
     """
@@ -143,20 +112,15 @@ def write_model_card(
         loss_type=config.loss_type,
         versions={package: version(package) for package in PACKAGES},
         paper=paper,
-        citations=[paper["citation"], *(flow_citations(config) if is_flow else [])],
+        sde_type=config.sde_type if is_flow else None,
+        has_window=is_flow and config.sde_window_size is not None,
     ).save(Path(directory) / "README.md")
 
 
 def fill_gallery(directory: Path) -> list[dict[str, Any]]:
     """
     Copy images of the first fixed prompts, before training and now, to a folder where later ones overwrite them.
-
-    Args:
-        directory (`Path`):
-            Directory of the run.
-
-    Returns:
-        `list[dict]`: Entries of the card's widget: the prompt, and the path relative to the directory.
+    Return the entries of the card's widget: prompts, and paths relative to the directory.
     """
     folders = sorted(path.parent for path in directory.glob(f"{record.SAMPLES_FOLDER}/*/{record.SAMPLES_NAME}"))
     if len(folders) < 2:
@@ -192,9 +156,3 @@ def reward_table(rewards: Mapping[str, float | None], log_history: Sequence[dict
         shown = ["–" if mean is None else f"{mean:.4g}" for mean in means]
         rows.append([f"`{name}`", "not trained for" if weight is None else f"{weight:g}", *shown])
     return rows
-
-
-def flow_citations(config: DDPOConfig) -> list[str]:
-    """Return the citations of the SDE and the window that flow matching steps use."""
-    window = [MIX_GRPO] if config.sde_window_size is not None else []
-    return [FLOW_CPS if config.sde_type == "cps" else FLOW_GRPO, *window]

@@ -30,10 +30,8 @@ class ImageRow:
     Args:
         title (`str`):
             Text to the left of the row.
-        images (`Sequence[PIL.Image.Image]` of length `N`):
-            RGB images.
-        rewards (`Sequence[float | None]` of length `N`):
-            Numbers below the images; no numbers if all are `None`.
+        images (`Sequence[PIL.Image.Image]`), rewards (`Sequence[float | None]`):
+            Images, and the numbers below them; no numbers if all are `None`.
     """
 
     title: str
@@ -44,17 +42,7 @@ class ImageRow:
 def save_reward_curve(
     log_history: Sequence[dict[str, Any]], path: str | os.PathLike[str], reward_name: str = "reward"
 ) -> None:
-    """
-    Draw the mean reward per round with a band of one standard deviation. Nothing is drawn before the first round.
-
-    Args:
-        log_history (`Sequence[dict]`):
-            Logs of the Trainer; those with `reward`, `reward_std` and `episode` are drawn.
-        path (`str` or `os.PathLike`):
-            Path of the picture.
-        reward_name (`str`, *optional*, defaults to `"reward"`):
-            Label of the vertical axis.
-    """
+    """Draw the mean reward per round with a band of one standard deviation. Without a logged round, do nothing."""
     logs = [log for log in log_history if "reward" in log]
     if not logs:
         return
@@ -84,17 +72,7 @@ def save_reward_curve(
 
 
 def save_comparison(rows: Sequence[ImageRow], captions: Sequence[str], path: str | os.PathLike[str]) -> None:
-    """
-    Draw rows of images with the same captions below one another.
-
-    Args:
-        rows (`Sequence[ImageRow]`):
-            Rows, each with one image per caption.
-        captions (`Sequence[str]` of length `N`):
-            Titles of the columns.
-        path (`str` or `os.PathLike`):
-            Path of the picture.
-    """
+    """Draw rows of images below one another, with one caption per column."""
     titles = [caption_text(caption) for caption in captions]
     lines = max(title.count("\n") for title in titles)
     tallest = max(image.height / image.width for row in rows for image in row.images)

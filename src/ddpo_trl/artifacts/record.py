@@ -106,15 +106,8 @@ def has_rounds(directory: str | os.PathLike[str]) -> bool:
 
 def write_metrics(directory: str | os.PathLike[str], log_history: Sequence[dict[str, Any]], steps: int) -> None:
     """
-    Write `metrics.csv` again: one row per training log. A column that appears later is empty in earlier rows.
-
-    Args:
-        directory (`str` or `os.PathLike`):
-            Directory of the run.
-        log_history (`Sequence[dict]`):
-            Logs of the Trainer.
-        steps (`int`):
-            Optimizer steps per round.
+    Write `metrics.csv` again: one row per training log, with rounds of `steps` optimizer steps. A column that appears
+    later is empty in earlier rows.
     """
     rows = metrics_rows(log_history, steps)
     columns = dict.fromkeys(["round", *(name for row in rows for name in row)])
@@ -153,17 +146,7 @@ def round_folder(directory: str | os.PathLike[str], round: int) -> Path:
 
 
 def write_samples(directory: str | os.PathLike[str], round: int, images: Sequence[LoggedImage]) -> None:
-    """
-    Write the images of a round: a folder of PNG files (and GIF files of videos) with `samples.json`.
-
-    Args:
-        directory (`str` or `os.PathLike`):
-            Directory of the run.
-        round (`int`):
-            Number of completed rounds; 0 is before training.
-        images (`Sequence[LoggedImage]`):
-            The images.
-    """
+    """Write the images of a round, 0 before training: PNG files (and GIF files of videos) with `samples.json`."""
     folder = round_folder(directory, round)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)

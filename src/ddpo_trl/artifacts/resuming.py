@@ -62,15 +62,7 @@ REFUSED = {
 
 
 class SavedRun(NamedTuple):
-    """
-    Description of the run that wrote a checkpoint.
-
-    Args:
-        settings (`dict[str, Any]`):
-            Settings and batch plan, see [`with_plan`].
-        run (`dict[str, Any]`):
-            Content of `run.json`.
-    """
+    """Run that wrote a checkpoint: its settings [`with_plan`], and the content of its `run.json`."""
 
     settings: dict[str, Any]
     run: dict[str, Any]
@@ -133,15 +125,8 @@ def run_changes(saved: Mapping[str, Any], current: Mapping[str, Any], new_reward
     """
     Yield a sentence per difference in `run.json`, as [`setting_changes`].
 
-    Args:
-        saved, current (`Mapping[str, Any]`):
-            `rewards`: names and weights; `prompts` and `eval_prompts`: their fingerprints; `ingredients`: everything
-            else that images and rewards depend on, by name.
-        new_rewards (`bool`):
-            Whether other reward functions are intended (`resume_with_new_rewards`).
-
     Raises:
-        `ValueError`: If there are other reward functions that are not intended.
+        `ValueError`: If the reward functions have changed without `new_rewards` (`resume_with_new_rewards`).
     """
     rewards, before = current["rewards"], saved["rewards"]
     if rewards.keys() != before.keys():
@@ -167,14 +152,6 @@ def find_best(state: TrainerState, checkpoint: str, saved: Mapping[str, Any], cu
     """
     Correct the best checkpoint of a resumed run: a folder next to the resumed one, even if both were moved; none if
     another metric decides now.
-
-    Args:
-        state ([`~transformers.TrainerState`]):
-            State as read from the checkpoint.
-        checkpoint (`str`):
-            Folder of the checkpoint.
-        saved, current (`Mapping[str, Any]`):
-            Settings of both runs.
     """
     if any(saved[name] != current[name] for name in ("metric_for_best_model", "greater_is_better")):
         state.best_metric = state.best_global_step = state.best_model_checkpoint = None

@@ -4,6 +4,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from ddpo_trl.artifacts.report.numbers import finite, number
 from ddpo_trl.artifacts.report.reading import Row
@@ -70,8 +71,7 @@ class Chart:
         return f"{self.title} ({self.unit}) over {span}: {'; '.join(lines)}."
 
 
-@dataclass(frozen=True, kw_only=True)
-class Phase:
+class Phase(NamedTuple):
     """Part of the time of a run; `share` is in [0, 1]."""
 
     name: str
@@ -152,7 +152,7 @@ def time_phases(rows: Sequence[Row]) -> list[Phase]:
     """Return the parts of the time; none if it was not measured."""
     totals = {name: seconds(rows, column) for name, column in PHASES.items()}
     whole = sum(totals.values())
-    return [Phase(name=name, seconds=total, share=total / whole) for name, total in totals.items() if whole > 0]
+    return [Phase(name, total, total / whole) for name, total in totals.items() if whole > 0]
 
 
 def time_charts(rows: Sequence[Row]) -> list[Chart]:

@@ -24,11 +24,6 @@ def short(value: float | None) -> str:
     return text.replace("-", "−")
 
 
-def signed(value: float) -> str:
-    """Format as [`short`], with a plus sign."""
-    return short(value) if value < 0 else f"+{short(value)}"
-
-
 def percent(share: float) -> str:
     """Format a share in [0, 1]."""
     return f"{100 * share:.0f}%" if share >= 0.01 or share == 0 else "< 1%"

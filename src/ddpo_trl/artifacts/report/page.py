@@ -12,7 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from ddpo_trl.artifacts.report import charts
-from ddpo_trl.artifacts.report.numbers import duration, finite, number, percent, short, signed
+from ddpo_trl.artifacts.report.numbers import duration, finite, number, percent, short
 from ddpo_trl.artifacts.report.reading import Run, read_run
 from ddpo_trl.artifacts.report.settings import compare
 
@@ -70,7 +70,7 @@ def template() -> Template:
         lstrip_blocks=True,
         undefined=StrictUndefined,
     )
-    environment.filters |= {function.__name__: function for function in (number, short, signed, percent, duration)}
+    environment.filters |= {function.__name__: function for function in (number, short, percent, duration)}
     return environment.get_template("report.html.jinja")
 
 
@@ -101,7 +101,6 @@ def contents(run: Run) -> dict[str, Any]:
         "run": run,
         "subtitle": subtitle(run),
         "figures": figures(run),
-        "images_note": images_note(run),
         "phases": charts.time_phases(rows),
         "scoring_seconds": charts.seconds(rows, "time/scoring"),
         "settings": compare(run.settings or {}),
@@ -134,14 +133,3 @@ def figures(run: Run) -> list[dict[str, str]]:
         total = duration(sum(phase.seconds for phase in phases))
         shown.append({"label": "Time", "value": total, "note": "sampling, rewards and training"})
     return shown
-
-
-def images_note(run: Run) -> str:
-    """Return the rule by which images are copied."""
-    note = (
-        f"Images are copies of at most {run.side} pixels on the longest side; the originals are in the run's folder "
-        "samples."
-    )
-    if run.logged_rounds > len(run.rounds):
-        note += f" Of {run.logged_rounds} logged rounds {len(run.rounds)} are shown, evenly spaced."
-    return note

@@ -10,7 +10,7 @@ from typing import Any
 from ddpo_trl.artifacts.checkpoints import CONFIG_NAME
 from ddpo_trl.artifacts.record import ENVIRONMENT_NAME, METRICS_NAME, SAMPLES_FOLDER, SAMPLES_NAME
 from ddpo_trl.artifacts.report.numbers import finite, number, short
-from ddpo_trl.artifacts.report.pictures import Picture, longest_side, picture
+from ddpo_trl.artifacts.report.pictures import longest_side, picture
 
 
 SAMPLES_PATTERN = f"{SAMPLES_FOLDER}/round-*/{SAMPLES_NAME}"
@@ -30,23 +30,8 @@ MAX_ROUNDS = 24
 Row = dict[str, float]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Sample:
-    """Logged image. `change` is its reward minus that of the same prompt and seed in the first round shown."""
-
-    kind: str
-    file: str
-    prompt: str
-    seed: int
-    reward: float | None
-    rewards: dict[str, float | None]
-    picture: Picture | None
-    change: float | None
-
-    @property
-    def alt(self) -> str:
-        """Text alternative of the image."""
-        return f"{self.prompt}; reward {short(self.reward)}"
+# Entry of samples.json with its picture.
+Sample = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,12 +44,12 @@ class Round:
 
     def of_kind(self, kind: str) -> list[Sample]:
         """Return the images of a kind, such as `"fixed"` or `"best"`."""
-        return [sample for sample in self.samples if sample.kind == kind]
+        return [sample for sample in self.samples if sample["kind"] == kind]
 
     @property
     def fixed_reward(self) -> float | None:
         """Mean reward of the fixed images."""
-        rewards = [sample.reward for sample in self.of_kind("fixed") if sample.reward is not None]
+        rewards = [value for sample in self.of_kind("fixed") if (value := finite(sample["reward"])) is not None]
         return sum(rewards) / len(rewards) if rewards else None
 
     @property
@@ -83,21 +68,8 @@ class Round:
 @dataclass(frozen=True, kw_only=True)
 class Run:
     """
-    Content of a run's folder.
-
-    Args:
-        name (`str`):
-            Name of the folder.
-        rows (`list[dict[str, float]]`):
-            Rows of `metrics.csv`, one per round.
-        rounds (`list[Round]`):
-            Rounds whose images are shown, out of `logged_rounds`.
-        side (`int`):
-            Longest side of an image in pixels.
-        settings, environment (`dict`, *optional*):
-            Content of the files.
-        missing (`list[str]`):
-            Sentences about missing and damaged files.
+    Content of a run's folder: the rows of `metrics.csv`, the rounds whose images are shown (out of `logged_rounds`)
+    with at most `side` pixels on the longest side, and sentences about missing and damaged files.
     """
 
     name: str
@@ -177,11 +149,10 @@ def read_rounds(records: dict[Path, list[dict[str, Any]]], rows: Sequence[Row]) 
     """Return the rounds with their images, and the longest side of an image in pixels."""
     queries = {0: 0.0} | {int(row["round"]): row["episode"] for row in rows}
     side = longest_side([image_path(path, entry) for path, entries in records.items() for entry in entries])
-    first: dict[tuple[str, int], float] = {}  # first reward of each fixed prompt and seed
     rounds = []
     for path, entries in records.items():
         index = round_index(path)
-        samples = [read_sample(path, entry, side, first) for entry in entries]
+        samples = [{**entry, "picture": picture(image_path(path, entry), side)} for entry in entries]
         rounds.append(Round(index=index, queries=queries.get(index), samples=samples))
     return rounds, side
 
@@ -191,14 +162,3 @@ def image_path(path: Path, entry: dict[str, Any]) -> Path:
     still = path.with_name(Path(entry["file"]).name)
     video = still.with_suffix(".gif")
     return video if video.is_file() else still
-
-
-def read_sample(path: Path, entry: dict[str, Any], side: int, first: dict[tuple[str, int], float]) -> Sample:
-    """Return an entry of `samples.json` with its image."""
-    change = None
-    key, reward = (entry["prompt"], entry["seed"]), finite(entry["reward"])
-    if entry["kind"] == "fixed" and reward is not None:
-        change = reward - first[key] if key in first else None
-        first.setdefault(key, reward)
-    own_picture = picture(image_path(path, entry), side)
-    return Sample(**{**entry, "reward": reward}, picture=own_picture, change=change)
