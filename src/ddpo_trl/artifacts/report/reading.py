@@ -26,12 +26,8 @@ PARTS = {
 # Rounds with images; more would make the page too large to send.
 MAX_ROUNDS = 24
 
-# Row of metrics.csv, without its empty cells.
-Row = dict[str, float]
-
-
-# Entry of samples.json with its picture.
-Sample = dict[str, Any]
+Row = dict[str, float]  # of metrics.csv, without empty cells
+Sample = dict[str, Any]  # entry of samples.json, with its picture
 
 
 @dataclass(frozen=True, kw_only=True)
