@@ -144,3 +144,8 @@ def own_copy(value: Any) -> Any:
     if type(value) in (list, tuple):
         return type(value)(map(own_copy, value))
     return value
+
+
+def in_a_line(error: BaseException) -> str:
+    """Describe an error by its type and message."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}".rstrip(": .")

@@ -43,12 +43,16 @@ def test_what_is_no_checkpoint_is_refused_before_anything_is_sampled_or_printed(
     trainer = trainer_of(make_config(num_train_epochs=3, disable_tqdm=False, **SHORT))
     capsys.readouterr()
     for asked, message in (
-        ("True", "is 'True', a text. Give True, False or None without quotes"),
-        ("true", "a text"),
-        (str(run), f"holds checkpoints and is none. Give one of them, such as {run / 'checkpoint-2'}"),
-        (str(run / "checkpoint-7"), f"which is no folder. .* The last one beside it is {run / 'checkpoint-2'}"),
-        (str(run / "samples"), "which is no folder. Give that of a checkpoint"),
-        (run.parent, "no checkpoint: it has no trainer_state.json"),
+        (
+            "True",
+            r"is 'True', which is not a checkpoint: .*; or True \(on the command line `--resume` without a value",
+        ),
+        (str(run), f"not a checkpoint: .* Give the folder of a checkpoint, such as {run / 'checkpoint-2'}"),
+        (
+            str(run / "checkpoint-7"),
+            f"not a checkpoint: .* Give the folder of a checkpoint, such as {run / 'checkpoint-2'}",
+        ),
+        (run.parent, "not a checkpoint: it has no trainer_state.json. Give the folder of a checkpoint;"),
     ):
         with pytest.raises(ValueError, match=message):
             trainer.train(resume_from_checkpoint=asked)
@@ -89,7 +93,7 @@ def test_the_configs_own_field_is_not_ignored(make_config, run):
     trainer = trainer_of(config)
     trainer.train()
     assert [log["epoch"] for log in trainer.state.log_history if "reward" in log] == [1, 2, 3]
-    with pytest.raises(ValueError, match="is 'True', a text"):
+    with pytest.raises(ValueError, match="is 'True', which is not a checkpoint"):
         trainer.train("True")
 
 
@@ -97,10 +101,11 @@ def test_the_configs_own_field_is_not_ignored(make_config, run):
     ("name", "change", "message"),
     [
         ("trainer_state.json", {"global_step": 3}, "lies inside a round of 2 .* multiple of 2"),
-        ("batch_plan.json", None, "was not written by DDPOTrainer"),
-        ("rng_state.pth", None, r"holds no random states \(as with save_only_model=True\)"),
-        ("optimizer.pt", None, "holds no optimizer"),
-        ("scheduler.pt", None, "holds no learning rate schedule"),
+        ("batch_plan.json", None, "was not written by DDPOTrainer: it has no batch_plan.json"),
+        ("run.json", None, "was not written by DDPOTrainer: it has no run.json"),
+        ("rng_state.pth", None, r"has no random states \(as with save_only_model=True\)"),
+        ("optimizer.pt", None, "has no optimizer"),
+        ("scheduler.pt", None, "has no learning rate schedule"),
         ("batch_plan.json", "{", "batch_plan.json is damaged .* Resume from an earlier checkpoint"),
     ],
 )
@@ -110,7 +115,7 @@ def test_a_checkpoint_that_lacks_what_goes_on_is_refused(tmp_path, name, change,
     folder.mkdir()
     for file, content in files.items():
         (folder / file).write_text(json.dumps(content))
-    for file in ("rng_state.pth", "optimizer.pt", "scheduler.pt"):
+    for file in ("rng_state.pth", "optimizer.pt", "scheduler.pt", "run.json", "ddpo_config.json"):
         (folder / file).touch()
     assert checkpoints.to_resume(True, str(tmp_path)) == str(folder)
     (folder / name).unlink()
@@ -131,30 +136,21 @@ def test_a_run_that_begins_in_the_folder_of_another_is_refused_with_the_remedies
     assert (run / "metrics.csv").read_text() == before and numbers(run) == [1, 2]
     elsewhere = tmp_path / "elsewhere"
     shutil.copytree(run, elsewhere)
-    with pytest.raises(ValueError, match="holds another run"):
+    with pytest.raises(ValueError, match="contains another run"):
         fresh.train(resume_from_checkpoint=str(elsewhere / "checkpoint-1"))
 
 
-def test_a_second_call_of_train_keeps_the_record_of_the_first(make_config, tmp_path):
-    folder = tmp_path / "run"
+def test_a_second_call_of_train_moves_the_whole_run_of_the_first_aside(make_config, tmp_path):
+    folder, earlier = tmp_path / "run", tmp_path / "run" / "_earlier-1"
     settings = {**SHORT, "log_images_rounds": 1, "num_logged_images": 1}
     trainer = trainer_of(make_config(num_train_epochs=2, **settings))
     trainer.train()
     first = (folder / "metrics.csv").read_text()
-    image = folder / "samples" / "round-0001" / "best-0.png"
-    written = image.stat().st_mtime_ns
     trainer.train()
-    assert [row["round"] for row in read_run(folder).rows] == [1, 2, 3, 4]
-    assert first.splitlines()[1:] == (folder / "metrics.csv").read_text().splitlines()[1:3]
-    assert image.stat().st_mtime_ns == written
-    rounds = sorted(int(path.name.removeprefix("round-")) for path in (folder / "samples").glob("round-????"))
-    assert rounds == [0, 1, 2, 3, 4]
-    assert numbers(folder) == [1, 2] and numbers(folder / "_earlier-1") == [1, 2]  # no way to mix them
-    shutil.rmtree(folder / "checkpoint-2")  # as if it had been killed before
-    resumed = trainer_of(make_config(num_train_epochs=2, **settings))
-    resumed.train(resume_from_checkpoint=True)
-    assert [row["round"] for row in read_run(folder).rows] == [1, 2, 3, 4]
-    assert first.splitlines()[1:] == (folder / "metrics.csv").read_text().splitlines()[1:3]
+    assert (earlier / "metrics.csv").read_text() == first
+    for place in (folder, earlier):
+        assert [row["round"] for row in read_run(place).rows] == [1, 2] and numbers(place) == [1, 2]
+        assert [one.index for one in read_run(place).rounds] == [0, 1, 2]
 
 
 def test_the_record_of_a_run_without_checkpoints_is_moved_aside(make_config, tmp_path, caplog):
@@ -172,7 +168,7 @@ def test_the_record_of_a_run_without_checkpoints_is_moved_aside(make_config, tmp
     assert not (folder / "pytorch_lora_weights.safetensors").exists()  # they are not the second run's
     assert all((folder / "_earlier-1" / name).is_file() for name in ("train.yaml", "summary.json"))
     assert [len(read_run(place).rows) for place in (folder, folder / "_earlier-1")] == [2, 1]
-    assert any(f"is now in {folder / '_earlier-1'}" in record.getMessage() for record in caplog.records)
+    assert any(f"were moved to {folder / '_earlier-1'}." in record.getMessage() for record in caplog.records)
 
 
 def test_checkpoints_after_the_one_that_is_resumed_make_way(make_config, run):

@@ -186,15 +186,14 @@ def test_a_run_that_ended_while_it_wrote_still_has_a_report(folder):
     (folder / "samples/round-0001/fixed-01.png").unlink()
     html = write_report(folder).read_text(encoding="utf-8")
     assert "round-0002/samples.json is not complete" in html
-    assert "2 of the samples&#39; images can&#39;t be read, such as fixed-00.png" in html
-    assert html.count("fixed-00.png can't be read") == 1
+    assert all(html.count(f"{name} can't be read") == 1 for name in ("fixed-00.png", "fixed-01.png"))
 
 
 @pytest.mark.parametrize("exists", [True, False])
 def test_a_folder_without_a_run_is_refused_by_name(tmp_path, exists):
     if exists:
         (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"empty holds nothing of a run.*metrics\.csv.*output_dir"):
+    with pytest.raises(ValueError, match=r"empty is not the output_dir of a run.*metrics\.csv.*output_dir"):
         write_report(tmp_path / "empty")
 
 
@@ -245,7 +244,8 @@ def test_each_column_is_in_its_section_and_none_in_two():
         for r in (1.0, 2.0)
     ]
     assert [chart.key for chart in reward_charts(rows)] == ["reward", "rewards/a/mean", "rewards/b/mean"]
-    assert [chart.key for chart in policy_charts(rows)] == ["policy/clipfrac_avg", "rewards/invalid", "new/figure"]
+    drawn = [chart.key for chart in policy_charts(rows) if chart.constant is None]
+    assert drawn == ["policy/clipfrac_avg", "rewards/invalid", "new/figure"]
     assert [chart.key for chart in evaluation_charts(rows)] == ["eval_reward"]
     assert [chart.spread for chart in reward_charts(rows)] == [[1, 1]] * 3
 

@@ -251,13 +251,13 @@ def test_another_reward_is_refused_without_a_word_and_named_with_it(make_config,
         trainer(other_reward, num_train_epochs=2).train(resume_from_checkpoint=True)
     new, said = resumed(other_reward, num_train_epochs=2, resume_with_new_rewards=True, prompts=["cat", "owl"])
     assert "is other_reward, but the checkpoint was written with brightness: from here on this is another" in said
-    assert "{'brightness': 1.0}, and this run has {'other_reward': 1.0}: they are forgotten" in said
+    assert "statistics of {'brightness': 1.0} by" in said and "of {'other_reward': 1.0} by" in said
     assert "The prompts are 2 prompts with the hash" in said
     remembered = new.advantages.normalize.state_dict()  # type: ignore[attr-defined]
     assert {numpy.sign(reward) for rewards in remembered.values() for reward in rewards} == {-1.0}
     _, said = resumed(other_reward, num_train_epochs=3, reward_weights=[2.0], prompts=["cat", "owl"])
     assert "weights of the rewards are {'other_reward': 2.0} and were {'other_reward': 1.0}" in said
-    assert "they are forgotten" in said and "The prompts" not in said
+    assert "they are not used" in said and "The prompts" not in said
 
 
 def test_what_trainers_own_optimizer_would_be_does_not_matter_to_a_given_one():

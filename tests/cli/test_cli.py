@@ -358,10 +358,10 @@ def test_a_run_goes_on_from_its_last_checkpoint(tiny, tmp_path, capsys):
     settings = (tmp_path / train.SETTINGS_NAME).read_text()
     flags[flags.index("brightness")] = "redness"
     for more, message in (
-        ([], "holds another run (checkpoint-3 is its last checkpoint): resume that one with"),
+        ([], "contains another run (checkpoint-3 is its last checkpoint): resume that one with"),
         (["--resume"], "reward_fn is redness, but the checkpoint was written with brightness"),
         (["--resume", "True"], "--resume` without a value"),
-        (["--resume", str(tmp_path)], "holds checkpoints and is none"),
+        (["--resume", str(tmp_path)], "which is not a checkpoint"),
     ):
         capsys.readouterr()
         with pytest.raises(SystemExit):

@@ -1,7 +1,7 @@
 """Example code in the model card: loads the trained model and generates an image."""
 
+import ast
 import json
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -53,19 +53,13 @@ def example(
     imports.insert(imports[:1] == ["import torch"], f"from diffusers import {', '.join(classes)}")
     load = f"pipeline = {pipeline_class}.from_pretrained({base}{arguments})"
     result, field = ("video", "frames") if task.endswith("video") else ("image", "images")
-    call = f"{result} = pipeline({', '.join([literal(prompt), *written])}).{field}[0]"
+    call = f"{result} = pipeline({', '.join([json.dumps(prompt, ensure_ascii=False), *written])}).{field}[0]"
     return "\n".join([*imports, "", load, *after, *defined, call])
 
 
 def written_arguments(config: DDPOConfig, inputs: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     """
-    Write the arguments of the pipeline call as in evaluation.
-
-    Args:
-        config ([`DDPOConfig`]):
-            Settings of the run.
-        inputs (`Mapping[str, Any]`):
-            Values of `config.pipeline_inputs` for the prompt.
+    Write the arguments of the pipeline call as in evaluation; `inputs` are the prompt's `config.pipeline_inputs`.
 
     Returns:
         Arguments in Python, and lines before the call that define the arguments without a literal.
@@ -80,7 +74,7 @@ def written_arguments(config: DDPOConfig, inputs: Mapping[str, Any]) -> tuple[li
         value = value.item() if isinstance(value, np.generic) else value
         is_picture = isinstance(value, Image) or (value is None and name.endswith("image"))
         if is_literal(value) and not is_picture:
-            written.append(f"{name}={literal(value)}")
+            written.append(f"{name}={value!r}")
             continue
         written.append(f"{name}={name}")
         source = f'load_image("{name}.png")' if is_picture else f"...  # the {type(value).__name__} of the run"
@@ -90,13 +84,8 @@ def written_arguments(config: DDPOConfig, inputs: Mapping[str, Any]) -> tuple[li
 
 def is_literal(value: Any) -> bool:
     """Return whether the `repr` of a value is a Python literal."""
-    if isinstance(value, dict):
-        return all(is_literal(part) for item in value.items() for part in item)
-    if isinstance(value, list | tuple):
-        return all(is_literal(part) for part in value)
-    return value is None or type(value) in (str, int, bool) or (type(value) is float and math.isfinite(value))
-
-
-def literal(value: Any) -> str:
-    """Return a value as a Python literal, strings in double quotes."""
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
+    try:
+        ast.literal_eval(repr(value))
+    except (SyntaxError, ValueError):
+        return False
+    return True

@@ -20,20 +20,13 @@ PACKAGES = (
 )
 
 
-version = cache(importlib.metadata.version)  # which reads and parses a package's metadata at each call
+version = cache(importlib.metadata.version)  # it parses the metadata of a package at each call
 
 
 def environment(device: torch.device | None = None) -> dict[str, str]:
     """
-    Versions, platform and device.
-
-    Args:
-        device (`torch.device`, *optional*):
-            The device that is used; by default the machine's accelerator, or else its CPU.
-
-    Returns:
-        `dict[str, str]`: By name: `python`, the packages as they are imported, `platform`, `device`, and `cuda` on an
-            NVIDIA GPU.
+    Return `python`, the packages by their import names, `platform`, `device`, and `cuda` on an NVIDIA GPU. The device
+    is by default the machine's accelerator, or else its CPU.
     """
     if device is None:
         device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
@@ -49,7 +42,7 @@ def environment(device: torch.device | None = None) -> dict[str, str]:
 
 
 def device_name(device: torch.device) -> str:
-    """`"NVIDIA A100-SXM4-80GB"`, or for what has no name of its own its type: `"cpu (16 threads, AVX512)"`."""
+    """Return the name of a device, such as `"NVIDIA A100-SXM4-80GB"` or `"cpu (16 threads, AVX512)"`."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type == "cpu":

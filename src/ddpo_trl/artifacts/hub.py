@@ -1,227 +1,244 @@
-"""The repository on the Hub: opened before time is spent on training, and filled so that a failure costs nothing."""
+"""
+Pushes to the Hub as overrides of Trainer. Trainer's own would push `training_args.bin`, which contains the token, and
+would contact the Hub before it saves the model.
+"""
 
 import os
 import shlex
 import shutil
-from collections.abc import Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
+from typing import Any, ClassVar
 
 import httpx2
-from huggingface_hub import CommitInfo, get_token
+from huggingface_hub import CommitInfo
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from huggingface_hub.utils import validate_repo_id
-from peft.utils import CONFIG_NAME as PEFT_CONFIG_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from transformers.utils import logging
-from transformers.utils.hub import hf_api
+from transformers.utils.hub import PushInProgress, hf_api
 
-from ddpo_trl.artifacts.checkpoints import CONFIG_NAME
-from ddpo_trl.artifacts.record import SAMPLES_FOLDER
+from ddpo_trl.artifacts.model_card import write_model_card
+from ddpo_trl.artifacts.record import MODEL_NAMES, SAMPLES_FOLDER
 from ddpo_trl.config import DDPOConfig
-from ddpo_trl.policy.adapter_files import LORA_WEIGHTS_NAME, PEFT_WEIGHTS_NAME
+from ddpo_trl.descriptions import in_a_line
+from ddpo_trl.evaluation.evaluating import EvaluatingTrainer
+from ddpo_trl.prompts import PromptPair
 
 
 logger = logging.get_logger(__name__)
 
-# What stays on this machine of a run's folder: checkpoints, which `hub_strategy` sees to, what is unfinished, and the
-# images of single rounds, whose sheets are pushed.
-NOT_PUSHED = [f"{PREFIX_CHECKPOINT_DIR}-*", "_*", f"{SAMPLES_FOLDER}/*/*", "*.unfinished"]
-
-# The trained model among the files of a checkpoint, in whichever form; folders are those of a whole denoiser.
-MODEL_NAMES = (LORA_WEIGHTS_NAME, PEFT_WEIGHTS_NAME, PEFT_CONFIG_NAME, "unet", "transformer", CONFIG_NAME)
+# Checkpoints, which `hub_strategy` decides on, partial files, and single images, which `report.html` contains.
+NOT_PUSHED = [f"{PREFIX_CHECKPOINT_DIR}-*", "_*", f"{SAMPLES_FOLDER}/*"]
 
 
 class PushError(RuntimeError):
-    """Something did not reach the Hub. It is still on the disk, and the message says where."""
+    """A push failed. The model is still on disk, and the message says where."""
 
 
-def open_repository(config: DDPOConfig, token: str | None = None, private: bool | None = None) -> str:
-    """
-    Makes the repository and the branch if they are not there, and finds out whether they may be written to.
+class PushingTrainer(EvaluatingTrainer):
+    """Trainer that pushes the trained model to the Hub, with a model card."""
 
-    Args:
-        config ([`DDPOConfig`]):
-            Says which, by its `hub_*` fields.
-        token (`str`, *optional*):
-            In place of `config.hub_token`.
-        private (`bool`, *optional*):
-            In place of `config.hub_private_repo`.
+    _tag_names: ClassVar[list[str]]
+    _paper: ClassVar[dict[str, str]]
+    _example: PromptPair
+    _example_inputs: dict[str, Any]
+    _staging: str | None
 
-    Returns:
-        `str`: The id, with the name of the user or organization.
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """
+        Create the repository and the branch if they are missing, and check that they can be written to. Trainer calls
+        this at construction, so that a refusal costs no training.
 
-    Raises:
-        `ValueError`: If there is no token, or the Hub refuses it, the name or the branch.
-        `RuntimeError`: If the Hub can't be reached.
-    """
-    check_name(config)
-    name = wanted_name(config)
-    token = token or config.hub_token or get_token()
-    if token is None:
-        raise ValueError(
-            f"The model is to be pushed to {name!r}, but there is no token. Log in with `hf auth login`, set HF_TOKEN "
-            "or give hub_token."
+        Raises:
+            `ValueError`: If the Hub does not accept the token, the name or the branch.
+            `RuntimeError`: If the Hub can't be reached.
+        """
+        if not self.is_world_process_zero():
+            return
+        name, token, branch = wanted_name(self.args), token or self.args.hub_token, self.args.hub_revision
+        private = self.args.hub_private_repo if private is None else private
+        intent = f"The model is to be pushed to {name!r}"
+        api = hf_api()
+        try:
+            repo_id: str = api.create_repo(name, token=token, private=private, exist_ok=True).repo_id
+            api.auth_check(repo_id, token=token, write=True)
+            if branch is not None and not branch.startswith("refs/"):  # the reference of a pull request exists
+                api.create_branch(repo_id, branch=branch, token=token, exist_ok=True)
+        except HFValidationError as error:
+            raise ValueError(
+                f"{intent}, which can't be the name of a repository. Set hub_model_id='you/name', with letters, "
+                "digits, '-', '_' and '.'."
+            ) from error
+        except HfHubHTTPError as error:
+            answer = error.server_message or error.response.reason_phrase
+            raise ValueError(
+                f"{intent}, but the Hub answers {error.response.status_code} ({answer}). Check hub_model_id, "
+                "hub_revision and the token (`hf auth login`, HF_TOKEN or hub_token), or train with "
+                "push_to_hub=False and push later."
+            ) from error
+        except (httpx2.RequestError, OSError) as error:
+            raise RuntimeError(
+                f"{intent}, but the Hub can't be reached: {in_a_line(error)}. Train with push_to_hub=False and push "
+                "later."
+            ) from error
+        self.hub_model_id = repo_id
+        self.push_in_progress: PushInProgress | None = None
+
+    def push_to_hub(
+        self,
+        commit_message: str = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """
+        Save to `output_dir` and push it to the Hub, without checkpoints: weights, model card, pictures, settings. All
+        processes have to call it.
+
+        Args:
+            commit_message (`str`, *optional*, defaults to `"End of training"`):
+                Message of the commit.
+            blocking (`bool`, *optional*, defaults to `True`):
+                Whether to wait until the push is complete. If not, a failure is a warning in the log.
+            token (`str`, *optional*):
+                Token with write permission; by default `args.hub_token` or that of `hf auth login`.
+            revision (`str`, *optional*):
+                Branch; by default `args.hub_revision` or `"main"`.
+            private (`bool`, *optional*):
+                Whether the repository is private if it has to be created, `args.hub_private_repo` by default.
+            kwargs:
+                Arguments of [`~DDPOTrainer.create_model_card`].
+
+        Returns:
+            [`~huggingface_hub.CommitInfo`], a future of it if not `blocking`, or `None` on processes that don't push.
+
+        Raises:
+            [`~ddpo_trl.artifacts.hub.PushError`]: If the push failed. It says where the model is on disk.
+        """
+        self.save_model(_internal_call=True)  # first: whatever fails later, the model is on disk
+        try:
+            self.callback_handler.on_push_begin(self.args, self.state, self.control)
+            if not self.is_world_process_zero():
+                return None
+            if self.hub_model_id is None:
+                self.init_hf_repo(token, private)
+            self.create_model_card(**kwargs)
+            self._finish_current_push()
+            push = self._upload(commit_message, token=token, revision=revision, warn=not blocking)
+            return push.result() if blocking else push
+        except Exception as error:  # of the HTTP client, the transfer library or a tracker that pushes too
+            raise PushError(self._failure(error)) from error
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self._staging is not None or not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
+            return  # while staging, the folder is about to be renamed
+        busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
+        if busy and not self.args.hub_always_push:
+            return
+        message = f"Training in progress, round {round(self.state.epoch)}"
+        try:
+            self.callback_handler.on_push_begin(self.args, self.state, self.control)
+            copy_model(checkpoint_folder, self.args.output_dir)
+            self.create_model_card()
+            pushes = [self._upload(message)]
+            if self.args.hub_strategy != HubStrategy.EVERY_SAVE:
+                pushes.append(self._upload(f"{message}, checkpoint", checkpoint=checkpoint_folder))
+            self.push_in_progress = PushInProgress(pushes)
+        except Exception as error:  # training matters more than its pushes
+            logger.warning(self._failure(error))
+
+    def _upload(
+        self,
+        message: str,
+        *,
+        checkpoint: str | None = None,
+        token: str | None = None,
+        revision: str | None = None,
+        warn: bool = True,
+    ) -> "Future[CommitInfo]":
+        """Start to upload `output_dir` or a checkpoint in the background, one upload after another."""
+        folder, path_in_repo, ignored = self.args.output_dir, None, NOT_PUSHED
+        if checkpoint is not None:
+            last = self.args.hub_strategy == HubStrategy.CHECKPOINT
+            folder, path_in_repo, ignored = checkpoint, "last-checkpoint" if last else os.path.basename(checkpoint), []
+        push: Future[CommitInfo] = hf_api().upload_folder(
+            repo_id=self.hub_model_id,
+            folder_path=folder,
+            path_in_repo=path_in_repo,
+            commit_message=message,
+            token=token or self.args.hub_token,
+            revision=revision or self.args.hub_revision,
+            ignore_patterns=ignored,
+            run_as_future=True,
         )
-    private = config.hub_private_repo if private is None else private
-    branch = config.hub_revision
-    api = hf_api()
-    try:
-        repo_id: str = api.create_repo(name, token=token, private=private, exist_ok=True).repo_id
-        api.auth_check(repo_id, token=token, write=True)
-        if branch is not None and not branch.startswith("refs/"):  # the reference of a pull request is there
-            api.create_branch(repo_id, branch=branch, token=token, exist_ok=True)
-    except HfHubHTTPError as error:
-        raise refusal(name, error) from error
-    except (httpx2.RequestError, OSError) as error:
-        raise RuntimeError(
-            f"The model is to be pushed to {name!r}, but the Hub can't be reached: {in_a_line(error)}. Train with "
-            "push_to_hub=False, and push later."
-        ) from error
-    return repo_id
+        if warn:
+            push.add_done_callback(self._warn_of_failure)
+        return push
+
+    def _warn_of_failure(self, push: "Future[CommitInfo]") -> None:
+        error = push.exception()
+        if error is not None:
+            logger.warning(self._failure(error))
+
+    def _failure(self, error: BaseException) -> str:
+        """Return the error, the place of the model, and the command that pushes it later."""
+        repo_id = self.hub_model_id or wanted_name(self.args)
+        command = ["hf", "upload", repo_id, self.args.output_dir, "."]
+        command += [word for pattern in NOT_PUSHED for word in ("--exclude", pattern)]
+        if self.args.hub_revision is not None:
+            command += ["--revision", self.args.hub_revision]
+        return (
+            f"The push to {repo_id} failed: {in_a_line(error)}. The trained model is in {self.args.output_dir}. To "
+            f"push it later, call trainer.push_to_hub(), or run: {shlex.join(command)}"
+        )
+
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        """
+        Write `README.md`, the model card, to `output_dir`.
+
+        Args:
+            model_name (`str`, *optional*):
+                Name of the model, by default that of the repository or of `output_dir`.
+            dataset_name (`str`, *optional*):
+                Hub id of the prompts' dataset.
+            tags (`str` or `list[str]`, *optional*):
+                Tags in addition to the trainer's own.
+        """
+        if not self.is_world_process_zero():
+            return
+        name = self.hub_model_id or model_name or wanted_name(self.args)
+        given = [tags] if isinstance(tags, str) else tags or []
+        held_out = [] if self.eval_scorer is None else self.eval_scorer.names
+        write_model_card(
+            self.args.output_dir,
+            model_name=model_name or name.split("/")[-1],
+            repo_id=name,
+            policy=self._policy,
+            config=self.args,
+            prompt=self._example[0],
+            inputs=self._example_inputs,
+            tags=[*self._tag_names, *self._policy.model_tags, *given],
+            dataset_name=dataset_name,
+            rewards={**self.scorer.weight_of, **dict.fromkeys(held_out)},
+            log_history=self.state.log_history,
+            paper=self._paper,
+        )
 
 
 def wanted_name(config: DDPOConfig) -> str:
-    """`hub_model_id`, or the name of the output folder."""
+    """Return `hub_model_id`, or the name of the output folder."""
     return config.hub_model_id or Path(config.output_dir).absolute().name
 
 
-def check_name(config: DDPOConfig) -> None:
-    """Raises a `ValueError` if no repository can have the name that is wanted."""
-    name = wanted_name(config)
-    try:
-        validate_repo_id(name)
-    except HFValidationError as error:
-        origin = (
-            "hub_model_id is" if config.hub_model_id else "hub_model_id is not set, and the output folder is named"
-        )
-        raise ValueError(
-            f"{origin} {name!r}, which can't be the name of a repository. Set hub_model_id='you/name', of letters, "
-            "digits, '-', '_' and '.'."
-        ) from error
-
-
-def refusal(name: str, error: HfHubHTTPError) -> Exception:
-    """Explain an error of the Hub, with the remedy."""
-    says = f"The model is to be pushed to {name!r}, but the Hub answers {error.response.status_code}"
-    message = error.server_message or error.response.reason_phrase
-    match error.response.status_code:
-        case 401:
-            return ValueError(f"{says} ({message}): it does not accept the token. Log in again with `hf auth login`.")
-        case 403:
-            return ValueError(
-                f"{says} ({message}): the token may not write there. Give one that may, or set hub_model_id to a "
-                "repository of your own."
-            )
-        case status if status < 500:
-            return ValueError(f"{says} ({message}). Check hub_model_id and hub_revision.")
-        case _:
-            return RuntimeError(f"{says} ({message}). Train with push_to_hub=False, and push later.")
-
-
-def upload(
-    config: DDPOConfig,
-    repo_id: str,
-    message: str,
-    *,
-    checkpoint: str | None = None,
-    token: str | None = None,
-    revision: str | None = None,
-    watched: bool = True,
-) -> "Future[CommitInfo]":
-    """
-    Starts to upload a run's folder, or one of its checkpoints. Uploads follow one another, while training goes on.
-
-    Args:
-        config ([`DDPOConfig`]):
-            Has the folder, and the token and revision where they are not given.
-        repo_id (`str`):
-            The repository.
-        message (`str`):
-            Of the commit.
-        checkpoint (`str`, *optional*):
-            The checkpoint's folder, all of which is uploaded.
-        token (`str`, *optional*):
-            In place of `config.hub_token`.
-        revision (`str`, *optional*):
-            In place of `config.hub_revision`.
-        watched (`bool`, *optional*, defaults to `True`):
-            Whether a failure becomes a warning in the log; else the caller has to ask for the result.
-    """
-    folder, path_in_repo, ignored = config.output_dir, None, list(NOT_PUSHED)
-    if checkpoint is not None:
-        last = config.hub_strategy == HubStrategy.CHECKPOINT
-        folder, path_in_repo, ignored = checkpoint, "last-checkpoint" if last else os.path.basename(checkpoint), []
-        message += ", checkpoint"
-    push: Future[CommitInfo] = hf_api().upload_folder(
-        repo_id=repo_id,
-        folder_path=folder,
-        path_in_repo=path_in_repo,
-        commit_message=message,
-        token=token or config.hub_token,
-        revision=revision or config.hub_revision,
-        ignore_patterns=ignored,
-        run_as_future=True,
-    )
-    if watched:
-        push.add_done_callback(partial(warn_of_failure, config=config, repo_id=repo_id))
-    return push
-
-
-def take_model(checkpoint: str, directory: str) -> None:
-    """Copies the trained model, and not what only a resumed run needs, from a checkpoint."""
+def copy_model(checkpoint: str, directory: str) -> None:
+    """Copy the trained model from a checkpoint, without the files that only a resumed run needs."""
     for name in MODEL_NAMES:
         source, target = os.path.join(checkpoint, name), os.path.join(directory, name)
         if os.path.isdir(source):
             shutil.copytree(source, target, dirs_exist_ok=True)
         elif os.path.isfile(source):
             shutil.copyfile(source, target)
-
-
-@contextmanager
-def failures_explained(config: DDPOConfig, repo_id: str | None) -> Iterator[None]:
-    """
-    Turns any error into one that says where the model is and how to push it later.
-
-    Raises:
-        [`PushError`]
-    """
-    try:
-        yield
-    except Exception as error:  # of the HTTP client, of the transfer library, of a tracker that pushes as well
-        raise PushError(f"Nothing was pushed: {in_a_line(error)}. {remedy(config, repo_id)}") from error
-
-
-@contextmanager
-def failures_logged() -> Iterator[None]:
-    """Turns a [`PushError`] into a line in the log: what was to be pushed matters less than what comes after it."""
-    try:
-        yield
-    except PushError as error:
-        logger.error(str(error))
-
-
-def warn_of_failure(push: Future, config: DDPOConfig, repo_id: str) -> None:
-    """Says that a push in the background failed, if it did."""
-    error = push.exception()
-    if error is not None:
-        logger.warning(f"A push to {repo_id} failed: {in_a_line(error)}. {remedy(config, repo_id)}")
-
-
-def remedy(config: DDPOConfig, repo_id: str | None) -> str:
-    """Where the model is, and how it gets to the Hub after all."""
-    command = ["hf", "upload", repo_id or wanted_name(config), config.output_dir, "."]
-    command += [word for pattern in NOT_PUSHED for word in ("--exclude", pattern)]
-    if config.hub_revision is not None:
-        command += ["--revision", config.hub_revision]
-    return (
-        f"Nothing is lost: what was trained is in {config.output_dir}. To push it later, call trainer.push_to_hub(), "
-        f"or run: {shlex.join(command)}"
-    )
-
-
-def in_a_line(error: BaseException) -> str:
-    """Type and message."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}".rstrip(": ").rstrip(".")

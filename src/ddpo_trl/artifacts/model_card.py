@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
@@ -26,6 +26,12 @@ LORA_TEMPLATE_TAG = "template:diffusion-lora"
 GALLERY_FOLDER = "images"
 GALLERY_PROMPTS = 4
 
+# Pictures in the card, with their text alternatives.
+PICTURES = {
+    "Mean reward of each round against reward queries": record.REWARD_CURVE_NAME,
+    "The same prompts and seeds before and after training": record.BEFORE_AFTER_NAME,
+}
+
 # Settings shown in the card; ddpo_config.json contains all of them.
 SETTINGS = [
     "loss_type", "learning_rate", "num_inference_steps", "guidance_scale", "train_timestep_range", "cliprange",
@@ -33,49 +39,6 @@ SETTINGS = [
 ]  # fmt: skip
 DIFFUSION_SETTINGS = ["eta"]
 FLOW_SETTINGS = ["sde_type", "noise_level"]
-
-FLOW_GRPO = """\
-@article{liu2025flowgrpo,
-    title   = {Flow-GRPO: Training Flow Matching Models via Online RL},
-    author  = {Jie Liu and Gongye Liu and Jiajun Liang and Yangguang Li and Jiaheng Liu and Xintao Wang and
-               Pengfei Wan and Di Zhang and Wanli Ouyang},
-    journal = {arXiv preprint arXiv:2505.05470},
-    year    = 2025,
-}"""
-
-FLOW_CPS = """\
-@article{wang2025coefficients,
-    title   = {Coefficients-Preserving Sampling for Reinforcement Learning with Flow Matching},
-    author  = {Feng Wang and Zihao Yu},
-    journal = {arXiv preprint arXiv:2509.05952},
-    year    = 2025,
-}"""
-
-MIX_GRPO = """\
-@article{li2025mixgrpo,
-    title   = {MixGRPO: Unlocking Flow-based GRPO Efficiency with Mixed ODE-SDE},
-    author  = {Junzhe Li and Yutao Cui and Tao Huang and Yinping Ma and Chun Fan and Miles Yang and Zhao Zhong},
-    journal = {arXiv preprint arXiv:2507.21802},
-    year    = 2025,
-}"""
-
-
-class RewardRow(NamedTuple):
-    """
-    Row of the table of rewards.
-
-    Args:
-        name (`str`):
-            Name of the reward function.
-        weight (`float`, *optional*):
-            Weight in the training reward; `None` for a function that is used in evaluation only.
-        values (`list[float | None]`):
-            Mean rewards of the first and last round, and of the first and last evaluation if there were any.
-    """
-
-    name: str
-    weight: float | None
-    values: list[float | None]
 
 
 def write_model_card(
@@ -99,26 +62,14 @@ def write_model_card(
     Args:
         directory (`str` or `os.PathLike`):
             Directory of the run, see [`~ddpo_trl.artifacts.record`].
-        model_name (`str`):
-            Heading of the card.
-        repo_id (`str`):
-            Hub id or path to load the model from.
-        policy ([`~ddpo_trl.policy.policy.Policy`]):
-            The trained policy.
-        config ([`DDPOConfig`]):
-            Settings of the run.
-        prompt (`str`):
-            Prompt of the example.
-        inputs (`Mapping[str, Any]`):
-            Values of `config.pipeline_inputs` for this prompt.
+        model_name, repo_id (`str`):
+            Heading of the card; Hub id or path to load the model from.
+        prompt (`str`), inputs (`Mapping[str, Any]`):
+            Prompt of the example, with its values of `config.pipeline_inputs`.
         tags (`Sequence[str]`):
             Tags of the metadata, in addition to those derived from the pipeline.
-        dataset_name (`str`, *optional*):
-            Hub id of the prompts' dataset.
         rewards (`Mapping[str, float | None]`):
             Weight of each reward function; `None` for those used in evaluation only.
-        log_history (`Sequence[dict]`):
-            Logs of the Trainer.
         paper (`Mapping[str, str]`):
             Title, id and citation of the paper.
     """
@@ -129,7 +80,7 @@ def write_model_card(
     is_lora = policy.adapter is not None
     if not is_lora:
         tags = [tag for tag in tags if tag != "lora"]
-    pictures = Pictures.of(Path(directory))
+    gallery = fill_gallery(Path(directory))
     card_data = ModelCardData(
         library_name="diffusers",
         base_model=base_model,
@@ -137,11 +88,10 @@ def write_model_card(
         pipeline_tag=task,
         tags=[*tags, task, *([LORA_TEMPLATE_TAG] if is_lora else [])],
         datasets=dataset_name,
-        widget=[{"text": text, "output": {"url": url}} for text, url in pictures.gallery] or None,
+        widget=gallery or None,
         **license_of(base_model),
     )
     rounds = [log for log in log_history if "reward" in log]
-    evaluations = [log for log in log_history if "eval_reward" in log]
     is_flow = isinstance(policy.scheduler, FlowMatchPolicyScheduler)
     settings = [*SETTINGS, *(FLOW_SETTINGS if is_flow else DIFFUSION_SETTINGS)]
     ModelCard.from_template(
@@ -153,92 +103,56 @@ def write_model_card(
         trained=policy.describe(),
         is_lora=is_lora,
         example=example(policy, config, repo_id, prompt, task, inputs),
-        pictures=pictures,
+        gallery=gallery,
+        pictures=[picture for picture in PICTURES.items() if Path(directory, picture[1]).is_file()],
         dataset_name=dataset_name,
-        reward_rows=reward_rows(rewards, rounds, evaluations),
+        reward_table=reward_table(rewards, log_history),
         reward_queries=int(rounds[-1]["episode"]) if rounds else 0,
-        evaluated=bool(evaluations),
         settings={name: vars(config)[name] for name in settings},
         loss_type=config.loss_type,
         versions={package: version(package) for package in PACKAGES},
         paper=paper,
-        citations=[paper["citation"], *(flow_citations(config) if is_flow else [])],
+        sde_type=config.sde_type if is_flow else None,
+        has_window=is_flow and config.sde_window_size is not None,
     ).save(Path(directory) / "README.md")
 
 
-class Pictures(NamedTuple):
+def fill_gallery(directory: Path) -> list[dict[str, Any]]:
     """
-    Pictures of a run, by their paths in its directory.
-
-    Args:
-        reward (`str`, *optional*):
-            Reward curve.
-        before_after (`str`, *optional*):
-            Images before and after training.
-        gallery (`list[tuple[str, str]]`):
-            Captions and paths of single images, for the widget.
-    """
-
-    reward: str | None
-    before_after: str | None
-    gallery: list[tuple[str, str]]
-
-    @classmethod
-    def of(cls, directory: Path) -> "Pictures":
-        """Collect the pictures that exist."""
-        reward, before_after = (
-            name if (directory / name).is_file() else None
-            for name in (record.REWARD_CURVE_NAME, record.BEFORE_AFTER_NAME)
-        )
-        return cls(reward, before_after, copy_gallery(directory))
-
-
-def copy_gallery(directory: Path) -> list[tuple[str, str]]:
-    """
-    Copy images of the first fixed prompts, before training and now, to a folder where later ones overwrite them. The
-    folders of single rounds are not pushed to the Hub.
-
-    Args:
-        directory (`Path`):
-            Directory of the run.
-
-    Returns:
-        `list[tuple[str, str]]`: Captions (the prompts) and paths relative to the directory.
+    Copy images of the first fixed prompts, before training and now, to a folder where later ones overwrite them.
+    Return the entries of the card's widget: prompts, and paths relative to the directory.
     """
     folders = sorted(path.parent for path in directory.glob(f"{record.SAMPLES_FOLDER}/*/{record.SAMPLES_NAME}"))
     if len(folders) < 2:
         return []
-    before, after = (dict(record.fixed_images(folder)) for folder in (folders[0], folders[-1]))
-    first_of_prompt = {of[0]: of for of in reversed(after) if of in before}
-    shared = [of for of in after if of in first_of_prompt.values()][:GALLERY_PROMPTS]
+    before, after = (record.fixed_images(folder) for folder in (folders[0], folders[-1]))
+    first_of_prompt = {key[0]: key for key in reversed(after) if key in before}
+    shared = [key for key in after if key in first_of_prompt.values()][:GALLERY_PROMPTS]
     (directory / GALLERY_FOLDER).mkdir(exist_ok=True)
     gallery = []
-    for index, of in enumerate(shared):
-        for moment, folder, entry in (("after", folders[-1], after[of]), ("before", folders[0], before[of])):
+    for index, key in enumerate(shared):
+        for moment, folder, entry in (("after", folders[-1], after[key]), ("before", folders[0], before[key])):
             film = (folder / entry["file"]).with_suffix(".gif")
             source = film if film.is_file() else folder / entry["file"]
             target = f"{GALLERY_FOLDER}/{index}-{moment}{source.suffix}"
             shutil.copyfile(source, directory / target)
-            gallery.append((f"{of[0]} (before training)" if moment == "before" else of[0], target))
+            caption = key[0] if moment == "after" else f"{key[0]} (before training)"
+            gallery.append({"text": caption, "output": {"url": target}})
     return gallery
 
 
-def reward_rows(
-    rewards: Mapping[str, float | None], rounds: Sequence[dict[str, Any]], evaluations: Sequence[dict[str, Any]]
-) -> list[RewardRow]:
-    """Return one row per reward function; none before the first round."""
+def reward_table(rewards: Mapping[str, float | None], log_history: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """Return the cells of the table of mean rewards, with its heading; empty before the first round."""
+    rounds, evaluations = ([log for log in log_history if name in log] for name in ("reward", "eval_reward"))
     if not rounds:
         return []
-    ends = [("", rounds[0]), ("", rounds[-1])]
+    columns = [("first round", "", rounds[0]), ("last round", "", rounds[-1])]
     if evaluations:
-        ends += [("eval_", evaluations[0]), ("eval_", evaluations[-1])]
-    return [
-        RewardRow(name, weight, [log.get(f"{prefix}rewards/{name}/mean") for prefix, log in ends])
-        for name, weight in rewards.items()
-    ]
-
-
-def flow_citations(config: DDPOConfig) -> list[str]:
-    """Return the citations of the SDE and the window that flow matching steps use."""
-    window = [MIX_GRPO] if config.sde_window_size is not None else []
-    return [FLOW_CPS if config.sde_type == "cps" else FLOW_GRPO, *window]
+        columns += [("first evaluation", "eval_", evaluations[0]), ("last evaluation", "eval_", evaluations[-1])]
+    headings = ["mean reward", "weight", *(heading for heading, _, _ in columns)]
+    rows = [headings, ["---"] * len(headings)]
+    for name, weight in rewards.items():
+        means = [log.get(f"{prefix}rewards/{name}/mean") for _, prefix, log in columns]
+        shown = ["–" if mean is None else f"{mean:.4g}" for mean in means]
+        rows.append([f"`{name}`", "not trained for" if weight is None else f"{weight:g}", *shown])
+    return rows

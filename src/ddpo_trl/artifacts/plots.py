@@ -1,15 +1,13 @@
-"""Pictures of a run: the reward curve, images before and after training, and sheets of a round's images."""
+"""Pictures for the model card and the docs: the reward curve, and rows of images with the same captions."""
 
-import math
 import os
 import textwrap
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.textpath import TextToPath
@@ -17,41 +15,23 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 
-# A caption has at most so many lines; the rest of a long prompt is left out.
+# Lines of a caption; the rest of a long prompt is left out.
 CAPTION_LINES = 3
 
-
-@dataclass(frozen=True, kw_only=True)
-class Picture:
-    """
-    An image of a sheet.
-
-    Args:
-        image (`PIL.Image.Image`):
-            RGB.
-        prompt (`str`):
-            What it was made from.
-        reward (`float`, *optional*):
-            `None` if there is none.
-    """
-
-    image: Image.Image
-    prompt: str
-    reward: float | None
+COLUMN_INCHES = 1.3
+CAPTION_POINTS = 9
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageRow:
     """
-    A row of a comparison.
+    Row of a comparison.
 
     Args:
         title (`str`):
-            Stands left of the row.
-        images (`Sequence[PIL.Image.Image]` of length `N`):
-            RGB.
-        rewards (`Sequence[float | None]` of length `N`):
-            Printed below the images; nothing is, if all are `None`.
+            Text to the left of the row.
+        images (`Sequence[PIL.Image.Image]`), rewards (`Sequence[float | None]`):
+            Images, and the numbers below them; no numbers if all are `None`.
     """
 
     title: str
@@ -62,24 +42,16 @@ class ImageRow:
 def save_reward_curve(
     log_history: Sequence[dict[str, Any]], path: str | os.PathLike[str], reward_name: str = "reward"
 ) -> None:
-    """
-    Draws the mean reward of every round, with a band of one standard deviation, against reward queries.
-
-    Args:
-        log_history (`Sequence[dict]`):
-            The Trainer's logs; those with `reward`, `reward_std` and `episode` are drawn.
-        path (`str` or `os.PathLike`):
-            Where to save the picture.
-        reward_name (`str`, *optional*, defaults to `"reward"`):
-            Label of the vertical axis.
-    """
+    """Draw the mean reward per round with a band of one standard deviation. Without a logged round, do nothing."""
     logs = [log for log in log_history if "reward" in log]
+    if not logs:
+        return
     episodes = [log["episode"] for log in logs]
-    means = [log["reward"] for log in logs]
     figure = Figure(figsize=(6.4, 4), layout="constrained")
     axes = figure.add_subplot()
-    # So many markers would be a thick line.
+    # More markers than this would look like a thick line.
     marker = "o" if len(logs) <= 50 else None
+    means = [log["reward"] for log in logs]
     axes.plot(episodes, means, marker=marker, markersize=4, color="#1f6feb", label="mean of the round")
     axes.fill_between(
         episodes,
@@ -100,128 +72,54 @@ def save_reward_curve(
 
 
 def save_comparison(rows: Sequence[ImageRow], captions: Sequence[str], path: str | os.PathLike[str]) -> None:
-    """
-    Lays rows of images with the same captions under one another.
-
-    Args:
-        rows (`Sequence[ImageRow]`):
-            The rows, each with an image per caption.
-        captions (`Sequence[str]` of length `N`):
-            Titles of the columns.
-        path (`str` or `os.PathLike`):
-            Where to save the picture.
-    """
-    width = 1.3
-    titles = [caption_text(caption, fontsize=9, width=width) for caption in captions]
+    """Draw rows of images below one another, with one caption per column."""
+    titles = [caption_text(caption) for caption in captions]
     lines = max(title.count("\n") for title in titles)
-    height = width / narrowest([row.images for row in rows]) + 0.35
-    figure = Figure(
-        figsize=(width * len(captions) + 0.5, height * len(rows) + 0.2 + 0.15 * lines), layout="constrained"
-    )
+    tallest = max(image.height / image.width for row in rows for image in row.images)
+    height = len(rows) * (COLUMN_INCHES * tallest + 0.35) + 0.2 + 0.15 * lines
+    figure = Figure(figsize=(COLUMN_INCHES * len(captions) + 0.5, height), layout="constrained")
     grid = figure.subplots(len(rows), len(captions), squeeze=False)
-    for row, line in zip(rows, grid, strict=True):
-        for column, axes in enumerate(line):
-            show_image(axes, row.images[column])
-            if any(reward is not None for reward in row.rewards):
-                axes.set_xlabel(reward_text(row.rewards[column]), fontsize=9)
-        line[0].set_ylabel(row.title, fontsize=11)
+    for row, cells in zip(rows, grid, strict=True):
+        has_rewards = any(reward is not None for reward in row.rewards)
+        for axes, image, reward in zip(cells, row.images, row.rewards, strict=True):
+            axes.imshow(image, interpolation="auto")
+            axes.set(xticks=[], yticks=[])
+            axes.spines[:].set_color("#cccccc")
+            if has_rewards:
+                axes.set_xlabel("no reward" if reward is None else f"{reward:.4g}", fontsize=CAPTION_POINTS)
+        cells[0].set_ylabel(row.title, fontsize=11)
     for axes, title in zip(grid[0], titles, strict=True):
-        axes.set_title(title, fontsize=9, parse_math=False)
+        axes.set_title(title, fontsize=CAPTION_POINTS, parse_math=False)
     save(figure, path)
 
 
-def save_sheet(sections: Mapping[str, Sequence[Picture]], title: str, path: str | os.PathLike[str]) -> None:
-    """
-    Lays out images with their prompts and rewards.
-
-    Args:
-        sections (`Mapping[str, Sequence[Picture]]`):
-            The images by what stands left of them. Each section begins a line.
-        title (`str`):
-            Stands above.
-        path (`str` or `os.PathLike`):
-            Where to save the picture.
-    """
-    longest = max(len(pictures) for pictures in sections.values())
-    columns = min(longest, max(4, math.ceil(longest / 2)), 6)
-    lines = [
-        (label if first == 0 else "", pictures[first : first + columns])
-        for label, pictures in sections.items()
-        for first in range(0, len(pictures), columns)
-    ]
-    width = 2.0
-    captions = [
-        [caption_text(picture.prompt, fontsize=8, width=width) for picture in pictures] for _, pictures in lines
-    ]
-    image_height = width / narrowest([[picture.image for picture in pictures] for _, pictures in lines])
-    heights = [image_height + 0.17 * max(text.count("\n") + 2 for text in texts) + 0.12 for texts in captions]
-    figure = Figure(figsize=(width * columns + 0.4, sum(heights) + 0.4), layout="constrained")
-    grid = figure.subplots(len(lines), columns, squeeze=False, height_ratios=heights)
-    for (label, pictures), texts, cells in zip(lines, captions, grid, strict=True):
-        for axes in cells[len(pictures) :]:
-            axes.set_axis_off()
-        for axes, picture, text in zip(cells, pictures, texts, strict=False):
-            show_image(axes, picture.image)
-            axes.set_xlabel(f"{reward_text(picture.reward)}\n{text}", fontsize=8, parse_math=False)
-        cells[0].set_ylabel(label, fontsize=10)
-    figure.suptitle(title, fontsize=12)
-    save(figure, path)
-
-
-def show_image(axes: Axes, image: Image.Image) -> None:
-    """Draws an image in a thin frame."""
-    axes.imshow(image, interpolation="auto")
-    axes.set_xticks([])
-    axes.set_yticks([])
-    axes.spines[:].set_color("#cccccc")
-
-
-def narrowest(rows: Sequence[Sequence[Image.Image]]) -> float:
-    """The smallest ratio of width to height, for which cells have to have room."""
-    return min(image.width / image.height for images in rows for image in images)
-
-
-def caption_text(prompt: str, fontsize: float, width: float) -> str:
-    """
-    The prompt in a few lines.
-
-    Args:
-        prompt (`str`):
-            What does not fit is left out.
-        fontsize (`float`):
-            In points.
-        width (`float`):
-            Of a column, in inches.
-    """
-    font, room = FontProperties(size=fontsize), 72 * width * 0.95
-    letters = max(4, min(len(prompt), int(4 * room / fontsize)))
+def caption_text(prompt: str) -> str:
+    """Wrap a prompt so that it fits above its column; cut it after [`CAPTION_LINES`] lines."""
+    room = 72 * COLUMN_INCHES * 0.95
+    letters = max(4, min(len(prompt), int(4 * room / CAPTION_POINTS)))
     while True:
         lines = textwrap.wrap(prompt, letters, max_lines=CAPTION_LINES, placeholder="…")
-        if letters == 4 or all(text_width(line, font) <= room for line in lines):
+        if letters == 4 or all(text_width(line) <= room for line in lines):
             return "\n".join(lines)
         letters -= 1
 
 
-def text_width(text: str, font: FontProperties) -> float:
-    """In points."""
+def text_width(text: str) -> float:
+    """Return the width of a caption's line in points."""
+    font = FontProperties(size=CAPTION_POINTS)
     with unknown_letters_allowed():
         return TextToPath().get_text_width_height_descent(text, font, ismath=False)[0]
 
 
-def reward_text(reward: float | None) -> str:
-    """Four digits."""
-    return "no reward" if reward is None else f"{reward:.4g}"
-
-
 def save(figure: Figure, path: str | os.PathLike[str]) -> None:
-    """Writes a picture that fits a screen and can be zoomed in on."""
+    """Write a picture that fits a screen and can be enlarged."""
     with unknown_letters_allowed():
         figure.savefig(path, dpi=150)
 
 
 @contextmanager
 def unknown_letters_allowed() -> Iterator[None]:
-    """A prompt in a script that matplotlib's font lacks is drawn as boxes, without a warning for each letter."""
+    """Draw letters that matplotlib's font lacks as boxes, without a warning for each."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         yield

@@ -1,12 +1,11 @@
-"""Files of a run besides its weights: figures, sample images, pictures, settings, environment."""
+"""Files of a run in addition to its weights: metrics, images, settings, environment."""
 
 import csv
 import json
 import math
 import os
-import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +18,7 @@ from transformers import TrainingArguments
 
 from ddpo_trl.artifacts.checkpoints import CONFIG_NAME
 from ddpo_trl.artifacts.environment import environment
-from ddpo_trl.artifacts.plots import ImageRow, Picture, save_comparison, save_reward_curve, save_sheet
+from ddpo_trl.artifacts.plots import ImageRow, save_comparison
 from ddpo_trl.policy.adapter_files import LORA_WEIGHTS_NAME, PEFT_WEIGHTS_NAME
 from ddpo_trl.rewards.model import as_pictures
 
@@ -31,41 +30,40 @@ BEFORE_AFTER_NAME = "before_after.png"
 SAMPLES_FOLDER = "samples"
 SAMPLES_NAME = "samples.json"
 
-# What is saved at the end of a run: the trained weights in each form, with what describes them.
-RESULTS = [
-    LORA_WEIGHTS_NAME, PEFT_WEIGHTS_NAME, PEFT_CONFIG_NAME, "unet", "transformer", CONFIG_NAME, "README.md",
+# The trained model in each of its forms, with the settings. The folders contain a whole denoiser.
+MODEL_NAMES = (LORA_WEIGHTS_NAME, PEFT_WEIGHTS_NAME, PEFT_CONFIG_NAME, "unet", "transformer", CONFIG_NAME)
+
+# Everything that belongs to one run and must not be mixed with the next one in the same folder.
+RUN_NAMES = (
+    METRICS_NAME, ENVIRONMENT_NAME, REWARD_CURVE_NAME, BEFORE_AFTER_NAME, SAMPLES_FOLDER, *MODEL_NAMES, "README.md",
     "report.html", "train.yaml", "summary.json",
-]  # fmt: skip
+)  # fmt: skip
 
 Kind = Literal["fixed", "best", "median", "worst"]
 
-# In this order on a sheet.
-SECTIONS: dict[Kind, str] = {"fixed": "same prompts and seeds", "best": "best", "median": "median", "worst": "worst"}
-
-# Of a video's GIF.
-FRAME_MILLISECONDS = 125
+GIF_FRAME_MILLISECONDS = 125
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoggedImage:
     """
-    An image that is shown, with what it was made from and what it got.
+    Image that is shown, with its prompt, seed and rewards.
 
     Args:
         kind (`"fixed"`, `"best"`, `"median"` or `"worst"`):
-            One of the fixed prompts and seeds, or a sample of the round and its place among them by reward.
+            A fixed prompt and seed, or the rank of a sample in its round by reward.
         index (`int`):
-            Counts the images of a kind, from 0.
+            Number among the images of the same kind, from 0.
         frames (`Sequence[PIL.Image.Image]`):
-            One, or those of a video.
+            One image, or the frames of a video.
         prompt (`str`):
             The prompt.
         seed (`int`):
             Seed of its random generator.
         reward (`float`, *optional*):
-            Weighted sum of the reward functions, `None` if one gave no valid reward.
+            Weighted sum of the reward functions; `None` if it is not valid.
         rewards (`dict[str, float | None]`):
-            By reward function.
+            Rewards by function.
     """
 
     kind: Kind
@@ -78,63 +76,47 @@ class LoggedImage:
 
     @property
     def still(self) -> Image.Image:
-        """The image, or the frame in the middle of a video."""
+        """The image, or the middle frame of a video."""
         return self.frames[len(self.frames) // 2]
 
     @property
     def name(self) -> str:
-        """The same for all rounds: `fixed-03`, `best-0`."""
+        """Name in all rounds, such as `fixed-03` or `best-0`."""
         return f"fixed-{self.index:02d}" if self.kind == "fixed" else f"{self.kind}-{self.index}"
 
 
 def frames(image: Tensor) -> list[Image.Image]:
-    """
-    An image, or a video's frames, with 8 bits per channel.
-
-    Args:
-        image (`torch.Tensor` of shape `(3, H, W)`, or `(F, 3, H, W)` for video):
-            Float in [0, 1]; what is beyond is cut off.
-    """
+    """Convert an image `(3, H, W)` or a video `(F, 3, H, W)` in [0, 1] to 8 bits; values outside are clipped."""
     return as_pictures((image if image.ndim == 4 else image[None]).nan_to_num())
 
 
 def valid(reward: float) -> float | None:
-    """`None` instead of NaN, which stands for no valid reward and is no JSON."""
+    """Return `None` for NaN, which marks an invalid reward and does not exist in JSON."""
     return None if math.isnan(reward) else reward
 
 
-def run_files(directory: str | os.PathLike[str]) -> list[str]:
-    """Names of what a run has recorded and saved in a folder; none if not even a round was logged."""
+def has_rounds(directory: str | os.PathLike[str]) -> bool:
+    """Return whether a folder contains the metrics of at least one round."""
     metrics = Path(directory, METRICS_NAME)
-    if not metrics.is_file() or len(metrics.read_text().splitlines()) < 2:
-        return []
-    return [METRICS_NAME, ENVIRONMENT_NAME, REWARD_CURVE_NAME, BEFORE_AFTER_NAME, SAMPLES_FOLDER, *RESULTS]
+    return metrics.is_file() and len(metrics.read_text().splitlines()) > 1
 
 
-# ---- Figures ----
+# ---- Metrics ----
 
 
 def write_metrics(directory: str | os.PathLike[str], log_history: Sequence[dict[str, Any]], steps: int) -> None:
     """
-    Write `metrics.csv` again: one row per training log. A column that comes up later is empty before.
-
-    Args:
-        directory (`str` or `os.PathLike`):
-            Of the run.
-        log_history (`Sequence[dict]`):
-            The Trainer's logs.
-        steps (`int`):
-            Optimizer steps of a round, by which a log's round is known.
+    Write `metrics.csv` again: one row per training log, with rounds of `steps` optimizer steps. A column that appears
+    later is empty in earlier rows.
     """
     rows = metrics_rows(log_history, steps)
     columns = dict.fromkeys(["round", *(name for row in rows for name in row)])
-    path = Path(directory, METRICS_NAME)
-    unfinished = path.with_suffix(".unfinished")
+    unfinished = Path(directory, f"_{METRICS_NAME}")
     with unfinished.open("w", newline="") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)
-    os.replace(unfinished, path)  # a reader finds either the old file or the new one
+    os.replace(unfinished, Path(directory, METRICS_NAME))  # readers find either the old file or the new one
 
 
 def metrics_rows(log_history: Sequence[dict[str, Any]], steps: int) -> list[dict[str, Any]]:
@@ -145,13 +127,13 @@ def metrics_rows(log_history: Sequence[dict[str, Any]], steps: int) -> list[dict
     rows: list[dict[str, Any]] = []
     for log in log_history:
         round = math.ceil(log["step"] / steps)
-        figures = {name: value for name, value in log.items() if name.startswith("eval_")}
+        evaluation = {name: value for name, value in log.items() if name.startswith("eval_")}
         if "loss" in log:
             rows.append({"round": round, **log})
-        elif figures and rows and rows[-1]["round"] == round and not rows[-1].keys() & figures.keys():
-            rows[-1] |= figures
-        elif figures:
-            rows.append({"round": round, "episode": log["episode"], "step": log["step"], **figures})
+        elif evaluation and rows and rows[-1]["round"] == round and not rows[-1].keys() & evaluation.keys():
+            rows[-1] |= evaluation
+        elif evaluation:
+            rows.append({"round": round, "episode": log["episode"], "step": log["step"], **evaluation})
     return rows
 
 
@@ -159,132 +141,75 @@ def metrics_rows(log_history: Sequence[dict[str, Any]], steps: int) -> list[dict
 
 
 def round_folder(directory: str | os.PathLike[str], round: int) -> Path:
-    """Where the images of a round are; its sheet is beside it."""
+    """Return the folder of a round's images."""
     return Path(directory, SAMPLES_FOLDER, f"round-{round:04d}")
 
 
 def write_samples(directory: str | os.PathLike[str], round: int, images: Sequence[LoggedImage]) -> None:
-    """
-    Writes the images of a round: a folder of PNG files (and GIF files of videos) with `samples.json`, and a sheet.
-
-    Args:
-        directory (`str` or `os.PathLike`):
-            Of the run.
-        round (`int`):
-            Rounds done; 0 is before training.
-        images (`Sequence[LoggedImage]`):
-            The images.
-    """
+    """Write the images of a round, 0 before training: PNG files (and GIF files of videos) with `samples.json`."""
     folder = round_folder(directory, round)
-    remove_samples(folder)
+    shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
+    entries = []
     for image in images:
         image.still.save(folder / f"{image.name}.png")
         if len(image.frames) > 1:
             first, *others = image.frames
-            first.save(
-                folder / f"{image.name}.gif", save_all=True, append_images=others, duration=FRAME_MILLISECONDS, loop=0
-            )
-    sections = {
-        label: [
-            Picture(image=image.still, prompt=image.prompt, reward=image.reward)
-            for image in images
-            if image.kind == kind
-        ]
-        for kind, label in SECTIONS.items()
-    }
-    title = f"Round {round}" if round else "Before training"
-    save_sheet({label: some for label, some in sections.items() if some}, title, folder.with_suffix(".png"))
-    entries = [
-        {
-            "kind": image.kind,
-            "file": f"{image.name}.png",
-            "prompt": image.prompt,
-            "seed": image.seed,
-            "reward": image.reward,
-            "rewards": image.rewards,
-        }
-        for image in images
-    ]
-    (folder / SAMPLES_NAME).write_text(json.dumps(entries, indent=2) + "\n")  # last: what has it is complete
-
-
-def remove_samples(folder: Path) -> None:
-    """A round's images and their sheet, if they are there."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.with_suffix(".png").unlink(missing_ok=True)
+            path = folder / f"{image.name}.gif"
+            first.save(path, save_all=True, append_images=others, duration=GIF_FRAME_MILLISECONDS, loop=0)
+        entries.append(
+            {
+                "kind": image.kind,
+                "file": f"{image.name}.png",
+                "prompt": image.prompt,
+                "seed": image.seed,
+                "reward": image.reward,
+                "rewards": image.rewards,
+            }
+        )
+    (folder / SAMPLES_NAME).write_text(json.dumps(entries, indent=2) + "\n")  # last: it marks a complete folder
 
 
 def remove_rounds_from(directory: str | os.PathLike[str], round: int) -> None:
-    """Removes the images of this round and of later ones: they are of another run, or will be made again."""
-    for folder in Path(directory, SAMPLES_FOLDER).glob("round-*"):
-        number = re.fullmatch(r"round-(\d{4,})", folder.name)
-        if number and int(number[1]) >= round:
-            remove_samples(folder)
+    """Remove the images of this round and of later ones, which the run will make again."""
+    for folder in Path(directory, SAMPLES_FOLDER).glob("round-[0-9]*/"):
+        if int(folder.name.removeprefix("round-")) >= round:
+            shutil.rmtree(folder)
 
 
-def fixed_images(folder: Path) -> Iterator[tuple[tuple[str, int], dict[str, Any]]]:
-    """The entries of the fixed images in a round's folder, by prompt and seed; none if it is not there."""
+def fixed_images(folder: Path) -> dict[tuple[str, int], dict[str, Any]]:
+    """Return the entries of the fixed images in a round's folder by prompt and seed; empty if there is none."""
     path = folder / SAMPLES_NAME
-    for entry in json.loads(path.read_text()) if path.is_file() else []:
-        if entry["kind"] == "fixed":
-            yield (entry["prompt"], entry["seed"]), entry
+    entries = json.loads(path.read_text()) if path.is_file() else []
+    return {(entry["prompt"], entry["seed"]): entry for entry in entries if entry["kind"] == "fixed"}
 
 
 def write_before_after(directory: str | os.PathLike[str], round: int) -> None:
-    """
-    Draws `before_after.png` from the images on the disk: those of round 0 above those of `round`, where prompt and
-    seed are the same. Nothing if there are none.
-
-    Args:
-        directory (`str` or `os.PathLike`):
-            Of the run.
-        round (`int`):
-            The round to compare with round 0.
-    """
+    """Draw `before_after.png`: images of round 0 above those of `round` with the same prompts and seeds, if any."""
     folders = {"before": round_folder(directory, 0), "after": round_folder(directory, round)}
-    before, after = (dict(fixed_images(folder)) for folder in folders.values())
-    shared = [of for of in before if of in after]
+    entries = {title: fixed_images(folder) for title, folder in folders.items()}
+    shared = [key for key in entries["before"] if key in entries["after"]]
     if not shared:
         return
     rows = [
         ImageRow(
             title=title,
-            images=[Image.open(folder / entries[of]["file"]) for of in shared],
-            rewards=[entries[of]["reward"] for of in shared],
+            images=[Image.open(folder / entries[title][key]["file"]) for key in shared],
+            rewards=[entries[title][key]["reward"] for key in shared],
         )
-        for (title, folder), entries in zip(folders.items(), (before, after), strict=True)
+        for title, folder in folders.items()
     ]
     save_comparison(rows, [prompt for prompt, _ in shared], Path(directory, BEFORE_AFTER_NAME))
-
-
-def write_reward_curve(
-    directory: str | os.PathLike[str], log_history: Sequence[dict[str, Any]], reward_names: Sequence[str]
-) -> None:
-    """
-    Draws `reward.png`; nothing before the first round is logged.
-
-    Args:
-        directory (`str` or `os.PathLike`):
-            Of the run.
-        log_history (`Sequence[dict]`):
-            The Trainer's logs.
-        reward_names (`Sequence[str]`):
-            Of the reward functions. A single one gives the vertical axis its name.
-    """
-    if any("reward" in log for log in log_history):
-        label = reward_names[0] if len(reward_names) == 1 else "reward"
-        save_reward_curve(log_history, Path(directory, REWARD_CURVE_NAME), label)
 
 
 # ---- Settings and environment ----
 
 
 def write_settings(directory: str | os.PathLike[str], settings: TrainingArguments) -> None:
-    """Writes `ddpo_config.json`. Tokens are left out."""
+    """Write `ddpo_config.json`, without tokens."""
     Path(directory, CONFIG_NAME).write_text(settings.to_json_string())
 
 
 def write_environment(directory: str | os.PathLike[str], device: torch.device) -> None:
-    """Writes `environment.json`, see [`~ddpo_trl.artifacts.environment.environment`]."""
+    """Write `environment.json`, see [`~ddpo_trl.artifacts.environment.environment`]."""
     Path(directory, ENVIRONMENT_NAME).write_text(json.dumps(environment(device), indent=2) + "\n")

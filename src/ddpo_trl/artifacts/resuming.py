@@ -1,18 +1,19 @@
-"""Is it the run that wrote the checkpoint? What differs is named, what can't be continued is refused."""
+"""Comparison of a resumed run with the one that wrote the checkpoint: differences are named, or refused."""
 
+import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import TrainerState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ddpo_trl.artifacts.checkpoints import CONFIG_NAME, PLAN_NAME, moved_best, read_json
+from ddpo_trl.artifacts.checkpoints import CONFIG_NAME, PLAN_NAME, RUN_NAME, read_json
 
 
-RUN_NAME = "run.json"  # what the settings don't tell: rewards, prompts, the optimizer
+ANOTHER_RUN = "from here on this is another run."
 
-# Settings that change a result by rounding only, with what then is no longer bitwise identical.
+# Settings that change results only by rounding, with the results that are no longer bitwise identical.
 ROUNDING = {
     "num_processes": "images, by the rounding of other batches, and the composition of mini-batches",
     "per_device_sample_batch_size": "images, by the rounding of other batches",
@@ -26,7 +27,7 @@ ROUNDING = {
     **dict.fromkeys(("metric_for_best_model", "greater_is_better"), "the best checkpoint, which is chosen again"),
 }
 
-# Settings that say where something goes, how fast it is made, when it is shown or saved, or that follow from others.
+# Settings of paths, speed, logging and saving, and those that follow from others.
 HARMLESS = {
     "output_dir", "run_name", "project", "report_to", "disable_tqdm", "debug", "skip_memory_metrics", "local_rank",
     "resume_from_checkpoint", "resume_with_new_rewards", "restore_callback_states_from_checkpoint", "ignore_data_skip",
@@ -42,54 +43,41 @@ HARMLESS_PREFIXES = (
     "offload_", "ddp_",
 )  # fmt: skip
 
-# Settings of the run's length. With a constant learning rate what was trained does not depend on them.
+# Settings of the length of the run, which has no effect on the rounds with a constant learning rate.
 LENGTH = {"num_train_epochs", "max_steps", "total_episodes"}
 
-# Settings from which Trainer makes the optimizer, if it is not given one.
+# Settings from which Trainer makes the optimizer, unless the user gives one.
 OF_THE_OPTIMIZER = {
     "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "optim", "optim_args",
     "optim_target_modules",
 }  # fmt: skip
 
-# What can't be continued, and why.
+# Settings that must not change, with the reason.
 REFUSED = {
-    "num_ppo_epochs": "its number of optimizer steps says nothing about this run's rounds",
-    "num_mini_batches": "its number of optimizer steps says nothing about this run's rounds",
-    "optim": "another optimizer can't go on with its state",
-    "use_lora": "it holds other weights",
+    "num_ppo_epochs": "rounds have another number of optimizer steps",
+    "num_mini_batches": "rounds have another number of optimizer steps",
+    "optim": "another optimizer can't use its state",
+    "use_lora": "it has other weights",
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class SavedRun:
-    """
-    The run that wrote a checkpoint.
-
-    Args:
-        settings (`dict[str, Any]`):
-            See [`with_plan`].
-        run (`dict[str, Any]`, *optional*):
-            What its `run.json` holds; `None` if an earlier version of this package wrote it.
-    """
+class SavedRun(NamedTuple):
+    """Run that wrote a checkpoint: its settings [`with_plan`], and the content of its `run.json`."""
 
     settings: dict[str, Any]
-    run: dict[str, Any] | None
+    run: dict[str, Any]
 
 
 def read(checkpoint: str) -> SavedRun:
-    """Reads what a checkpoint says of its run."""
-    config, plan, run = (Path(checkpoint, name) for name in (CONFIG_NAME, PLAN_NAME, RUN_NAME))
-    settings = read_json(config) if config.is_file() else {}
-    return SavedRun(
-        settings=with_plan(settings, read_json(plan)),
-        run=read_json(run) if run.is_file() else None,
-    )
+    """Read the description of the run that wrote a checkpoint."""
+    settings, plan, run = (read_json(Path(checkpoint, name)) for name in (CONFIG_NAME, PLAN_NAME, RUN_NAME))
+    return SavedRun(with_plan(settings, plan), run)
 
 
 def with_plan(settings: Mapping[str, Any], plan: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of the config, and what the batch plan adds to them; `one_pass` as it was decided."""
-    stds = plan.get("stds", [])
-    added = {name: plan[name] for name in ("num_processes", "one_pass", "state_bytes") if name in plan}
+    """Return the fields of the config and what the batch plan adds to them; `one_pass` as it was decided."""
+    stds = plan["stds"]
+    added = {name: plan[name] for name in ("num_processes", "one_pass", "state_bytes")}
     if stds:
         added["the sampler"] = f"{len(stds)} steps of σ {stds[0]:.6g} to {stds[-1]:.6g}, {sum(stds):.6g} in all"
     return {**settings, **added}
@@ -99,86 +87,74 @@ def setting_changes(
     saved: Mapping[str, Any], current: Mapping[str, Any], own_optimizer: bool = False
 ) -> Iterator[str]:
     """
-    What a resumed run does otherwise than the one that wrote the checkpoint, a sentence each.
+    Yield a sentence per setting that differs from the run that wrote the checkpoint.
 
     Args:
         saved, current (`Mapping[str, Any]`):
-            [`with_plan`] of both, as they are read from JSON. What is missing in one of them is not compared.
+            [`with_plan`] of both, as read from JSON. Settings that one of them lacks are not compared.
         own_optimizer (`bool`, *optional*, defaults to `False`):
-            Whether the user gave the optimizer, so that the settings of Trainer's have no part in it.
+            Whether the user gave the optimizer, so that the settings of Trainer's have no effect.
 
     Raises:
         `ValueError`: If the run can't be continued with them.
     """
     differing = {name: (value, saved[name]) for name, value in current.items() if saved.get(name, value) != value}
-    for name, why in REFUSED.items():
-        if name in differing and not (own_optimizer and name in OF_THE_OPTIMIZER):
+    if own_optimizer:
+        differing = {name: values for name, values in differing.items() if name not in OF_THE_OPTIMIZER}
+    for name, reason in REFUSED.items():
+        if name in differing:
             value, before = differing[name]
             raise ValueError(
-                f"{name} is {value!r}, but the checkpoint was written with {before!r}: {why}. Set {name}={before!r} "
-                "to resume, or begin another run from its weights (`pipeline.load_lora_weights(checkpoint)`)."
+                f"{name} is {value!r}, but the checkpoint was written with {before!r}: {reason}. Set "
+                f"{name}={before!r} to resume, or start another run from its weights "
+                "(`pipeline.load_lora_weights(checkpoint)`)."
             )
     is_constant = saved.get("lr_scheduler_type") == current.get("lr_scheduler_type") == "constant"
     for name, (value, before) in differing.items():
-        if name in HARMLESS or name.startswith(HARMLESS_PREFIXES) or (own_optimizer and name in OF_THE_OPTIMIZER):
+        if name in HARMLESS or name.startswith(HARMLESS_PREFIXES) or (name in LENGTH and is_constant):
             continue
+        effect = ANOTHER_RUN
         if name in ROUNDING:
-            yield f"{name} is {value!r} and was {before!r}: no longer bitwise identical are {ROUNDING[name]}."
+            effect = f"no longer bitwise identical are {ROUNDING[name]}."
         elif name in LENGTH:
-            if not is_constant:
-                yield f"{name} is {value!r} and was {before!r}: the learning rate follows the schedule of this length."
-        else:
-            yield f"{name} is {value!r} and was {before!r}: from here on this is another run."
+            effect = "the learning rate follows the schedule of this length."
+        yield f"{name} is {value!r} and was {before!r}: {effect}"
 
 
 def run_changes(saved: Mapping[str, Any], current: Mapping[str, Any], new_rewards: bool) -> Iterator[str]:
     """
-    As [`setting_changes`] for what `run.json` holds.
-
-    Args:
-        saved, current (`Mapping[str, Any]`):
-            `rewards`: names and weights; `prompts` and `eval_prompts`: their fingerprints; `ingredients`: the rest
-            that images and rewards depend on, by name.
-        new_rewards (`bool`):
-            Whether other reward functions are meant (`resume_with_new_rewards`).
+    Yield a sentence per difference in `run.json`, as [`setting_changes`].
 
     Raises:
-        `ValueError`: If there are other reward functions that are not meant.
+        `ValueError`: If the reward functions have changed without `new_rewards` (`resume_with_new_rewards`).
     """
     rewards, before = current["rewards"], saved["rewards"]
     if rewards.keys() != before.keys():
         change = f"reward_fn is {', '.join(rewards)}, but the checkpoint was written with {', '.join(before)}"
         if not new_rewards:
             raise ValueError(
-                f"{change}: this is another run. Give it another output_dir, or set resume_with_new_rewards=True if "
-                "the run is to go on with the new reward."
+                f"{change}: this is another run. Set another output_dir, or resume_with_new_rewards=True to continue "
+                "this run with the new reward."
             )
-        yield f"{change}: from here on this is another run."
+        yield f"{change}: {ANOTHER_RUN}"
     elif rewards != before:
-        yield f"The weights of the rewards are {rewards} and were {before}: from here on this is another run."
+        yield f"The weights of the rewards are {rewards} and were {before}: {ANOTHER_RUN}"
     for name in ("prompts", "eval_prompts"):
         if current[name] != saved[name]:
-            yield f"The {name} are {current[name]} and were {saved[name]}: from here on this is another run."
-    recorded = saved.get("ingredients", {})  # an earlier version of this package recorded none
+            yield f"The {name} are {current[name]} and were {saved[name]}: {ANOTHER_RUN}"
     for name, value in current["ingredients"].items():
-        if recorded.get(name, value) != value:
-            yield f"{name} is {value!r} and was {recorded[name]!r}: from here on this is another run."
+        saved_value = saved["ingredients"].get(name, value)
+        if saved_value != value:
+            yield f"{name} is {value!r} and was {saved_value!r}: {ANOTHER_RUN}"
 
 
 def find_best(state: TrainerState, checkpoint: str, saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
     """
-    Corrects what a resumed run takes for its best checkpoint: a folder beside the one that is resumed, wherever both
-    were when they were written; none yet if another figure decides now.
-
-    Args:
-        state ([`~transformers.TrainerState`]):
-            As it was read from the checkpoint.
-        checkpoint (`str`):
-            Its folder.
-        saved, current (`Mapping[str, Any]`):
-            The settings of both runs.
+    Correct the best checkpoint of a resumed run: a folder next to the resumed one, even if both were moved; none if
+    another metric decides now.
     """
-    if any(saved.get(name, current[name]) != current[name] for name in ("metric_for_best_model", "greater_is_better")):
+    if any(saved[name] != current[name] for name in ("metric_for_best_model", "greater_is_better")):
         state.best_metric = state.best_global_step = state.best_model_checkpoint = None
-    elif moved := moved_best(checkpoint, state.best_global_step):
+    moved = os.path.join(os.path.dirname(checkpoint), f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}")
+    if os.path.isdir(moved):
         state.best_model_checkpoint = moved

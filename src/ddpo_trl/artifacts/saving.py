@@ -5,6 +5,8 @@ import dataclasses
 import functools
 import json
 import os
+import shutil
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,10 +17,9 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from transformers.utils import logging
 
-from ddpo_trl.artifacts import checkpoints, hub, record, resuming
-from ddpo_trl.artifacts.checkpoints import CONFIG_NAME, PLAN_NAME
-from ddpo_trl.artifacts.pushing import PushingTrainer
-from ddpo_trl.artifacts.tracking import RunRecorder
+from ddpo_trl.artifacts import checkpoints, record, resuming
+from ddpo_trl.artifacts.checkpoints import PLAN_NAME, RUN_NAME
+from ddpo_trl.artifacts.hub import PushError, PushingTrainer
 from ddpo_trl.descriptions import DIGITS, code_digest, described
 from ddpo_trl.policy.pipeline import ingredients
 from ddpo_trl.policy.policy import Policy
@@ -38,39 +39,39 @@ class SavingTrainer(PushingTrainer):
     Trainer that saves rounds: the adapter, the optimizer, and the state of the run.
 
     Attributes:
-        plan, prompts, eval_prompts, prompt_key_fn, advantages, recorder, episodes:
+        plan, prompts, eval_prompts, prompt_key_fn, advantages, episodes:
             Parts of the run whose state belongs to a checkpoint.
     """
 
     prompts: PromptSource
     prompt_key_fn: PromptKeyFunction
     advantages: Advantages
-    recorder: RunRecorder
     episodes: int
     _own_optimizer: bool
     _ingredients: dict[str, Any]
-    _staging: str | None = None  # where a checkpoint is being written
+    _staging: str | None = None  # folder in which a checkpoint is being written
     _trained_in: str | None = None  # output_dir of an earlier call of `train`
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """
-        Saves what is trained, for plain diffusers to load, with the settings; and pushes it if `args.push_to_hub`.
+        Save the trained weights, for plain diffusers to load, with the settings; and push them if `args.push_to_hub`.
 
-        All processes have to call it; one of them writes. A push that fails is an error in the log, and no exception.
+        All processes have to call it; one of them writes. A failed push is logged as an error, not raised.
 
         Args:
             output_dir (`str`, *optional*):
-                Where to, `args.output_dir` by default.
+                Target directory, `args.output_dir` by default.
         """
         directory = output_dir or self.args.output_dir
         os.makedirs(directory, exist_ok=True)
         self._policy.save(directory, write=self.args.should_save)
         if self.args.should_save:
-            with open(os.path.join(directory, CONFIG_NAME), "w") as file:
-                file.write(self.args.to_json_string())
+            record.write_settings(directory, self.args)
         if self.args.push_to_hub and not _internal_call:
-            with hub.failures_logged():
+            try:
                 self.push_to_hub(commit_message="Model save")
+            except PushError as error:
+                logger.error(str(error))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self.is_fsdp_enabled:
@@ -83,13 +84,14 @@ class SavingTrainer(PushingTrainer):
             torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Writes a checkpoint beside, and names it when it is complete: a run that is killed leaves no half of one."""
+        """Write a checkpoint to a staging folder and rename it when complete, so that a kill leaves no partial one."""
         run_directory = self._get_output_dir(trial)
         self._staging = os.path.join(run_directory, checkpoints.STAGING_NAME)
         folder = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         staged, final = (os.path.join(place, folder) for place in (self._staging, run_directory))
         if self.args.should_save:
-            checkpoints.clear(self._staging)
+            shutil.rmtree(self._staging, ignore_errors=True)  # of a killed run
+            os.makedirs(self._staging)
         self.accelerator.wait_for_everyone()
         try:
             super()._save_checkpoint(model, trial)
@@ -98,7 +100,7 @@ class SavingTrainer(PushingTrainer):
         if self.state.best_model_checkpoint == staged:
             self.state.best_model_checkpoint = final
         if self.args.should_save:
-            self._save_round(staged)
+            self._save_round(Path(staged))
         self.accelerator.wait_for_everyone()  # all have written their part
         if self.args.should_save:
             checkpoints.publish(staged, final)
@@ -107,23 +109,15 @@ class SavingTrainer(PushingTrainer):
         if self.args.push_to_hub:
             self._push_from_checkpoint(final)
 
-    def _save_round(self, directory: str) -> None:
-        """Write the state that Trainer does not know: batch plan, prompts, remembered rewards."""
-        self.state.save_to_json(os.path.join(directory, TRAINER_STATE_NAME))  # with the final name of the best one
-        with open(os.path.join(directory, PLAN_NAME), "w") as file:
-            json.dump(dataclasses.asdict(self.plan), file)
-        run = {
-            "episodes": self.episodes,
-            **self._what_is_run,
-            **self._optimizer_record(),
-            **self.recorder.state_dict(),
-        }
-        with open(os.path.join(directory, resuming.RUN_NAME), "w") as file:
-            json.dump(run, file)
-        torch.save(self.prompts.state_dict(), os.path.join(directory, PROMPTS_NAME))
+    def _save_round(self, directory: Path) -> None:
+        """Write the state that Trainer does not know: batch plan, identity of the run, prompts, statistics."""
+        self.state.save_to_json(str(directory / TRAINER_STATE_NAME))  # with the final name of the best checkpoint
+        (directory / PLAN_NAME).write_text(json.dumps(dataclasses.asdict(self.plan)))
+        run = {"episodes": self.episodes, **self._identity, **self._optimizer_record()}
+        (directory / RUN_NAME).write_text(json.dumps(run))
+        torch.save(self.prompts.state_dict(), directory / PROMPTS_NAME)
         if self.advantages.statistics:
-            with open(os.path.join(directory, PROMPT_STATISTICS_NAME), "w") as file:
-                json.dump(self.advantages.state_dict(), file)
+            (directory / PROMPT_STATISTICS_NAME).write_text(json.dumps(self.advantages.state_dict()))
 
     def _get_output_dir(self, trial: Any) -> str:
         return self._staging or super()._get_output_dir(trial)
@@ -134,8 +128,8 @@ class SavingTrainer(PushingTrainer):
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
         scheduler = super().create_scheduler(num_training_steps, optimizer)
         for group in (optimizer or self.optimizer).param_groups:
-            group.setdefault("initial_lr", copy.deepcopy(group["lr"]))  # ReduceLROnPlateau does not write it down
-        # Before a checkpoint's take their place. DeepSpeed hands in its own optimizer.
+            group.setdefault("initial_lr", copy.deepcopy(group["lr"]))  # ReduceLROnPlateau does not record it
+        # Before a checkpoint's replace them. DeepSpeed passes its own optimizer.
         self._hyperparameters = optimizers.hyperparameters(optimizer or self.optimizer)
         return scheduler
 
@@ -143,11 +137,11 @@ class SavingTrainer(PushingTrainer):
         for callback in self.callback_handler.callbacks:
             saved = self.state.stateful_callbacks.get(type(callback).__name__)
             if isinstance(callback, ExportableState) and isinstance(saved, dict):
-                saved["args"] = callback.state()["args"]  # as given now: the checkpoint's would take their place
+                saved["args"] = callback.state()["args"]  # as given now, not those of the checkpoint
         super()._load_callback_state()
 
     def _ingredients_of(self, policy: Policy) -> dict[str, Any]:
-        """Parts of the run beyond its settings, before weights are sharded and functions count their calls."""
+        """Describe the run beyond its settings, before weights are sharded and functions count their calls."""
         functions: dict[str, Any] = dict(zip(self.scorer.names, self.scorer.functions, strict=True))
         if isinstance(self.prompts, FunctionPrompts):
             functions["prompt_fn"] = self.prompts.prompt_fn
@@ -158,8 +152,8 @@ class SavingTrainer(PushingTrainer):
         return optimizers.record(self.optimizer, self.lr_scheduler, self._hyperparameters)
 
     @functools.cached_property
-    def _what_is_run(self) -> dict[str, Any]:
-        """Return the identity of the run beyond its settings, as a checkpoint holds it."""
+    def _identity(self) -> dict[str, Any]:
+        """Identity of the run beyond its settings, for `run.json`."""
         return {
             "rewards": self.scorer.weight_of,
             "prompts": self.prompts.fingerprint,
@@ -170,98 +164,85 @@ class SavingTrainer(PushingTrainer):
 
     def checkpoint_to_resume(self, resume_from_checkpoint: str | bool | None = None) -> str | None:
         """
-        The checkpoint that [`~DDPOTrainer.train`] goes on from; `None` if it begins.
+        Return the checkpoint that [`~DDPOTrainer.train`] resumes from; `None` for a new run.
 
         Args:
             resume_from_checkpoint (`str` or `bool`, *optional*):
                 As for [`~DDPOTrainer.train`].
 
         Raises:
-            `ValueError`: If there is no such checkpoint, if it can't be gone on from with these settings, or if
-                `output_dir` holds another run.
+            `ValueError`: If there is no such checkpoint, if it can't be continued with these settings, or if
+                `output_dir` contains another run.
         """
         directory = self.args.output_dir
         asked = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
         checkpoint = checkpoints.to_resume(asked, directory, own_folder=self._trained_in == directory)
         if checkpoint is not None:
-            self._changes_since(checkpoint)
+            self._changes_since(resuming.read(checkpoint))
         elif asked:
             logger.warning(f"There is no checkpoint in {directory} to resume from: starting from the beginning.")
         return checkpoint
 
-    def _changes_since(self, checkpoint: str) -> list[str]:
-        """Return a sentence per difference of the resumed run; raise if it can't be continued."""
-        saved = resuming.read(checkpoint)
-        plan = json.loads(json.dumps(dataclasses.asdict(self.plan)))  # tuples as lists, as they were saved
-        settings = resuming.with_plan(json.loads(self.args.to_json_string()), plan)
-        changes = [*resuming.setting_changes(saved.settings, settings, self._own_optimizer)]
-        if saved.run is None:
-            changes.append(f"it has no {resuming.RUN_NAME}: whether rewards and prompts are its own is not known.")
-        else:
-            changes += resuming.run_changes(saved.run, self._what_is_run, self.args.resume_with_new_rewards)
-        return changes
+    def _changes_since(self, saved: resuming.SavedRun) -> list[str]:
+        """Return a sentence per difference of the resumed run; raise a `ValueError` if it can't be continued."""
+        settings = resuming.with_plan(json.loads(self.args.to_json_string()), dataclasses.asdict(self.plan))
+        return [
+            *resuming.setting_changes(saved.settings, settings, self._own_optimizer),
+            *resuming.run_changes(saved.run, self._identity, self.args.resume_with_new_rewards),
+        ]
 
     def _make_room(self, checkpoint: str | None) -> None:
-        """Leaves in `output_dir` nothing that this run does not go on from."""
-        is_new = checkpoint is None and self._trained_in != self.args.output_dir
+        """Move everything that this run does not continue out of the way."""
+        directory = self.args.output_dir
         if self.is_world_process_zero():
-            files = record.run_files(self.args.output_dir) if is_new else []
-            done = checkpoints.make_room(self.args.output_dir, checkpoint, files)
-            if done:
-                logger.warning(done)
-        self._trained_in = self.args.output_dir
+            names = record.RUN_NAMES if checkpoint is None and record.has_rounds(directory) else ()
+            moved = checkpoints.make_room(directory, checkpoint, names)
+            if moved:
+                logger.warning(moved)
+        self._trained_in = directory
         self.accelerator.wait_for_everyone()
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
-        run = resuming.read(checkpoint).run
-        if run is not None:
-            optimizers.check_same(run, self._optimizer_record())
+        saved = resuming.read(checkpoint)
+        optimizers.check_same(saved.run, self._optimizer_record())
         super()._load_optimizer_and_scheduler(checkpoint)
-        before = optimizers.hyperparameters(self.optimizer) if run is None else run["groups"]
-        changes = optimizers.keep_changed(self.optimizer, self.lr_scheduler, self._hyperparameters, before)
-        changes = changes if self._own_optimizer else []  # else the settings' changes say it
-        for change in [*self._changes_since(checkpoint), *changes]:
+        changes = optimizers.keep_changed(
+            self.optimizer, self.lr_scheduler, self._hyperparameters, saved.run["groups"]
+        )
+        if not self._own_optimizer:
+            changes = []  # the changes of the settings say it
+        for change in [*self._changes_since(saved), *changes]:
             logger.warning(f"Resuming from {checkpoint}: {change}")
-        self._load_round(checkpoint)  # here because all ways to wrap a model come by
+        self._load_round(checkpoint)  # here because Trainer calls this for all ways to wrap a model
 
     def _load_round(self, checkpoint: str) -> None:
-        """Reads what [`_save_round`] wrote."""
+        """Read what [`_save_round`] wrote."""
         saved = resuming.read(checkpoint)
-        # Before checkpoints held the count, the rounds of a run were all of one size.
-        rounds = self.state.global_step // self.plan.updates_per_round
-        self.episodes = (saved.run or {}).get("episodes", rounds * self.plan.samples_per_round)
+        self.episodes = saved.run["episodes"]
         prompts = torch.load(os.path.join(checkpoint, PROMPTS_NAME), weights_only=True)
-        if saved.run is None or saved.run["prompts"] == self.prompts.fingerprint:
+        if saved.run["prompts"] == self.prompts.fingerprint:
             self.prompts.load_state_dict(prompts)
-        if self.advantages.statistics and saved.settings.get("advantage_normalization", "prompt") == "prompt":
-            self._load_prompt_statistics(os.path.join(checkpoint, PROMPT_STATISTICS_NAME), saved.run)
-        self.recorder.load_state_dict(saved.run or {"earlier_logs": [], "earlier_steps": 0})
+        if self.advantages.statistics and saved.settings["advantage_normalization"] == "prompt":
+            self._load_prompt_statistics(Path(checkpoint, PROMPT_STATISTICS_NAME), saved.run)
         resuming.find_best(self.state, checkpoint, saved.settings, vars(self.args))
         self._load_rng_state(checkpoint)  # Trainer does so in the next round, which a finished run does not have
 
-    def _load_prompt_statistics(self, path: str, run: dict[str, Any] | None) -> None:
-        with open(path) as file:
-            states = json.load(file)
-        own, before = self.scorer.weight_of, self.scorer.weight_of if run is None else run["rewards"]
-        key_fn = described(self.prompt_key_fn)
-        if len(states) != len(self.advantages.statistics):
-            logger.warning(
-                f"{path} has the remembered rewards of {len(states)} sums or reward functions, and this run has "
-                f"{len(self.advantages.statistics)}: they are forgotten."
-            )
-        elif [*own] != [*before] if self.advantages.normalize_each else own != before:
-            logger.warning(
-                f"{path} has the remembered rewards of {before}, and this run has {own}: they are forgotten."
-            )
-        elif run is not None and run.get("prompt_key_fn", key_fn) != key_fn:
-            logger.warning(
-                f"{path} has rewards remembered by {run['prompt_key_fn']}, and prompt_key_fn is {key_fn}: they are "
-                "forgotten."
-            )
-        else:
+    def _load_prompt_statistics(self, path: Path, saved: dict[str, Any]) -> None:
+        """Restore the remembered rewards, unless they are of other functions, weights or keys."""
+        states = checkpoints.read_json(path)
+        own = self._identity
+        names_only = bool(self.advantages.normalize_each)  # weights have no effect on separate statistics
+        rewards, before = ([*run["rewards"]] if names_only else run["rewards"] for run in (own, saved))
+        same_key = own["prompt_key_fn"] == saved["prompt_key_fn"]
+        if rewards == before and same_key and len(states) == len(self.advantages.statistics):
             self.advantages.load_state_dict(states)
+            return
+        logger.warning(
+            f"{path} has {len(states)} statistics of {saved['rewards']} by {saved['prompt_key_fn']}, and this run has "
+            f"{len(self.advantages.statistics)} of {own['rewards']} by {own['prompt_key_fn']}: they are not used."
+        )
 
     def _load_best_model(self) -> None:
         self._policy.load(self.state.best_model_checkpoint)

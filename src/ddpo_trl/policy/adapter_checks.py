@@ -15,6 +15,8 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers.utils import logging
 
+from ddpo_trl.descriptions import in_a_line
+
 
 logger = logging.get_logger(__name__)
 
@@ -225,8 +227,3 @@ def _parts(denoiser: nn.Module, adapter: str) -> Iterator[tuple[str, Any]]:
         for key, values in vars(layer).items():
             if isinstance(values, dict) and isinstance(values.get(adapter), int | float | str):
                 yield f"{name}.{key}", values[adapter]
-
-
-def in_a_line(error: BaseException) -> str:
-    """Type and message."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}".rstrip(": .")

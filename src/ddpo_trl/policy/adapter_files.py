@@ -17,9 +17,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from ddpo_trl.descriptions import in_a_line
 from ddpo_trl.distributed import sharded_like, whole
 from ddpo_trl.finite import check_weights
-from ddpo_trl.policy.adapter_checks import first_difference, in_a_line, in_words
+from ddpo_trl.policy.adapter_checks import first_difference, in_words
 from ddpo_trl.policy.denoiser import denoiser_name, sharing_weights
 
 

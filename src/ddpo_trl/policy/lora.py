@@ -16,13 +16,13 @@ from peft import (
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from ddpo_trl.descriptions import in_a_line
 from ddpo_trl.policy.adapter_checks import (
     check_config,
     check_copies,
     check_initialization,
     check_projections,
     check_use,
-    in_a_line,
     without_dropout,
 )
 from ddpo_trl.policy.adapter_files import check_files

@@ -1,15 +1,15 @@
-"""Numbers as text: a true minus, and as many digits as say something."""
+"""Numbers as text, with a true minus sign and few digits."""
 
 import math
 
 
 def finite(value: float | None) -> float | None:
-    """`None` for what is no number to be shown."""
+    """Return `None` for NaN and infinities."""
     return value if value is not None and math.isfinite(value) else None
 
 
 def number(value: float | None) -> str:
-    """Four significant digits; whole numbers in full."""
+    """Format with four significant digits, whole numbers in full."""
     if value is None or not math.isfinite(value):
         return "–"
     text = f"{value:,.0f}" if value == round(value) and abs(value) < 1e9 else f"{value:.4g}"
@@ -17,25 +17,20 @@ def number(value: float | None) -> str:
 
 
 def short(value: float | None) -> str:
-    """Three significant digits, zeros at the end kept, so that numbers side by side are of one length."""
+    """Format with three significant digits, including trailing zeros, so that adjacent numbers have equal lengths."""
     if value is None or not math.isfinite(value):
         return "–"
     text = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:#.3g}".removesuffix(".")
     return text.replace("-", "−")
 
 
-def signed(value: float) -> str:
-    """As [`short`], with a plus."""
-    return short(value) if value < 0 else f"+{short(value)}"
-
-
 def percent(share: float) -> str:
     """Format a share in [0, 1]."""
-    return f"{100 * share:.0f} %" if share >= 0.01 or share == 0 else "< 1 %"
+    return f"{100 * share:.0f}%" if share >= 0.01 or share == 0 else "< 1%"
 
 
 def duration(seconds: float) -> str:
-    """Two units: `"4 min 3 s"`."""
+    """Format with two units: `"4 min 3 s"`."""
     if 0 < seconds < 0.05:
         return "< 0.1 s"
     if seconds < 59.5:

@@ -1,4 +1,4 @@
-"""Puts the page together."""
+"""The page of the report."""
 
 import base64
 import hashlib
@@ -12,7 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from ddpo_trl.artifacts.report import charts
-from ddpo_trl.artifacts.report.numbers import duration, finite, number, percent, short, signed
+from ddpo_trl.artifacts.report.numbers import duration, finite, number, percent, short
 from ddpo_trl.artifacts.report.reading import Run, read_run
 from ddpo_trl.artifacts.report.settings import compare
 
@@ -23,24 +23,24 @@ METHODS = {"is": "Importance sampling", "sf": "Score function"}
 
 def write_report(run_directory: str | os.PathLike[str], path: str | os.PathLike[str] | None = None) -> Path:
     """
-    Writes a page with the curves, samples, settings, environment and time split of a run.
+    Write a page with the curves, samples, settings, environment and time split of a run.
 
-    It reads what the run left in its folder: `metrics.csv`, `samples/round-*/samples.json` with the images beside
-    them, `ddpo_config.json` and `environment.json`. Any of them may be missing; the page says which. The page is one
-    file of a few MB and loads nothing from elsewhere. Its images are copies: of at most 24 rounds, evenly spaced, and
-    of at most 512 pixels on the longest side, fewer if there are many of them.
+    It reads `metrics.csv`, `samples/round-*/samples.json` with the images next to it, `ddpo_config.json` and
+    `environment.json` in the folder of the run. Any of them may be missing; the page lists those that are. The page is
+    one file of a few MB that loads nothing else. It contains copies of the images of at most 24 rounds, evenly spaced,
+    with at most 512 pixels on the longest side, fewer if there are many images.
 
     Args:
         run_directory (`str` or `os.PathLike`):
-            The `output_dir` of a run, finished or not.
+            `output_dir` of a run, finished or not.
         path (`str` or `os.PathLike`, *optional*):
-            Where to write the page, `report.html` in `run_directory` by default.
+            Path of the page, `report.html` in `run_directory` by default.
 
     Returns:
-        `Path`: Where it was written.
+        `Path`: Path of the page.
 
     Raises:
-        `ValueError`: If the folder holds nothing of a run, or a `metrics.csv` that no run wrote.
+        `ValueError`: If the folder is not that of a run, or its `metrics.csv` was not written by one.
     """
     directory = Path(run_directory)
     page = render(read_run(directory))
@@ -50,7 +50,7 @@ def write_report(run_directory: str | os.PathLike[str], path: str | os.PathLike[
 
 
 def render(run: Run) -> str:
-    """The page as text. All that comes from the run is escaped."""
+    """Return the page. All text from the run is escaped."""
     scripts = [f"/*\n{asset('uPlot.LICENSE')}\n*/\n{asset('uPlot.min.js')}", asset("report.js")]
     return template().render(
         **contents(run),
@@ -62,7 +62,7 @@ def render(run: Run) -> str:
 
 @cache
 def template() -> Template:
-    """The page without a run."""
+    """Return the page without a run."""
     environment = Environment(
         loader=PackageLoader("ddpo_trl", "assets/report"),
         autoescape=True,
@@ -70,70 +70,57 @@ def template() -> Template:
         lstrip_blocks=True,
         undefined=StrictUndefined,
     )
-    environment.filters |= {
-        "number": number,
-        "short": short,
-        "signed": signed,
-        "percent": percent,
-        "duration": duration,
-    }
+    environment.filters |= {function.__name__: function for function in (number, short, percent, duration)}
     return environment.get_template("report.html.jinja")
 
 
 def asset(name: str) -> str:
-    """A file of the page's own."""
+    """Return a file of the page's styles and scripts."""
     return (files("ddpo_trl") / "assets" / "report" / name).read_text(encoding="utf-8")
 
 
 def script_hash(script: str) -> str:
-    """By this the page's content security policy knows the page's own scripts from any other."""
+    """Return the hash by which the content security policy allows the page's own scripts and no other."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
 
 
 def contents(run: Run) -> dict[str, Any]:
-    """The variables of the template."""
+    """Return the variables of the template."""
     rows = run.rows
+    policy_charts = charts.policy_charts(rows)
     sections = {
         "reward_charts": charts.reward_charts(rows),
-        "policy_charts": charts.policy_charts(rows),
+        "policy_charts": [chart for chart in policy_charts if chart.constant is None],
         "evaluation_charts": charts.evaluation_charts(rows),
         "time_charts": charts.time_charts(rows),
     }
     return {
         **sections,
         "curves": charts.as_data([chart for section in sections.values() for chart in section]),
-        "constants": constant_figures(run),
+        "constants": {chart.title: chart.constant for chart in policy_charts if chart.constant is not None},
         "run": run,
         "subtitle": subtitle(run),
         "figures": figures(run),
-        "images_note": images_note(run),
         "phases": charts.time_phases(rows),
         "scoring_seconds": charts.seconds(rows, "time/scoring"),
         "settings": compare(run.settings or {}),
-        "table_columns": table_columns(run),
     }
 
 
-def constant_figures(run: Run) -> list[str]:
-    """Figures that are the same in all rounds, with their headings."""
-    same = charts.constants(run.rows)
-    return [f"{charts.TITLES.get(name, (name,))[0]} {number(value)}" for name, value in same.items()]
-
-
 def subtitle(run: Run) -> str:
-    """The method and what was rewarded, as far as they are known."""
-    names = charts.reward_names(run.rows)
+    """Return the method and the rewards, as far as they are known."""
+    names = charts.function_names(run.rows).values()
     method = METHODS.get((run.settings or {}).get("loss_type", ""), "")
     return " · ".join(filter(None, [method, f"rewarded for {', '.join(names)}" if names else ""]))
 
 
 def figures(run: Run) -> list[dict[str, str]]:
-    """The figures at the top."""
+    """Return the figures at the top."""
     shown = []
     rewards = [reward for row in run.rows if (reward := finite(row.get("reward"))) is not None]
     if len(rewards) > 1:
         change = f"{short(rewards[0])} → {short(rewards[-1])}"
-        shown.append({"label": "Reward", "value": change, "note": "the first and the last round"})
+        shown.append({"label": "Reward", "value": change, "note": "first and last round"})
     fixed = [one for one in run.rounds if one.fixed_reward is not None]
     if len(fixed) > 1:
         change = f"{short(fixed[0].fixed_reward)} → {short(fixed[-1].fixed_reward)}"
@@ -146,29 +133,3 @@ def figures(run: Run) -> list[dict[str, str]]:
         total = duration(sum(phase.seconds for phase in phases))
         shown.append({"label": "Time", "value": total, "note": "sampling, rewards and training"})
     return shown
-
-
-def images_note(run: Run) -> str:
-    """The rule by which images are copied."""
-    if not run.rounds:
-        return ""
-    note = (
-        f"Images are copies of at most {run.side} pixels on the longest side, so that this file stays small; the "
-        "originals are in the run's folder samples."
-    )
-    if run.logged_rounds > len(run.rounds):
-        note += f" Of {run.logged_rounds} logged rounds {len(run.rounds)} are shown, evenly spaced."
-    return note
-
-
-def table_columns(run: Run) -> dict[str, str]:
-    """Columns of the table of rounds and their headings."""
-    headings = {
-        "round": "Round",
-        "episode": "Reward queries",
-        "reward": "Reward",
-        "reward_std": "Its standard deviation",
-        "eval_reward": "Evaluation reward",
-    }
-    known = charts.columns(run.rows)
-    return {name: heading for name, heading in headings.items() if name in known}

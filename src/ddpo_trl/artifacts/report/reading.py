@@ -7,14 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ddpo_trl.artifacts.record import CONFIG_NAME, ENVIRONMENT_NAME, METRICS_NAME, SAMPLES_FOLDER, SAMPLES_NAME
+from ddpo_trl.artifacts.checkpoints import CONFIG_NAME
+from ddpo_trl.artifacts.record import ENVIRONMENT_NAME, METRICS_NAME, SAMPLES_FOLDER, SAMPLES_NAME
 from ddpo_trl.artifacts.report.numbers import finite, number, short
-from ddpo_trl.artifacts.report.pictures import Picture, longest_side, picture
+from ddpo_trl.artifacts.report.pictures import longest_side, picture
 
 
 SAMPLES_PATTERN = f"{SAMPLES_FOLDER}/round-*/{SAMPLES_NAME}"
 
-# What the page takes from which files.
+# Parts of the page and their files.
 PARTS = {
     "curves and time split": METRICS_NAME,
     "samples": SAMPLES_PATTERN,
@@ -22,60 +23,34 @@ PARTS = {
     "environment": ENVIRONMENT_NAME,
 }
 
-# More would make a page too large to be sent around.
+# Rounds with images; more would make the page too large to send.
 MAX_ROUNDS = 24
 
-# A line of metrics.csv, without its empty cells.
-Row = dict[str, float]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sample:
-    """A logged image. `change` is its reward less that of the same prompt and seed in the first round shown."""
-
-    kind: str
-    file: str
-    prompt: str
-    seed: int
-    reward: float | None
-    rewards: dict[str, float | None]
-    picture: Picture | None
-    change: float | None
-
-    @property
-    def alt(self) -> str:
-        """The image in words."""
-        return f"{self.prompt}; reward {short(self.reward)}"
+Row = dict[str, float]  # of metrics.csv, without empty cells
+Sample = dict[str, Any]  # entry of samples.json, with its picture
 
 
 @dataclass(frozen=True, kw_only=True)
 class Round:
-    """The logged images of a round. Round 0 is before training; `queries` are those made until its end."""
+    """Logged images of a round, with the reward queries made until its end. Round 0 is before training."""
 
     index: int
     queries: float | None
     samples: list[Sample]
 
-    @property
-    def fixed(self) -> list[Sample]:
-        """The images that every round makes from the same prompts and seeds."""
-        return [sample for sample in self.samples if sample.kind == "fixed"]
-
-    @property
-    def extremes(self) -> dict[str, list[Sample]]:
-        """Images of the round, by their place among its rewards."""
-        places = {kind: [each for each in self.samples if each.kind == kind] for kind in ("best", "median", "worst")}
-        return {kind: samples for kind, samples in places.items() if samples}
+    def of_kind(self, kind: str) -> list[Sample]:
+        """Return the images of a kind, such as `"fixed"` or `"best"`."""
+        return [sample for sample in self.samples if sample["kind"] == kind]
 
     @property
     def fixed_reward(self) -> float | None:
         """Mean reward of the fixed images."""
-        rewards = [reward for sample in self.fixed if (reward := finite(sample.reward)) is not None]
+        rewards = [value for sample in self.of_kind("fixed") if (value := finite(sample["reward"])) is not None]
         return sum(rewards) / len(rewards) if rewards else None
 
     @property
     def title(self) -> str:
-        """The round in words."""
+        """Name of the round."""
         return f"Round {self.index}" if self.index else "Before training"
 
     @property
@@ -89,21 +64,8 @@ class Round:
 @dataclass(frozen=True, kw_only=True)
 class Run:
     """
-    What was found in a folder.
-
-    Args:
-        name (`str`):
-            Of the folder.
-        rows (`list[dict[str, float]]`):
-            One per round, from `metrics.csv`.
-        rounds (`list[Round]`):
-            The rounds whose images are shown, of `logged_rounds` that have some.
-        side (`int`):
-            The longest side of an image, in pixels.
-        settings, environment (`dict`, *optional*):
-            What the files of these names hold.
-        missing (`list[str]`):
-            What is not there, in words.
+    Content of a run's folder: the rows of `metrics.csv`, the rounds whose images are shown (out of `logged_rounds`)
+    with at most `side` pixels on the longest side, and sentences about missing and damaged files.
     """
 
     name: str
@@ -117,20 +79,17 @@ class Run:
 
 
 def read_run(directory: Path) -> Run:
-    """Reads all that there is, images included; a `ValueError` if there is nothing."""
+    """Read everything that exists, images included; raise a `ValueError` if there is nothing."""
     missing = [f"{part}: no {pattern}" for part, pattern in PARTS.items() if not any(directory.glob(pattern))]
     if len(missing) == len(PARTS):
         raise ValueError(
-            f"{directory} holds nothing of a run: there is no {', '.join(PARTS.values())}. Give the output_dir of a "
-            "run."
+            f"{directory} is not the output_dir of a run: there is no {', '.join(PARTS.values())}. Give the "
+            "output_dir of a run."
         )
     rows = read_metrics(directory / METRICS_NAME, missing)
     logged = sorted(directory.glob(SAMPLES_PATTERN), key=round_index)
     records = {path: read_json(path, missing) for path in evenly_spaced(logged)}
-    rounds, side = read_rounds({path: samples for path, samples in records.items() if samples is not None}, rows)
-    unreadable = [sample.file for one in rounds for sample in one.samples if sample.picture is None]
-    if unreadable:
-        missing.append(f"{len(unreadable)} of the samples' images can't be read, such as {unreadable[0]}")
+    rounds, side = read_rounds({path: entries for path, entries in records.items() if entries is not None}, rows)
     return Run(
         name=directory.resolve().name,
         rows=rows,
@@ -144,7 +103,7 @@ def read_run(directory: Path) -> Run:
 
 
 def read_json(path: Path, missing: list[str]) -> Any:
-    """`None` if there is no such file, or half of one: the run may have ended while it was written."""
+    """Return the content of a file; `None` if there is none, or half of one: the run may have ended in between."""
     if not path.is_file():
         return None
     try:
@@ -155,7 +114,7 @@ def read_json(path: Path, missing: list[str]) -> Any:
 
 
 def read_metrics(path: Path, missing: list[str]) -> list[Row]:
-    """The rows of `metrics.csv`; a `ValueError` if no run wrote it."""
+    """Return the rows of `metrics.csv`; raise a `ValueError` if it is not the file of a run."""
     if not path.is_file():
         return []
     with path.open(newline="", encoding="utf-8") as file:
@@ -171,51 +130,31 @@ def read_metrics(path: Path, missing: list[str]) -> list[Row]:
 
 
 def round_index(path: Path) -> int:
-    """Of `samples/round-0010/samples.json`: 10."""
+    """Return 10 for `samples/round-0010/samples.json`."""
     return int(path.parent.name.removeprefix("round-"))
 
 
 def evenly_spaced(paths: Sequence[Path]) -> list[Path]:
-    """At most [`MAX_ROUNDS`] of them, with the first and the last."""
+    """Select at most [`MAX_ROUNDS`], with the first and the last."""
     if len(paths) <= MAX_ROUNDS:
         return list(paths)
     return [paths[place * (len(paths) - 1) // (MAX_ROUNDS - 1)] for place in range(MAX_ROUNDS)]
 
 
 def read_rounds(records: dict[Path, list[dict[str, Any]]], rows: Sequence[Row]) -> tuple[list[Round], int]:
-    """The rounds with their images, and the longest side of an image in pixels."""
+    """Return the rounds with their images, and the longest side of an image in pixels."""
     queries = {0: 0.0} | {int(row["round"]): row["episode"] for row in rows}
     side = longest_side([image_path(path, entry) for path, entries in records.items() for entry in entries])
-    first: dict[tuple[str, int], float] = {}  # rewards of the fixed prompts and seeds where they are met first
     rounds = []
     for path, entries in records.items():
         index = round_index(path)
-        samples = [read_sample(path, entry, side, first) for entry in entries]
+        samples = [{**entry, "picture": picture(image_path(path, entry), side)} for entry in entries]
         rounds.append(Round(index=index, queries=queries.get(index), samples=samples))
     return rounds, side
 
 
 def image_path(path: Path, entry: dict[str, Any]) -> Path:
-    """The image of an entry of `samples.json`: of a video the GIF, which is beside the picture of its middle."""
+    """Return the image of an entry of `samples.json`; for a video the GIF, next to the picture of its middle."""
     still = path.with_name(Path(entry["file"]).name)
     video = still.with_suffix(".gif")
     return video if video.is_file() else still
-
-
-def read_sample(path: Path, entry: dict[str, Any], side: int, first: dict[tuple[str, int], float]) -> Sample:
-    """An entry of `samples.json` with its image."""
-    change = None
-    key, reward = (entry["prompt"], entry["seed"]), finite(entry["reward"])
-    if entry["kind"] == "fixed" and reward is not None:
-        change = reward - first[key] if key in first else None
-        first.setdefault(key, reward)
-    return Sample(
-        kind=entry["kind"],
-        file=entry["file"],
-        prompt=entry["prompt"],
-        seed=entry["seed"],
-        reward=reward,
-        rewards=entry["rewards"],
-        picture=picture(image_path(path, entry), side),
-        change=change,
-    )

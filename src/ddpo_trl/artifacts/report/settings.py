@@ -1,23 +1,21 @@
-"""The settings of a run beside the defaults."""
+"""Settings of a run compared with the defaults."""
 
 import dataclasses
 import json
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from ddpo_trl.config import DDPOConfig
 
 
-# TrainingArguments fills these in by itself: they differ from their defaults in every run.
+# Settings that TrainingArguments fills in, so that they differ from their defaults in every run.
 FILLED_IN = {"accelerator_config", "hub_token", "per_device_eval_batch_size"}
 
 FIELDS = {field.name: field for field in dataclasses.fields(DDPOConfig)}
 OWN_NAMES = DDPOConfig.__annotations__
 
 
-@dataclass(frozen=True, kw_only=True)
-class Setting:
-    """A line of the table of settings, as text. `chosen` is what differs from the default."""
+class Setting(NamedTuple):
+    """Row of the table of settings, as text; `chosen` if it differs from the default."""
 
     name: str
     value: str
@@ -27,34 +25,25 @@ class Setting:
 
 
 def compare(settings: dict[str, Any]) -> list[Setting]:
-    """The settings of `ddpo_config.json` beside their defaults: DDPO's own first, then those of TrainingArguments."""
-    names = sorted(settings, key=lambda name: name not in OWN_NAMES)
-    return [setting(name, settings[name]) for name in names]
+    """Return the settings of `ddpo_config.json` with their defaults, DDPO's own first."""
+    return [setting(name, settings[name]) for name in sorted(settings, key=lambda name: name not in OWN_NAMES)]
 
 
 def setting(name: str, value: Any) -> Setting:
-    """One setting; what this version does not know counts as chosen."""
+    """Return one setting; one that this version does not know counts as chosen."""
     if name not in FIELDS:
-        return Setting(name=name, value=plain(value), default="unknown", help="", chosen=True)
-    default = default_of(FIELDS[name])
-    unset = default in (None, "", "none") and not value  # TrainingArguments makes False or [] of some of them
-    return Setting(
-        name=name,
-        value=plain(value),
-        default=plain(default),
-        help=FIELDS[name].metadata.get("help", "") if name in OWN_NAMES else "",
-        chosen=value != default and not unset and name not in FILLED_IN,
-    )
-
-
-def default_of(field: dataclasses.Field) -> Any:
-    """As it would come back from a JSON file."""
+        return Setting(name, plain(value), "unknown", "", chosen=True)
+    field = FIELDS[name]
     factory = field.default_factory
-    return json.loads(json.dumps(field.default if factory is dataclasses.MISSING else factory(), default=str))
+    default = field.default if factory is dataclasses.MISSING else factory()
+    default = json.loads(json.dumps(default, default=str))  # as the value was read
+    unset = default in (None, "", "none") and not value  # TrainingArguments turns some of them into False or []
+    chosen = value != default and not unset and name not in FILLED_IN
+    return Setting(name, plain(value), plain(default), field.metadata["help"] if name in OWN_NAMES else "", chosen)
 
 
 def plain(value: Any) -> str:
-    """As it would be written in a YAML file; a dash for nothing."""
+    """Format a value as in a YAML file, or a dash for nothing."""
     if value is None or value == "":
         return "–"
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -16,7 +16,7 @@
     return text.replaceAll("-", "−");
   }
 
-  /** A number on an axis: as many decimals as tell it from the next one. */
+  /** A number on an axis, with as many decimals as it needs to differ from the next one. */
   function tick(value, increment) {
     if (value === 0) return "0";
     if (increment < 1e-4 && Math.abs(value) < 1e-2) return number(value);
@@ -45,7 +45,7 @@
     return { stroke, width: 2, points: { size: 5, fill: stroke, show: values.length <= 40 } };
   }
 
-  /** While the pointer is in this chart, or in any other, the values there take the place of the unit. */
+  /** While the pointer is in this chart, or in any other, the values there replace the unit. */
   function reading(chart, holder) {
     const [unit, label] = holder.parentElement.querySelectorAll(".unit, .reading");
     const text = (index) => {
