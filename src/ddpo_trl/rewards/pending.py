@@ -14,13 +14,7 @@ from ddpo_trl.rewards.answers import Answer
 
 @dataclass(frozen=True, kw_only=True)
 class PendingRewards:
-    """
-    Rewards of one batch while worker threads compute them. Every method except `done` waits for them.
-
-    Args:
-        futures (`Sequence[Future[Answer]]`):
-            One per reward function.
-    """
+    """Rewards of one batch, a future per reward function. Every method except `done` waits for them."""
 
     futures: Sequence[Future[Answer]]
 

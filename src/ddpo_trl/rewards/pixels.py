@@ -1,4 +1,4 @@
-"""Reward functions without a model: JPEG size, brightness, colors."""
+"""Reward functions without a model: JPEG size, brightness, colors. None of them uses prompts or metadata."""
 
 import io
 from typing import Any
@@ -16,12 +16,6 @@ def jpeg_compressibility(images: Tensor, prompts: tuple[str, ...], metadata: tup
 
     The compressibility task of https://huggingface.co/papers/2305.13301. Long training ends in blank images.
 
-    Args:
-        images (`torch.Tensor` of shape `(B, 3, H, W)`, or `(B, F, 3, H, W)` for video):
-            Values in [0, 1].
-        prompts, metadata (`tuple`):
-            Not used.
-
     Returns:
         `list[float]` of length B, kB, < 0; of a video, the mean of its frames.
     """
@@ -34,12 +28,6 @@ def jpeg_incompressibility(images: Tensor, prompts: tuple[str, ...], metadata: t
 
     The incompressibility task of https://huggingface.co/papers/2305.13301.
 
-    Args:
-        images (`torch.Tensor` of shape `(B, 3, H, W)`, or `(B, F, 3, H, W)` for video):
-            Values in [0, 1].
-        prompts, metadata (`tuple`):
-            Not used.
-
     Returns:
         `list[float]` of length B, kB, > 0; of a video, the mean of its frames.
     """
@@ -51,12 +39,6 @@ def brightness(images: Tensor, prompts: tuple[str, ...], metadata: tuple[Any, ..
     """
     Mean of all pixels and channels.
 
-    Args:
-        images (`torch.Tensor` of shape `(B, 3, H, W)`, or `(B, F, 3, H, W)` for video):
-            Values in [0, 1].
-        prompts, metadata (`tuple`):
-            Not used.
-
     Returns:
         `torch.Tensor` of shape `(B,)`, in [0, 1].
     """
@@ -66,12 +48,6 @@ def brightness(images: Tensor, prompts: tuple[str, ...], metadata: tuple[Any, ..
 def redness(images: Tensor, prompts: tuple[str, ...], metadata: tuple[Any, ...]) -> Tensor:
     """
     Mean of red minus the mean of green and blue.
-
-    Args:
-        images (`torch.Tensor` of shape `(B, 3, H, W)`, or `(B, F, 3, H, W)` for video):
-            Values in [0, 1].
-        prompts, metadata (`tuple`):
-            Not used.
 
     Returns:
         `torch.Tensor` of shape `(B,)`, in [-1, 1]: 0 for gray, 1 for pure red.
@@ -85,12 +61,6 @@ def colorfulness(images: Tensor, prompts: tuple[str, ...], metadata: tuple[Any, 
     Colorfulness M3 of Hasler and Süsstrunk, "Measuring colourfulness in natural images" (2003), of 8-bit values.
 
     With rg = R − G and yb = (R + G) / 2 − B: √(σ_rg² + σ_yb²) + 0.3 √(μ_rg² + μ_yb²).
-
-    Args:
-        images (`torch.Tensor` of shape `(B, 3, H, W)`, or `(B, F, 3, H, W)` for video):
-            Values in [0, 1].
-        prompts, metadata (`tuple`):
-            Not used.
 
     Returns:
         `torch.Tensor` of shape `(B,)`: 0 for gray, about 15 for slightly and 109 for extremely colorful images; of a

@@ -29,25 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 class ServedFunction:
-    """
-    A reward function that is called with at most `batch_size` images at once.
-
-    Args:
-        function (`Callable`):
-            See [`~ddpo_trl.rewards.function.RewardFunction`].
-        batch_size (`int`):
-            Largest number of images scored at once.
-        device (`str` or `torch.device`):
-            Device of the images passed to the function.
-
-    Attributes:
-        name (`str`):
-            Name of the function.
-
-    Raises:
-        `TypeError`: If the function can't be called with three arguments.
-        `ValueError`: If the batch size is not positive.
-    """
+    """A reward function that is called with at most `batch_size` images at once, on a device."""
 
     def __init__(self, function: RewardFunction, batch_size: int, device: str | torch.device = "cpu"):
         if batch_size < 1:
@@ -92,18 +74,7 @@ def create_app(served: ServedFunction, token: str | None = None, max_request_byt
     the other.
 
     Errors are JSON, `{"detail": reason}`: 400 for a malformed request, 401 without the token, 413 if it is too large,
-    422 if the function raised an error.
-
-    Args:
-        served ([`ServedFunction`]):
-            The reward function.
-        token (`str`, *optional*):
-            Token required in the header `Authorization: Bearer ...`.
-        max_request_bytes (`int`, *optional*):
-            Size limit of a request.
-
-    Returns:
-        `fastapi.FastAPI`: The application.
+    422 if the function raised an error. A token is required in the header `Authorization: Bearer ...`.
     """
     from fastapi import Depends, FastAPI, HTTPException, Request, Response
 
