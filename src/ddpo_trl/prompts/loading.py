@@ -1,6 +1,7 @@
 """Prompts from files and from the Hub."""
 
 import codecs
+import functools
 import glob
 import io
 import json
@@ -136,39 +137,31 @@ def _read_csv(path: Path, column: str, delimiter: str = ",") -> Dataset:
     return Dataset(read([column, *dates]))
 
 
-def _read_tsv(path: Path, column: str) -> Dataset:
-    return _read_csv(path, column, delimiter="\t")
-
-
 def _read_json(path: Path, column: str) -> Dataset:
     """Read a list of objects or texts, one object of lists, or an object per line."""
     text = _text(path)
     try:
         rows = json.loads(text, object_pairs_hook=_object)
     except json.JSONDecodeError:
-        return _read_json_lines(path, column)
+        rows = _json_lines(text)
     if isinstance(rows, dict) and all(isinstance(values, list) for values in rows.values()):
         return Dataset.from_dict(rows)
-    return _of_rows(rows if isinstance(rows, list) else [rows], column)
-
-
-def _read_json_lines(path: Path, column: str) -> Dataset:
-    rows = []
-    for number, line in enumerate(io.StringIO(_text(path), newline=None), start=1):
-        try:
-            rows += [json.loads(line, object_pairs_hook=_object)] if line.strip() else []
-        except ValueError as error:
-            raise ValueError(f"line {number} is not JSON: {error}") from error
-    return _of_rows(rows, column)
-
-
-def _of_rows(rows: Sequence[Any], column: str) -> Dataset:
-    rows = [{column: row} if isinstance(row, str) else row for row in rows]
+    rows = [{column: row} if isinstance(row, str) else row for row in (rows if isinstance(rows, list) else [rows])]
     for index, row in enumerate(rows):
         if not isinstance(row, dict):
             raise ValueError(f"row {index} is {row!r}; it must be an object or a text.")
     names = dict.fromkeys(name for row in rows for name in row)  # `from_list` uses those of the first row only
     return Dataset.from_dict({name: [row.get(name) for row in rows] for name in names})
+
+
+def _json_lines(text: str) -> list[Any]:
+    rows = []
+    for number, line in enumerate(io.StringIO(text, newline=None), start=1):
+        try:
+            rows += [json.loads(line, object_pairs_hook=_object)] if line.strip() else []
+        except ValueError as error:
+            raise ValueError(f"line {number} is not JSON: {error}") from error
+    return rows
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -187,9 +180,9 @@ def _read_parquet(path: Path, column: str) -> Dataset:
 READERS: dict[str, Callable[[Path, str], Dataset]] = {
     ".txt": _read_lines,
     ".csv": _read_csv,
-    ".tsv": _read_tsv,
+    ".tsv": functools.partial(_read_csv, delimiter="\t"),
     ".json": _read_json,
-    ".jsonl": _read_json_lines,
+    ".jsonl": _read_json,
     ".parquet": _read_parquet,
 }
 
