@@ -42,9 +42,9 @@ from ddpo_trl.rewards import (
 )
 from ddpo_trl.rewards.aesthetic import AestheticPredictor
 from ddpo_trl.rewards.clip import Clip
-from ddpo_trl.rewards.head import Head
 from ddpo_trl.rewards.image_reward import MAX_TOKENS, BlipJudge
 from ddpo_trl.rewards.siglip import SiglipPredictor
+from ddpo_trl.rewards.weights import Head
 
 
 LARGE = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}

@@ -2,7 +2,6 @@
 
 import asyncio
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,10 +14,6 @@ def obedient(images: torch.Tensor, prompts: tuple[str, ...], metadata: tuple[Any
         what, value = wish.get("do"), wish.get("value")
         if what == "sleep":
             time.sleep(value)
-        elif what == "wait for":
-            Path(f"{value}.begun").touch()
-            while not Path(value).exists():
-                time.sleep(0.01)
         elif what == "raise":
             raise KeyError(value)
         elif what == "return":

@@ -43,8 +43,8 @@ def test_the_lists_are_new_ones_each_time():
     ("template", "words", "error", "message"),
     [
         ("a {thing}", {"colour": ["red"]}, ValueError, r"names \['thing'\], but words are given for \['colour'\]"),
-        ("a {colour} {thing}", {"colour": ["red"]}, ValueError, "give words for each of its names and no others"),
-        ("a {thing}", {"thing": "car"}, TypeError, "thing is 'car'; give a list"),
+        ("a {colour} {thing}", {"colour": ["red"]}, ValueError, "pass words for each of its names and no others"),
+        ("a {thing}", {"thing": "car"}, TypeError, "thing is 'car'; pass a list"),
         ("a {thing}", {"thing": []}, ValueError, "thing is empty"),
     ],
 )

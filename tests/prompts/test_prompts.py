@@ -137,7 +137,7 @@ def test_a_callable_object_is_a_prompt_function():
 
 @pytest.mark.parametrize("empty", [[], (), Dataset.from_dict({"prompt": []})], ids=["list", "tuple", "dataset"])
 def test_no_prompts_are_refused(empty):
-    with pytest.raises(ValueError, match="prompt_fn is empty; give at least one prompt"):
+    with pytest.raises(ValueError, match="prompt_fn is empty; pass at least one prompt"):
         prompt_source(empty, seed=0)
 
 

@@ -14,7 +14,7 @@ from conftest import brightness, tiny_pipeline
 from ddpo_trl import DDPOConfig, DDPOTrainer
 from ddpo_trl.descriptions import own_copy
 from ddpo_trl.rewards.scoring import RewardScorer
-from ddpo_trl.rewards.server import Batcher
+from ddpo_trl.rewards.server import ServedFunction
 
 
 IMAGES = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -67,9 +67,8 @@ def test_pictures_and_rollouts_show_images_as_they_were_made(make_config):
 
 
 def test_the_served_function_gets_images_of_its_own_too():
-    batcher = Batcher(lambda images, prompts, metadata: images.zero_().flatten(1).sum(1), batch_size=1)
-    (reward,) = batcher.submit(IMAGES[:1], ("cat",), ({},))
-    assert reward.result(10) == 0.0 and IMAGES[0].any()
+    served = ServedFunction(lambda images, prompts, metadata: images.zero_().flatten(1).sum(1), batch_size=1)
+    assert served.score(IMAGES, ("cat", "dog"), ({}, {})) == [0.0, 0.0] and IMAGES[0].any()
 
 
 def test_a_function_is_called_without_gradients():

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from multiprocessing.process import BaseProcess
@@ -22,13 +22,14 @@ import httpx2
 import pytest
 import torch
 from datasets import Dataset
+from fastapi.testclient import TestClient
 from safetensors.torch import save
 
 from conftest import tiny_pipeline
 from ddpo_trl import DDPOTrainer, cli
 from ddpo_trl.rewards import RemoteReward
 from ddpo_trl.rewards.scoring import RewardScorer
-from ddpo_trl.rewards.server import Batcher
+from ddpo_trl.rewards.server import ServedFunction, create_app
 from ddpo_trl.rewards.wire_format import pack, unpack
 from launch import PROCESSES
 
@@ -179,90 +180,37 @@ def test_it_is_logged_under_the_served_functions_name(server):
 # ---- Batches ----
 
 
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 def test_large_requests_are_cut(server):
     assert ask(connect(server), *[{"do": "count"}] * 10) == [4, 4, 4, 4, 4, 4, 4, 4, 2, 2]
 
 
-def test_requests_that_wait_are_joined(server, tmp_path):
-    reward, gate = connect(server), tmp_path / "gate"
-    with ThreadPoolExecutor(3) as threads:
-        threads.submit(ask, reward, {"do": "wait for", "value": str(gate)})
-        until(Path(f"{gate}.begun").exists)
-        waiting = [threads.submit(ask, reward, {"do": "count"}, {"do": "count"}) for _ in range(2)]
-        time.sleep(1.0)  # they travel
-        gate.touch()
-        assert [future.result() for future in waiting] == [[4, 4], [4, 4]]
-
-
 class Gated:
-    """Brightness of a batch once the gate is open, keeping the prompts of every call."""
+    """Brightness once the gate is open, keeping the prompts of every call and the number of calls at the same time."""
 
     def __init__(self) -> None:
-        self.gate, self.begun, self.calls = threading.Event(), threading.Event(), list[str]()
+        self.gate, self.calls, self.inside, self.most = threading.Event(), list[str](), 0, 0
 
     def __call__(self, images: torch.Tensor, prompts: Any, metadata: Any) -> torch.Tensor:
-        self.begun.set()
-        self.gate.wait(60)
+        self.inside += 1
+        self.most = max(self.most, self.inside)
+        assert self.gate.wait(60)
         self.calls.append("".join(prompts))
+        self.inside -= 1
         if "!" in prompts:
             raise StopIteration("not mine")
         return images.flatten(1).mean(1)
 
 
-def submit(batcher: Batcher, prompts: str, size: int = 8) -> list[Future]:
-    return batcher.submit(torch.ones(len(prompts), 3, 8, size), prompts, [{}] * len(prompts))
-
-
-@pytest.fixture
-def gated() -> tuple[Gated, Batcher]:
-    """A batcher of 4 that has begun with a first request."""
+def test_requests_are_scored_one_after_the_other_and_a_failure_costs_only_its_own():
     function = Gated()
-    batcher = Batcher(function, 4)
-    submit(batcher, "a")
-    assert function.begun.wait(60)
-    return function, batcher
-
-
-def test_batches_are_filled_in_order_across_requests(gated):
-    function, batcher = gated
-    futures = [future for prompts in ("bcd", "efghi", "j") for future in submit(batcher, prompts)]
-    function.gate.set()
-    assert [future.result(60) for future in futures] == [1.0] * 9
-    assert function.calls == ["a", "bcde", "fghi", "j"]
-
-
-def test_images_of_two_sizes_are_not_joined(gated):
-    function, batcher = gated
-    futures = submit(batcher, "b") + submit(batcher, "c", size=16) + submit(batcher, "d", size=16)
-    function.gate.set()
-    assert [future.result(60) for future in futures] == [1.0] * 3
-    assert function.calls == ["a", "b", "cd"]
-
-
-def test_a_failure_costs_only_the_request_that_is_to_blame(gated):
-    function, batcher = gated
-    (first, guilty, last) = (submit(batcher, prompts) for prompts in ("b", "!", "cd"))
-    function.gate.set()
-    assert [future.result(60) for future in first + last] == [1.0] * 3
-    with pytest.raises(RuntimeError, match="StopIteration: not mine"):
-        guilty[0].result(60)
-    assert function.calls == ["a", "b!cd", "b", "!", "cd"]
-
-
-def test_what_is_cancelled_is_not_computed(gated):
-    function, batcher = gated
-    (future, other) = submit(batcher, "bc")
-    assert future.cancel()
-    function.gate.set()
-    assert other.result(60) == 1.0
-    assert function.calls == ["a", "c"]
+    with TestClient(create_app(ServedFunction(function, 2))) as client, ThreadPoolExecutor(3) as threads:
+        bodies = [pack(torch.ones(len(p), 3, 8, 8), p, [{}] * len(p), "png") for p in ("abc", "d!e", "fg")]
+        answers = [threads.submit(client.post, "/score", content=body) for body in bodies]
+        function.gate.set()
+        first, failed, last = (answer.result(60) for answer in answers)
+    assert first.json() == {"rewards": [1.0] * 3} and last.json() == {"rewards": [1.0] * 2}
+    assert failed.status_code == 422 and failed.json() == {"detail": "StopIteration: not mine"}
+    assert function.most == 1 and sorted(function.calls) == ["ab", "c", "d!", "fg"]
 
 
 def test_several_threads_get_their_own_answers(server):
@@ -392,7 +340,7 @@ def test_the_token_may_come_from_the_environment_and_is_not_shown(server, monkey
     assert TOKEN not in repr(reward)
 
 
-def test_a_request_that_is_too_large_is_refused_by_both_sides(server):
+def test_a_request_that_is_too_large_is_refused(server):
     url, _ = server
     with pytest.raises(ValueError, match=f"0.3 MB is more than the reward server at {url} accepts.*--max_request_mb"):
         connect(server, image_format="fp16")(torch.zeros(1, 3, 224, 224), [""], [{}])
@@ -522,7 +470,7 @@ class Nonsense:
         return self.answers[min(self.asked, len(self.answers)) - 1]
 
 
-HEALTHY = json.dumps({"name": "fake", "max_request_bytes": 10**6}).encode()
+HEALTHY = b'{"name": "fake"}'
 
 
 @contextmanager
@@ -554,7 +502,7 @@ def posing(health: Nonsense, score: Nonsense) -> Iterator[str]:
 
 
 @pytest.mark.parametrize(
-    "answer", [b"<html>It works!</html>", b"[]", b'{"name": 3, "max_request_bytes": 1}', b'{"name": "f"}', b"\xff"]
+    "answer", [b"<html>It works!</html>", b"[]", b'{"name": 3}', b'{"name": ""}', b'{"status": "ok"}', b"\xff"]
 )
 def test_something_else_at_the_url_is_named(answer):
     with posing(Nonsense((200, answer)), Nonsense((200, b""))) as url, pytest.raises(ValueError) as caught:

@@ -233,7 +233,7 @@ def test_the_seconds_are_those_of_all_functions():
         ([], ValueError, "returned 0 values for 3 images"),
         (1.0, TypeError, "returned 1.0; it must return one number per image"),
         (None, TypeError, "returned None; it must return one number per image"),
-        ((None, {}), TypeError, "returned None; it must return one number per image"),
+        ((None, {}), ValueError, "returned 2 values for 3 images"),
         ({"reward": [1, 2, 3]}, TypeError, "it must return one number per image"),
         ("123", TypeError, "returned '123'; it must return one number per image"),
         ([1, "good", 3], TypeError, "returned 'good' for image 1; it must be a number"),

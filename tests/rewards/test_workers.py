@@ -36,6 +36,17 @@ def test_at_most_so_many_calls_run_at_a_time_and_none_is_forgotten():
     assert most == 2
 
 
+def test_what_is_canceled_before_it_runs_never_runs_and_the_pool_goes_on():
+    gate, ran = threading.Event(), list[int]()
+    pool = DaemonPool(1, "test-pool")
+    pool.submit(lambda: gate.wait(10))
+    canceled, other = (pool.submit(lambda index=index: ran.append(index)) for index in range(2))  # type: ignore[misc]
+    assert canceled.cancel()
+    gate.set()
+    other.result(10)
+    assert ran == [1]
+
+
 def test_a_pool_leaves_no_thread_when_there_is_nothing_to_do_and_works_again_later():
     pool = DaemonPool(3, "test-pool")
     for _ in range(2):

@@ -1,4 +1,4 @@
-"""Prompts: the paper's lists, files and Hub datasets, templates; and where a trainer draws them from."""
+"""Prompts: lists of the paper, templates, files and Hub datasets, and the sources that a trainer draws from."""
 
 from ddpo_trl.prompts.lists import animal_activities, common_animals, fill_template, imagenet_animals
 from ddpo_trl.prompts.loading import load_prompts

@@ -1,6 +1,7 @@
 """Prompts from files and from the Hub."""
 
 import codecs
+import functools
 import glob
 import io
 import json
@@ -18,29 +19,29 @@ from pyarrow import csv
 
 def load_prompts(source: str | os.PathLike[str], column: str | None = None, split: str = "train") -> Dataset:
     """
-    Loads prompts for [`DDPOTrainer`] from a file, a folder or a dataset on the Hub.
+    Load prompts from a file, a folder or a dataset on the Hub.
 
-    PartiPrompts, for instance, are `load_prompts("nateraw/parti-prompts", column="Prompt")`, and the CSV file in which
-    DrawBench was published is read with `column="Prompts"`.
+    PartiPrompts, for instance, are `load_prompts("nateraw/parti-prompts", column="Prompt")`; the published CSV file of
+    DrawBench is read with `column="Prompts"`.
 
     Args:
         source (`str` or `os.PathLike`):
-            A `.txt` file with a prompt per line (empty lines are left out); a `.csv`, `.tsv`, `.json`, `.jsonl` or
-            `.parquet` file; a folder of such files, or one that `Dataset.save_to_disk` wrote; or the id of a dataset
-            on the Hub. Text is UTF-8, or UTF-16 with a byte order mark. In a file every prompt must be there, and
-            words such as `null` are themselves.
+            A `.txt` file with a prompt per line (empty lines are skipped); a `.csv`, `.tsv`, `.json`, `.jsonl` or
+            `.parquet` file; a folder of such files, or one saved by `Dataset.save_to_disk`; or the id of a dataset on
+            the Hub. Text is UTF-8, or UTF-16 with a byte order mark. In a file, no prompt may be missing, and words
+            such as `null` are words.
         column (`str`, *optional*):
-            The column with the prompts, `"prompt"` by default. Not for text files.
+            Column with the prompts, `"prompt"` by default. Not for text files.
         split (`str`, *optional*, defaults to `"train"`):
-            The split of a folder or of a dataset on the Hub.
+            Split of a folder or of a dataset on the Hub.
 
     Returns:
         `datasets.Dataset` with a `prompt` column. The other columns are the metadata of each prompt.
 
     Raises:
-        `FileNotFoundError`: If there is no such file.
-        `ValueError`: If the ending is unknown, the file is not what its ending says, there is no such column, or a
-            prompt in it is missing. The message names the file and the row, counted from 0.
+        `FileNotFoundError`: If the file does not exist.
+        `ValueError`: If the file can't be read as its name says, there is no such column, or a prompt in it is
+            missing. The message names the file and the row, counted from 0.
     """
     path = Path(source)
     if path.suffix.lower() in READERS:
@@ -55,7 +56,7 @@ def load_prompts(source: str | os.PathLike[str], column: str | None = None, spli
         return _joined(files, column, path)
     else:
         dataset = load_dataset(glob.escape(str(source)) if path.is_dir() else str(source), split=split)
-        if dataset.column_names == ["text"]:  # a line each, as `datasets` reads text files
+        if dataset.column_names == ["text"]:  # lines of text files
             dataset = dataset.filter(lambda row: row["text"].strip())
             column = column or "text"
     return _with_prompt_column(dataset, column or "prompt", str(source))
@@ -70,7 +71,7 @@ def _joined(files: Sequence[Path], column: str | None, folder: Path) -> Dataset:
 
 
 def _readable_files(folder: Path) -> list[Path]:
-    """The files of a folder, if all are read here and no split is named; else `datasets` looks through it."""
+    """Return the files of a folder; none if `datasets` should read it, since one is unknown or names a split."""
     files = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
     readable = all(file.is_file() and file.suffix.lower() in READERS for file in files)
     names_a_split = any(split in file.stem for file in files for split in ("test", "valid", "dev"))
@@ -90,13 +91,13 @@ def _read_file(path: Path, column: str | None) -> Dataset:
     for row, prompt in enumerate(dataset["prompt"]):
         if not (isinstance(prompt, str) and prompt.strip()):
             raise ValueError(
-                f"The prompt in row {row} of {path} is {prompt!r}; it must be a text. Fill it in, or drop the row."
+                f"The prompt in row {row} of {path} is {prompt!r}; it must be a text. Add it, or remove the row."
             )
     return dataset
 
 
 def _text(path: Path) -> str:
-    """The text of a file, whichever way its editor writes Unicode."""
+    """Return the text of a file in UTF-8, or in UTF-16 with a byte order mark."""
     content = path.read_bytes()
     is_utf_16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:
@@ -107,7 +108,7 @@ def _text(path: Path) -> str:
         ) from error
     if "\0" in text:
         raise ValueError(
-            "it holds NUL characters, as text in UTF-16 without a byte order mark does; save it as UTF-8."
+            "it contains NUL characters, as text in UTF-16 without a byte order mark does; save it as UTF-8."
         )
     return text
 
@@ -118,7 +119,7 @@ def _read_lines(path: Path, column: str) -> Dataset:
 
 
 def _read_csv(path: Path, column: str, delimiter: str = ",") -> Dataset:
-    """A table as its author wrote it: numbers are numbers; `null`, `NA` and dates stay the words that they are."""
+    """Read a table. Numbers are converted; `null`, `NA` and dates stay text."""
     content = _text(path).encode()
     if not content.strip():
         raise ValueError("it is empty.")
@@ -126,7 +127,7 @@ def _read_csv(path: Path, column: str, delimiter: str = ",") -> Dataset:
 
     def read(texts: Sequence[str]) -> pa.Table:
         conversion = csv.ConvertOptions(column_types=dict.fromkeys(texts, pa.string()))
-        one_thread = csv.ReadOptions(use_threads=False)  # which can say the number of a wrong row
+        one_thread = csv.ReadOptions(use_threads=False)  # or else errors do not contain the row's number
         return csv.read_csv(pa.BufferReader(content), one_thread, parsing, conversion)
 
     table = read([column])
@@ -136,39 +137,31 @@ def _read_csv(path: Path, column: str, delimiter: str = ",") -> Dataset:
     return Dataset(read([column, *dates]))
 
 
-def _read_tsv(path: Path, column: str) -> Dataset:
-    return _read_csv(path, column, delimiter="\t")
-
-
 def _read_json(path: Path, column: str) -> Dataset:
-    """A list of objects or of texts, one object of lists, or an object per line."""
+    """Read a list of objects or texts, one object of lists, or an object per line."""
     text = _text(path)
     try:
         rows = json.loads(text, object_pairs_hook=_object)
     except json.JSONDecodeError:
-        return _read_json_lines(path, column)
+        rows = _json_lines(text)
     if isinstance(rows, dict) and all(isinstance(values, list) for values in rows.values()):
         return Dataset.from_dict(rows)
-    return _of_rows(rows if isinstance(rows, list) else [rows], column)
+    rows = [{column: row} if isinstance(row, str) else row for row in (rows if isinstance(rows, list) else [rows])]
+    for index, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise ValueError(f"row {index} is {row!r}; it must be an object or a text.")
+    names = dict.fromkeys(name for row in rows for name in row)  # `from_list` uses those of the first row only
+    return Dataset.from_dict({name: [row.get(name) for row in rows] for name in names})
 
 
-def _read_json_lines(path: Path, column: str) -> Dataset:
+def _json_lines(text: str) -> list[Any]:
     rows = []
-    for number, line in enumerate(io.StringIO(_text(path), newline=None), start=1):
+    for number, line in enumerate(io.StringIO(text, newline=None), start=1):
         try:
             rows += [json.loads(line, object_pairs_hook=_object)] if line.strip() else []
         except ValueError as error:
             raise ValueError(f"line {number} is not JSON: {error}") from error
-    return _of_rows(rows, column)
-
-
-def _of_rows(rows: Sequence[Any], column: str) -> Dataset:
-    rows = [{column: row} if isinstance(row, str) else row for row in rows]
-    for index, row in enumerate(rows):
-        if not isinstance(row, dict):
-            raise ValueError(f"row {index} is {row!r}; it must be an object or a text.")
-    names = dict.fromkeys(name for row in rows for name in row)  # `from_list` takes those of the first row only
-    return Dataset.from_dict({name: [row.get(name) for row in rows] for name in names})
+    return rows
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -183,13 +176,13 @@ def _read_parquet(path: Path, column: str) -> Dataset:
     return Dataset.from_parquet(glob.escape(str(path)))
 
 
-# By the ending of a file. Each gets the name of the column with the prompts.
+# By suffix; called with the file and the name of the column with the prompts.
 READERS: dict[str, Callable[[Path, str], Dataset]] = {
     ".txt": _read_lines,
     ".csv": _read_csv,
-    ".tsv": _read_tsv,
+    ".tsv": functools.partial(_read_csv, delimiter="\t"),
     ".json": _read_json,
-    ".jsonl": _read_json_lines,
+    ".jsonl": _read_json,
     ".parquet": _read_parquet,
 }
 
@@ -197,11 +190,11 @@ READERS: dict[str, Callable[[Path, str], Dataset]] = {
 def _with_prompt_column(dataset: Dataset, column: str, source: str) -> Dataset:
     if column not in dataset.column_names:
         raise ValueError(
-            f"column is {column!r}, but {source} has the columns {', '.join(dataset.column_names)}; name the one with "
+            f"column is {column!r}, but {source} has the columns {', '.join(dataset.column_names)}; pass the one with "
             "the prompts."
         )
     if column == "prompt":
         return dataset
-    if "prompt" in dataset.column_names:  # another one, that would be overwritten
+    if "prompt" in dataset.column_names:  # or else it would be overwritten
         dataset = dataset.rename_column("prompt", "original_prompt")
     return dataset.rename_column(column, "prompt")

@@ -1,4 +1,4 @@
-"""Where a trainer draws prompts from: a function, a dataset or a list. Each yields `(prompt, metadata)` pairs."""
+"""Sources of `(prompt, metadata)` pairs: functions, datasets and lists."""
 
 import functools
 import hashlib
@@ -22,58 +22,58 @@ PromptKeyFunction = Callable[[str, Any], str]
 
 class PromptSource(ABC):
     """
-    Draws the prompts of a round.
+    Source of the prompts of each round.
 
     Attributes:
         alike_on_all_processes (`bool`):
-            Whether every process draws the same.
+            True if every process draws the same prompts.
     """
 
     alike_on_all_processes: ClassVar[bool]
 
     @abstractmethod
     def draw(self, round: int, count: int) -> list[PromptPair]:
-        """The `count` pairs of round `round`; rounds are drawn in order, from the one a run starts or resumes at."""
+        """Return the `count` pairs of a round. Rounds are drawn in order, from the first one or a resumed one."""
 
     @abstractmethod
     def preview(self, count: int) -> list[PromptPair]:
-        """The first `count` pairs of a run that starts at round 0, without using them up."""
+        """Return the first `count` pairs of round 0, which will still be drawn."""
 
     @property
     @abstractmethod
     def fingerprint(self) -> str:
-        """Tells this source from others in a checkpoint, in words."""
+        """Description for checkpoints, different for different sources."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state for a checkpoint, in addition to the global random states."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from where [`~PromptSource.state_dict`] was taken."""
+        """Restore the state that [`~PromptSource.state_dict`] returned."""
         assert not state, "this source has none"
 
 
 @runtime_checkable
 class StatefulPromptFunction(Protocol):
-    """A prompt function with a state of its own, such as a position in a stream. Checkpoints hold it."""
+    """Prompt function with a state, such as a position in a stream, that checkpoints contain."""
 
     def __call__(self) -> PromptPair: ...
 
     def state_dict(self) -> dict[str, Any]:
-        """Numbers, strings and tensors in dicts and lists: what `torch.load(weights_only=True)` reads."""
+        """Return numbers, strings and tensors in dicts and lists, as `torch.load(weights_only=True)` requires."""
 
     def load_state_dict(self, state: dict[str, Any], /) -> None:
-        """Goes on from a state."""
+        """Restore a state."""
 
 
 class FunctionPrompts(PromptSource):
     """
-    Calls the user's function once per prompt. What it draws follows Python's, NumPy's and torch's global RNG, which a
-    checkpoint holds.
+    Source that calls a function once per prompt. Its draws from the global random states of Python, NumPy and torch
+    continue after a resume, as does its own state if it has `state_dict` and `load_state_dict`.
 
     Args:
         prompt_fn (`Callable[[], tuple[str, Any]]`):
-            Returns `(prompt, metadata)`. If it has `state_dict` and `load_state_dict`, a checkpoint holds its state.
+            Function that returns `(prompt, metadata)`.
     """
 
     alike_on_all_processes = False
@@ -108,18 +108,18 @@ class FunctionPrompts(PromptSource):
             pair = self.prompt_fn()
         except StopIteration as error:
             raise RuntimeError(
-                "prompt_fn raised StopIteration: it has no more prompts. Begin again, with `itertools.cycle` for "
-                "instance, or give a list."
+                "prompt_fn raised StopIteration: it has no more prompts. Start again, with `itertools.cycle` for "
+                "instance, or pass a list."
             ) from error
         if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str)):
             raise TypeError(f"prompt_fn returned {pair!r}; it must return a pair (prompt, metadata) with a str first.")
-        return pair[0], own_copy(pair[1])  # the next call may fill the same dict again
+        return pair[0], own_copy(pair[1])  # the next call may change the same dict
 
 
 class ShuffledPrompts(PromptSource):
     """
-    Goes through a fixed list in a new random order on every pass. A round's prompts depend on the seed and the round
-    only.
+    Source that goes through a list in a new random order in each pass. The prompts of a round depend only on the seed
+    and the round.
 
     Args:
         pairs (`Sequence[tuple[str, Any]]`):
@@ -152,13 +152,7 @@ class ShuffledPrompts(PromptSource):
 
 
 class DatasetPairs(Sequence[PromptPair]):
-    """
-    A dataset's rows as `(prompt, metadata)` pairs, read when they are needed.
-
-    Args:
-        dataset (`datasets.Dataset`):
-            With a `prompt` column.
-    """
+    """Rows of a dataset with a `prompt` column as `(prompt, metadata)` pairs, read when they are needed."""
 
     def __init__(self, dataset: Dataset):
         self.dataset = dataset
@@ -172,7 +166,7 @@ class DatasetPairs(Sequence[PromptPair]):
 
 
 def fingerprint(pairs: Sequence[PromptPair]) -> str:
-    """Number and hash of the prompts in their order, with their metadata. Images of a dataset are not decoded."""
+    """Return number and hash of prompts and metadata, in order. Images of a dataset are not decoded."""
     rows: Iterable[Any] = pairs
     if isinstance(pairs, DatasetPairs):
         rows = (row for table in pairs.dataset.with_format("arrow").iter(1000) for row in table.to_pylist())
@@ -184,18 +178,18 @@ def fingerprint(pairs: Sequence[PromptPair]) -> str:
 
 def default_prompt_key(prompt: str, metadata: Any) -> str:
     """
-    What tells one task from others: the prompt, with its metadata if it has any. Images and the like count by their
-    content, see [`~ddpo_trl.descriptions.described`].
+    Return the prompt, with its metadata if it has any. Images and the like are compared by their content, see
+    [`~ddpo_trl.descriptions.described`].
     """
     return json.dumps([prompt, described(metadata)], sort_keys=True) if metadata else prompt
 
 
 def prompt_keys(pairs: Sequence[PromptPair], key_fn: PromptKeyFunction) -> list[str]:
     """
-    The key of each pair.
+    Return the key of each pair.
 
     Raises:
-        `TypeError`: If it is not a string.
+        `TypeError`: If one is not a string.
     """
     keys = [key_fn(prompt, metadata) for prompt, metadata in pairs]
     for key, pair in zip(keys, pairs, strict=True):
@@ -206,17 +200,17 @@ def prompt_keys(pairs: Sequence[PromptPair], key_fn: PromptKeyFunction) -> list[
 
 def prompt_pairs(prompts: Any, argument: str) -> Sequence[PromptPair]:
     """
-    Turns a dataset or a list into `(prompt, metadata)` pairs.
+    Return the `(prompt, metadata)` pairs of a dataset or list.
 
     Args:
         prompts (`datasets.Dataset` or `Sequence`):
             A dataset with a `prompt` column (its other columns are the metadata), strings (their metadata is `{}`), or
             pairs.
         argument (`str`):
-            Name of the argument, for the error messages.
+            Name of the argument, for error messages.
 
     Raises:
-        `TypeError`: If it is none of these, or one of the prompts is not a text.
+        `TypeError`: If it is none of these, or a prompt is not a text.
         `ValueError`: If it is empty, or the dataset has no `prompt` column.
     """
     if isinstance(prompts, Dataset):
@@ -229,7 +223,7 @@ def prompt_pairs(prompts: Any, argument: str) -> Sequence[PromptPair]:
     else:
         raise TypeError(f"{argument} is {type(prompts).__name__}; {_remedy(prompts)}")
     if not pairs:
-        raise ValueError(f"{argument} is empty; give at least one prompt.")
+        raise ValueError(f"{argument} is empty; pass at least one prompt.")
     return pairs
 
 
@@ -239,11 +233,11 @@ def _remedy(prompts: Any) -> str:
         "strings."
     )
     if isinstance(prompts, str):
-        return f"{remedy} For a file or a dataset of the Hub, `ddpo_trl.prompts.load_prompts({prompts!r})`."
+        return f"{remedy} For a file or a dataset on the Hub, `ddpo_trl.prompts.load_prompts({prompts!r})`."
     if isinstance(prompts, DatasetDict | IterableDatasetDict):
-        return f"{remedy} Name one of its splits, {', '.join(prompts)}: `dataset[{next(iter(prompts), 'train')!r}]`."
+        return f"{remedy} Pass one of its splits, {', '.join(prompts)}: `dataset[{next(iter(prompts), 'train')!r}]`."
     if isinstance(prompts, IterableDataset):
-        return f"{remedy} A stream becomes a dataset by `Dataset.from_list(list(stream.take(1000)))`."
+        return f"{remedy} Convert a stream by `Dataset.from_list(list(stream.take(1000)))`."
     return remedy
 
 
@@ -266,22 +260,22 @@ def _dataset_pairs(dataset: Dataset, argument: str) -> DatasetPairs:
 
 def check_inputs(pairs: Sequence[PromptPair], names: Sequence[str], argument: str) -> None:
     """
-    Refuses prompts that don't bring what the pipeline needs of each.
+    Check that the metadata of prompts contains the pipeline's inputs.
 
     Args:
         pairs (`Sequence[tuple[str, Any]]`):
             All prompts with their metadata.
         names (`Sequence[str]`):
-            What `pipeline_inputs` names.
+            Names in `pipeline_inputs`.
         argument (`str`):
-            Name of the argument, for the error messages.
+            Name of the argument, for error messages.
 
     Raises:
-        `ValueError`: With the first prompt that lacks one, and its name.
+        `ValueError`: If one is missing.
     """
     if not names:
         return
-    if isinstance(pairs, DatasetPairs):  # images are not read for this
+    if isinstance(pairs, DatasetPairs):  # without reading its images
         places: Iterable[tuple[str, Any]] = [(argument, dict.fromkeys(pairs.dataset.column_names))]
     else:
         places = ((f"{argument}[{index}]", metadata) for index, (_, metadata) in enumerate(pairs))
@@ -290,23 +284,23 @@ def check_inputs(pairs: Sequence[PromptPair], names: Sequence[str], argument: st
         if missing := [name for name in names if name not in known]:
             raise ValueError(
                 f"pipeline_inputs names {missing[0]!r}, but {place} has "
-                f"{', '.join(map(str, known)) or 'no metadata'}. Give it with each prompt, in the dict of its "
-                "metadata or as a column of the dataset."
+                f"{', '.join(map(str, known)) or 'no metadata'}. Give it with each prompt, in its metadata "
+                "or as a column of the dataset."
             )
 
 
 def prompt_source(prompt_fn: Any, seed: int) -> PromptSource:
     """
-    The source for what the user gave as `prompt_fn`.
+    Return the source of a trainer's prompts.
 
     Args:
         prompt_fn (`Callable`, `datasets.Dataset` or `Sequence`):
-            A function that returns `(prompt, metadata)`, or what [`prompt_pairs`] takes.
+            Function that returns `(prompt, metadata)`, or an argument of [`prompt_pairs`].
         seed (`int`):
-            Seed of the order in which a dataset or list is gone through.
+            Seed of the order of a dataset or list.
 
     Raises:
-        `TypeError` or `ValueError`: As [`prompt_pairs`].
+        `TypeError` or `ValueError`: See [`prompt_pairs`].
     """
     if callable(prompt_fn):
         return FunctionPrompts(prompt_fn)

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from numbers import Number
 from typing import Any
 
 import numpy as np
@@ -15,23 +14,34 @@ from torch import Tensor
 LARGEST_REWARD = torch.finfo(torch.float32).max
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Answer:
     """
-    Checked result of one call of a reward function, for the images it was called with.
+    Result of one reward function for one batch.
 
     Args:
         rewards (`torch.Tensor` of shape `(B,)`):
-            Float64 on the CPU, NaN for values that are `None`, NaN or infinite.
+            Float64 on the CPU. NaN if there is no valid reward: for images whose value is NaN, infinite or `None`, and
+            for all images of a call that failed.
         problem (`Exception`, *optional*):
-            Error for the first value that is NaN or infinite, or for the whole call.
+            First error for a NaN whose value was not `None`. Its message names the function, round, prompt and
+            value.
         not_applicable (`dict[int, Exception]`):
-            Errors for the values that are `None`, by index.
+            Images whose value is `None`, each with the error to raise if no other function applies either.
+        seconds (`float`):
+            Time that the call took.
     """
 
     rewards: Tensor
     problem: Exception | None = None
     not_applicable: dict[int, Exception] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    def invalid(self) -> Tensor:
+        """Return which images lack a reward, except those whose value is `None`: `(B,)`."""
+        invalid = self.rewards.isnan()
+        invalid[list(self.not_applicable)] = False
+        return invalid
 
 
 def as_rewards(answer: Any, prompts: Sequence[str], name: str, when: str = "") -> Answer:
@@ -78,16 +88,17 @@ def as_rewards(answer: Any, prompts: Sequence[str], name: str, when: str = "") -
             not_applicable[index] = TypeError(f"{what}; it must be a number. {about}")
         else:
             problem = problem or ValueError(f"{what}; rewards must be finite in float32. {about}")
-    return Answer(rewards, problem, not_applicable)
+    return Answer(rewards=rewards, problem=problem, not_applicable=not_applicable)
 
 
 def _has_info(answer: Any, count: int) -> bool:
-    """Return whether it is a pair `(rewards, info)`, as in TRL ≤ 0.23 and ddpo-pytorch, not a tuple of rewards."""
+    """Return whether it is a pair `(rewards, info)`, as in TRL ≤ 0.23 and ddpo-pytorch, not a tuple of two rewards."""
     if not (isinstance(answer, tuple) and len(answer) == 2):
         return False
-    if count == 2 and answer[0] is None:  # the invalid reward of a tuple of rewards, if a reward follows
-        return not (answer[1] is None or is_number(answer[1], count))
-    return not is_number(answer[0], count)
+    rewards = answer[0]
+    if isinstance(rewards, np.ndarray | Tensor):
+        return rewards.ndim > 0 or count == 1  # a 0-dim tensor is one of two rewards, or the mean of a batch of one
+    return isinstance(rewards, list | tuple)
 
 
 def _number(value: Any, what: str, about: str) -> float:
@@ -103,8 +114,3 @@ def _number(value: Any, what: str, about: str) -> float:
     if isinstance(value, str | bytes | np.complexfloating):  # float() accepts "8", and the real part of NumPy's 8 + 1j
         raise TypeError(f"{what}; it must be a number. {about}")
     return number if abs(number) <= LARGEST_REWARD else math.nan  # false for NaN
-
-
-def is_number(value: Any, count: int) -> bool:
-    """Return whether `value` is one of `count` rewards; a 0-dim tensor may also be the result for a batch of one."""
-    return isinstance(value, Number) or (isinstance(value, np.ndarray | Tensor) and value.ndim == 0 and count > 1)

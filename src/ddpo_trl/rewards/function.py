@@ -33,18 +33,7 @@ class RewardFunction(Protocol):
 
 
 def check_signature(function: RewardFunction, which: str) -> None:
-    """
-    Check that a reward function can be called with three arguments.
-
-    Args:
-        function (`Callable`):
-            The reward function.
-        which (`str`):
-            Its argument and name, for the error message.
-
-    Raises:
-        `TypeError`: If it can't.
-    """
+    """Raise `TypeError`, with the name `which`, if a reward function can't be called with three arguments."""
     try:
         signature = inspect.signature(function)
     except ValueError:  # some functions written in C have none

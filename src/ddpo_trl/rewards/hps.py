@@ -1,4 +1,4 @@
-"""Human Preference Score v2.1: a CLIP model in open_clip's format, trained on which images people prefer."""
+"""Human preference: HPS v2.1, a CLIP model in open_clip's format."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,49 +12,41 @@ from transformers import CLIPConfig, CLIPModel
 
 from ddpo_trl.rewards.clip import Clip, prepare_clip
 from ddpo_trl.rewards.model import RewardModel
-from ddpo_trl.rewards.weights import check_weights, read_weights
+from ddpo_trl.rewards.weights import check_weights, read_weights, renamed
 
 
 FILENAME = "HPS_v2.1_compressed.pt"
 
-# open_clip's names and those of transformers, which transposes the two marked ones.
+# Names in open_clip, and those in transformers.
 NAMES = {
-    "logit_scale": "logit_scale",
-    "positional_embedding": "text_model.embeddings.position_embedding.weight",
-    "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
-    "text_projection": "text_projection.weight",  # transposed
-    "visual.class_embedding": "vision_model.embeddings.class_embedding",
-    "visual.conv1.weight": "vision_model.embeddings.patch_embedding.weight",
-    "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
-    "visual.proj": "visual_projection.weight",  # transposed
+    r"^positional_embedding$": "text_model.embeddings.position_embedding.weight",
+    r"^token_embedding\.": "text_model.embeddings.token_embedding.",
+    r"^transformer\.resblocks\.": "text_model.encoder.layers.",
+    r"^ln_final\.": "text_model.final_layer_norm.",
+    r"^text_projection$": "text_projection.weight",
+    r"^visual\.class_embedding$": "vision_model.embeddings.class_embedding",
+    r"^visual\.conv1\.": "vision_model.embeddings.patch_embedding.",
+    r"^visual\.positional_embedding$": "vision_model.embeddings.position_embedding.weight",
+    r"^visual\.ln_pre\.": "vision_model.pre_layrnorm.",
+    r"^visual\.transformer\.resblocks\.": "vision_model.encoder.layers.",
+    r"^visual\.ln_post\.": "vision_model.post_layernorm.",
+    r"^visual\.proj$": "visual_projection.weight",
+    r"\.attn\.": ".self_attn.",
+    r"\.ln_([12])\.": r".layer_norm\1.",
+    r"\.mlp\.c_fc\.": ".mlp.fc1.",
+    r"\.mlp\.c_proj\.": ".mlp.fc2.",
 }
 TRANSPOSED = ("text_projection", "visual.proj")
-MODULES = {
-    "ln_final": "text_model.final_layer_norm",
-    "transformer.resblocks": "text_model.encoder.layers",
-    "visual.ln_post": "vision_model.post_layernorm",
-    "visual.ln_pre": "vision_model.pre_layrnorm",
-    "visual.transformer.resblocks": "vision_model.encoder.layers",
-}
-PARTS = {
-    ".attn.": ".self_attn.",
-    ".ln_1.": ".layer_norm1.",
-    ".ln_2.": ".layer_norm2.",
-    ".mlp.c_fc.": ".mlp.fc1.",
-    ".mlp.c_proj.": ".mlp.fc2.",
-}
 
 
 class HPSv2(RewardModel[Clip]):
     """
-    How much people prefer an image among those of its prompt: cos(image, text) of HPS v2.1.
+    Human preference among images of a prompt: cos(image, text) of HPS v2.1, in [-1, 1], mostly 0.2 to 0.35 (the
+    authors' tables show 100 times as much). Only scores of the same prompt can be compared.
 
     [Human Preference Score v2](https://huggingface.co/papers/2306.09341): a CLIP ViT-H/14 trained on 798,000 choices.
-    Its checkpoint is in open_clip's format; it is converted to a transformers `CLIPModel`, so that nothing has to be
-    installed. As in the package `hpsv2`, images are not cropped: their longer side is resized, and the rest is black.
-
-    Values are in [-1, 1], mostly in 0.2 to 0.35 (the authors' tables show 100 times as much). Only scores of the same
-    prompt can be compared.
+    Its checkpoint, in open_clip's format, is converted to a transformers `CLIPModel`. As in the package `hpsv2`,
+    images are not cropped: their longer side is resized, and the rest is black.
 
     Source: [HPSv2](https://github.com/tgxs002/HPSv2), license Apache-2.0, trained from
     [CLIP ViT-H/14 of LAION](https://huggingface.co/laion/CLIP-ViT-H-14-laion2B-s32B-b79K), MIT.
@@ -93,7 +85,7 @@ class HPSv2(RewardModel[Clip]):
         problems = [f"{kind} {sorted(names)[:3]}" for kind, names in report.items() if names]
         if problems:
             raise ValueError(
-                f"weights is {self.weights!r}, which does not fit model, {self.model!r}: {', '.join(problems)}. Give "
+                f"weights is {self.weights!r}, which does not fit model, {self.model!r}: {', '.join(problems)}. Pass "
                 "the CLIP model that the weights were trained from."
             )
         return prepare_clip(network, self.model, device, self.dtype)
@@ -111,17 +103,17 @@ class HPSv2(RewardModel[Clip]):
 
 def letterbox(image: Image.Image, size: int) -> Tensor:
     """
-    A whole image in the middle of a black square, as the package `hpsv2` has it (with torchvision 0.17 or later).
+    Return an image in the middle of a black square, as the package `hpsv2` does (with torchvision 0.17 or later).
 
     Args:
         image (`PIL.Image.Image`):
-            RGB.
+            RGB image.
         size (`int`):
-            Of the square, pixels.
+            Side of the square in pixels.
 
     Returns:
-        `torch.Tensor` of shape `(3, size, size)`: Resized with bicubic antialiasing and not rounded to 8 bits, so that
-        values may be a little beyond [0, 1].
+        `torch.Tensor` of shape `(3, size, size)`: Resized by antialiased bicubic interpolation and not rounded to 8
+        bits, so values may be slightly outside of [0, 1].
     """
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 255
     height, width = (round(side * size / max(image.size)) for side in (image.height, image.width))
@@ -132,18 +124,12 @@ def letterbox(image: Image.Image, size: int) -> Tensor:
 
 def from_open_clip(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
-    Weights of an open_clip model (a `CLIP` with a vision transformer) under the names of a transformers `CLIPModel`.
-
-    Args:
-        weights (`Mapping[str, torch.Tensor]`):
-            Its state dict.
-
-    Returns:
-        `dict[str, torch.Tensor]`: Names that are unknown stay as they are.
+    Return the weights of an open_clip model (a `CLIP` with a vision transformer) under the names of a `CLIPModel` of
+    transformers. Unknown names stay.
     """
     converted = {}
     for name, value in weights.items():
-        new = _transformers_name(name)
+        new = renamed(name, NAMES)
         if ".in_proj_" in new:  # queries, keys and values in one
             stem, _, part = new.rpartition(".in_proj_")
             for letter, rows in zip("qkv", value.chunk(3), strict=True):
@@ -151,15 +137,3 @@ def from_open_clip(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         else:
             converted[new] = value.T.contiguous() if name in TRANSPOSED else value
     return converted
-
-
-def _transformers_name(name: str) -> str:
-    if name in NAMES:
-        return NAMES[name]
-    for old, new in MODULES.items():
-        if name.startswith(f"{old}."):
-            name = new + name.removeprefix(old)
-            break
-    for old, new in PARTS.items():
-        name = name.replace(old, new)
-    return name

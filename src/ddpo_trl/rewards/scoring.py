@@ -15,27 +15,15 @@ from ddpo_trl.finite import NotFiniteError, finite_rows, image_problem
 from ddpo_trl.rewards.answers import LARGEST_REWARD, Answer, as_rewards
 from ddpo_trl.rewards.function import RewardFunction, check_signature, reward_name, unique_names
 from ddpo_trl.rewards.guests import call_as_guest
-from ddpo_trl.rewards.pending import PendingRewards, Scores
+from ddpo_trl.rewards.pending import PendingRewards
 from ddpo_trl.rewards.workers import CallTimeout, DaemonPool
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScoredBatch:
     """
-    Sampled images on their way to the reward functions.
-
-    Args:
-        images (`torch.Tensor` of shape `(B, 3, H, W)` or `(B, F, 3, H, W)`):
-            Float32 in [0, 1].
-        prompts, metadata (`tuple` of length `B`):
-            Prompt and metadata of each image.
-        when (`str`):
-            For error messages, for instance `"round 3"`.
-        finite (`torch.Tensor` of shape `(B,)`):
-            True for each image that is finite, as its latents are. The others get no reward, and are not passed to
-            the reward functions.
-        finite_steps (`torch.Tensor` of shape `(B,)`, *optional*), steps (`int`):
-            Number of denoising steps after which the latents of each sample were finite, and of all steps.
+    Arguments of [`RewardScorer.submit`], and which images (and their latents) are finite: `(B,)`. The others get no
+    reward, and are not passed to the reward functions.
     """
 
     images: Tensor
@@ -43,8 +31,8 @@ class ScoredBatch:
     metadata: tuple[Any, ...]
     when: str
     finite: Tensor
-    finite_steps: Tensor | None = None
-    steps: int = 0
+    finite_steps: Tensor | None
+    steps: int
 
     def only(self, rows: Sequence[int]) -> "ScoredBatch":
         """Return the batch with these images only."""
@@ -146,7 +134,7 @@ class RewardScorer:
             when (`str`):
                 For error messages, for instance `"round 3"`.
             finite_steps (`torch.Tensor` of shape `(B,)`, *optional*), steps (`int`, *optional*):
-                See [`ScoredBatch`]; for the error about an image that is not finite.
+                Number of denoising steps after which the latents of each image were finite, and of all steps.
         """
         finite = finite_rows(images)
         if finite_steps is not None:  # some autoencoders decode infinite latents to finite images
@@ -181,7 +169,7 @@ class RewardScorer:
         return (rewards.nan_to_num(nan=0.0) @ self.weights).masked_fill(rewards.isnan().all(-1), math.nan)
 
 
-def score(function: RewardFunction, name: str, batch: ScoredBatch, timeout: float | None = None) -> Scores:
+def score(function: RewardFunction, name: str, batch: ScoredBatch, timeout: float | None = None) -> Answer:
     """
     Call one reward function on the finite images of a batch, and check the result.
 
@@ -192,9 +180,9 @@ def score(function: RewardFunction, name: str, batch: ScoredBatch, timeout: floa
     finite = batch.finite.tolist()
     rows = [row for row, is_finite in enumerate(finite) if is_finite]
     rewards = torch.full((len(finite),), math.nan, dtype=torch.float64)
-    answer = _answer(function, name, batch.only(rows), timeout) if rows else Answer(rewards[:0])
+    answer = _answer(function, name, batch.only(rows), timeout) if rows else Answer(rewards=rewards[:0])
     rewards[rows] = answer.rewards
-    return Scores(
+    return Answer(
         rewards=rewards,
         problem=batch.problem(finite) or answer.problem,
         not_applicable={rows[index]: error for index, error in answer.not_applicable.items()},
@@ -202,7 +190,7 @@ def score(function: RewardFunction, name: str, batch: ScoredBatch, timeout: floa
     )
 
 
-def _answer(function: RewardFunction, name: str, batch: ScoredBatch, timeout: float | None) -> "Answer":
+def _answer(function: RewardFunction, name: str, batch: ScoredBatch, timeout: float | None) -> Answer:
     where = f"{batch.when}, prompts {list(batch.prompts)}"
     try:
         answer = call_as_guest(function, batch.images, batch.prompts, batch.metadata, timeout)
@@ -215,7 +203,7 @@ def _answer(function: RewardFunction, name: str, batch: ScoredBatch, timeout: fl
             problem = error
         except Exception as error:  # a CUDA error, for instance, appears when the tensor is read
             problem = _failure(error, name, where, timeout)
-    return Answer(torch.full((len(batch.prompts),), math.nan, dtype=torch.float64), problem)
+    return Answer(rewards=torch.full((len(batch.prompts),), math.nan, dtype=torch.float64), problem=problem)
 
 
 def _failure(error: BaseException, name: str, where: str, timeout: float | None) -> Exception:

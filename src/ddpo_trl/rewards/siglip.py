@@ -1,8 +1,7 @@
-"""How beautiful people would find an image, whatever its prompt: Aesthetic Predictor V2.5, on SigLIP."""
+"""Aesthetic quality: Aesthetic Predictor V2.5, on SigLIP."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -10,59 +9,41 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from transformers import AutoImageProcessor, SiglipVisionModel
 
-from ddpo_trl.rewards.head import Head, check_head, head_of, rate
 from ddpo_trl.rewards.model import RewardModel
-from ddpo_trl.rewards.weights import check_weights, read_weights
+from ddpo_trl.rewards.weights import Head, check_weights, predictor_head, rate, read_weights
 
 
 FILENAME = "aesthetic_predictor_v2_5.pth"
 
-# Of a commit, so that it can't become another one.
+# By commit, so that the file can't change.
 HEAD = (
     "https://github.com/discus0434/aesthetic-predictor-v2-5/raw/3125a9e1f275092432ffc336f2908eda812c373c/models/"
     + FILENAME
 )
 
-# Its linear layers as the file names them. The dropouts between them, 1, 3, 5 and 7, do nothing after training.
+# Names of the linear layers in the file. The numbers between them are dropouts.
 LAYERS = ["scoring_head.0", "scoring_head.2", "scoring_head.4", "scoring_head.6", "scoring_head.8"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class SiglipPredictor:
-    """
-    A SigLIP vision tower with the head that rates its image embeddings.
-
-    Args:
-        network (`SiglipVisionModel`):
-            On its device, in its dtype.
-        processor (`Any`):
-            Its image processor: resizes to a square whatever the shape was, normalizes to [-1, 1].
-        head (`Head`):
-            What rates them.
-    """
+class SiglipPredictor(NamedTuple):
+    """SigLIP's vision tower with its image processor, and the head that rates its embeddings."""
 
     network: Any
     processor: Any
     head: Head
 
-    def rate(self, images: Sequence[Image.Image]) -> Tensor:
-        """`(B,)` float32, about 1 to 10."""
-        pixels = self.processor(images=list(images), return_tensors="pt")["pixel_values"]
-        pooled = self.network(pixel_values=pixels.to(self.network.device, self.network.dtype)).pooler_output
-        return rate(self.head, normalize(pooled.float(), dim=-1))
-
 
 class AestheticPredictorV25(RewardModel[SiglipPredictor]):
     """
-    How beautiful people would find an image, on a scale from 1 to 10; the prompt does not matter.
+    Aesthetic quality on a scale from 1 to 10; the prompt does not matter.
 
     [Aesthetic Predictor V2.5](https://github.com/discus0434/aesthetic-predictor-v2-5): five linear layers without
     activations, of widths 1152, 1024, 128, 64, 16 and 1, rate the normalized image embedding of SigLIP SO400M. Unlike
-    LAION's, it is meant for illustrations too. Above 5.5 is a great score, its author says; nothing holds an optimized
-    image below 10.
+    LAION's, it is also meant for illustrations. The author calls more than 5.5 a great score; optimized images may
+    exceed 10.
 
     Licenses: the head is published in a repository under the AGPL-3.0, which names no other license for its weights;
-    they are downloaded and no part of this package. [SigLIP](https://huggingface.co/google/siglip-so400m-patch14-384)
+    they are downloaded and not part of this package. [SigLIP](https://huggingface.co/google/siglip-so400m-patch14-384)
     is Google's, Apache-2.0.
 
     Args:
@@ -76,8 +57,8 @@ class AestheticPredictorV25(RewardModel[SiglipPredictor]):
             `device`, `dtype` and `batch_size` of [`RewardModel`].
 
     Raises:
-        `ValueError`: If the head is a file that does not exist. When it is loaded: if it is not a head of this
-            predictor, or of another width than the model.
+        `ValueError`: If the head is a file that does not exist. In the first call: if it is not a head of this
+            predictor, or its width is not the model's.
     """
 
     def __init__(self, model: str = "google/siglip-so400m-patch14-384", *, head: str = HEAD, **kwargs: Any):
@@ -88,30 +69,22 @@ class AestheticPredictorV25(RewardModel[SiglipPredictor]):
         self.head = head
 
     def load(self, device: torch.device) -> SiglipPredictor:
-        weights = self._read_head()
         network = SiglipVisionModel.from_pretrained(self.model, dtype=self.dtype).to(device).eval()
-        width = weights[f"{LAYERS[0]}.weight"].shape[1]
-        if width != network.config.hidden_size:
-            raise ValueError(
-                f"head is {self.head!r} and takes {width} numbers per image, but model, {self.model!r}, gives "
-                f"{network.config.hidden_size}; give the SigLIP model that the head was trained on."
-            )
         return SiglipPredictor(
             network=network,
-            # Left to itself, transformers takes torchvision wherever it is installed, and a reward would depend on it.
+            # The default depends on whether torchvision is installed, and rewards would, too.
             processor=AutoImageProcessor.from_pretrained(self.model, backend="pil"),
-            head=head_of(weights, LAYERS, device),
+            head=predictor_head(self._read_head(), LAYERS, device, self.head, self.model, network.config.hidden_size),
         )
 
     def _read_head(self) -> dict[str, Tensor]:
         if self.head.startswith("https://"):
-            weights = torch.hub.load_state_dict_from_url(self.head, map_location="cpu", weights_only=True)
-        else:
-            weights = read_weights(self.head, FILENAME)
-        check_head(weights, LAYERS, self.head)
-        return weights
+            return torch.hub.load_state_dict_from_url(self.head, map_location="cpu", weights_only=True)
+        return read_weights(self.head, FILENAME)
 
     def score(
         self, loaded: SiglipPredictor, images: list[Image.Image], prompts: Sequence[str], metadata: Sequence[Any]
     ) -> Tensor:
-        return loaded.rate(images)
+        network, processor, head = loaded
+        pixels = processor(images=images, return_tensors="pt")["pixel_values"].to(network.device, network.dtype)
+        return rate(head, normalize(network(pixel_values=pixels).pooler_output.float(), dim=-1))

@@ -1,4 +1,4 @@
-"""A vision-language model as a judge: its answer to a question, or how much of the prompt is in its description."""
+"""Prompt alignment by a vision-language model: its answer to a question, or its description of the image."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,22 +21,14 @@ QUESTIONS = {
 
 @dataclass(frozen=True, kw_only=True)
 class TextEncoder:
-    """
-    Embeds texts token by token.
-
-    Args:
-        model, tokenizer (`Any`):
-            Of `transformers`.
-        layer (`int`):
-            The layer whose output is taken; 0 is that of the embeddings.
-    """
+    """Model and tokenizer that embed texts token by token, and the layer to use; 0 is the embeddings."""
 
     model: Any
     tokenizer: Any
     layer: int
 
     def embed(self, texts: Sequence[str]) -> list[Tensor]:
-        """A `(T, d)` tensor for each text, with its special tokens left out; T may be 0."""
+        """Return a `(T, d)` tensor for each text, without special tokens; T may be 0."""
         inputs = self.tokenizer(
             list(texts),
             padding=True,
@@ -53,15 +45,15 @@ class TextEncoder:
 @dataclass(frozen=True, kw_only=True)
 class Judge:
     """
-    What a [`VLMJudge`] loads.
+    Vision-language model.
 
     Args:
         model, processor (`Any`):
-            The vision-language model, of `transformers`.
+            The model and processor, from transformers.
         yes, no (`list[int]`):
-            Tokens that count as one and the other answer. Empty in mode `"caption"`.
+            Tokens that count as each answer. Empty in mode `"caption"`.
         text_encoder (`TextEncoder`, *optional*):
-            In mode `"caption"` only.
+            Only in mode `"caption"`.
     """
 
     model: Any
@@ -71,7 +63,7 @@ class Judge:
     text_encoder: TextEncoder | None
 
     def inputs(self, images: Sequence[Image.Image], questions: Sequence[str]) -> Any:
-        """The model's inputs for one question on each image, padded on the left, where nothing is generated."""
+        """Return the model's inputs for one question per image, padded on the left, as generation requires."""
         chats = [
             [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": question}]}]
             for image, question in zip(images, questions, strict=True)
@@ -86,8 +78,8 @@ class Judge:
         ).to(self.model.device, self.model.dtype)
 
     def probability(self, images: Sequence[Image.Image], questions: Sequence[str]) -> Tensor:
-        """`(B,)`, in [0, 1]: p(yes) / (p(yes) + p(no)) for the first token of the answer."""
-        # `generate` and not `forward`: it knows how each architecture counts positions of a padded row.
+        """Return p(yes) / (p(yes) + p(no)) for the first token of the answer: `(B,)`, in [0, 1]."""
+        # `generate` instead of `forward`: it counts positions in padded rows as each architecture requires.
         answer = self.model.generate(
             **self.inputs(images, questions),
             max_new_tokens=1,
@@ -100,7 +92,7 @@ class Judge:
         return torch.sigmoid(logits[:, self.yes].logsumexp(1) - logits[:, self.no].logsumexp(1))
 
     def describe(self, images: Sequence[Image.Image], questions: Sequence[str], max_new_tokens: int) -> list[str]:
-        """Return the answer of the model, by greedy decoding."""
+        """Return the answers of the model, by greedy decoding."""
         inputs = self.inputs(images, questions)
         tokens = self.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1)
         answers = tokens[:, inputs["input_ids"].shape[1] :]
@@ -109,23 +101,23 @@ class Judge:
 
 class VLMJudge(RewardModel[Judge]):
     """
-    Prompt alignment as a vision-language model sees it. Any image-text-to-text model of `transformers` with a chat
-    template will do.
+    Prompt alignment, judged by a vision-language model: any image-text-to-text model of transformers with a chat
+    template.
 
-    With `mode="question"` the model is asked whether the image shows the prompt, and the reward is the probability of
-    "yes" against "no" as the first token of its answer: p(yes) / (p(yes) + p(no)), in [0, 1]. That is VQAScore
-    (https://huggingface.co/papers/2404.01291), which takes p(yes) alone.
+    With `mode="question"` the model is asked whether the image shows the prompt. The reward is the probability of
+    "yes" relative to "no" for the first token of its answer: p(yes) / (p(yes) + p(no)), in [0, 1]. VQAScore
+    (https://huggingface.co/papers/2404.01291) is p(yes) alone.
 
-    With `mode="caption"` the model describes the image, and the reward is how much of the prompt is in the
-    description: the recall of BERTScore (https://huggingface.co/papers/1904.09675), in [-1, 1]. It is the mean, over
-    the tokens of the prompt, of the greatest cosine similarity with a token of the description, in the embeddings of a
-    text encoder. An empty prompt or description scores 0. This is the prompt alignment task of
-    https://huggingface.co/papers/2305.13301, whose code asked LLaVA the same question, embedded with the same text
-    encoder and layer, and took `"The image contains {prompt}"` as the reference. Unlike in the package bert-score, no
-    token of the prompt may match a special token of the description.
+    With `mode="caption"` the model describes the image. The reward is the recall of BERTScore
+    (https://huggingface.co/papers/1904.09675) of the description, in [-1, 1]: the mean, over the tokens of the prompt,
+    of the highest cosine similarity with a token of the description, in the embeddings of a text encoder. An empty
+    prompt or description scores 0. This is the prompt alignment task of https://huggingface.co/papers/2305.13301,
+    whose code uses LLaVA, the same question, text encoder and layer, and the reference
+    `"The image contains {prompt}"`. Unlike in the package bert-score, no token of the prompt may match a special token
+    of the description.
 
-    Nothing but the model's answer is judged, and a policy finds what pleases it: the paper's learned to write the
-    number of animals into the image instead of drawing as many.
+    A policy learns whatever increases the model's answer: in the paper, it wrote the number of animals into the image
+    instead of drawing as many.
 
     The license is that of the models: Apache-2.0 for `"HuggingFaceTB/SmolVLM-Instruct"`, for instance, the Llama 2
     license for `"llava-hf/llava-1.5-7b-hf"`, MIT for the text encoder. Models whose processor takes videos too, such
@@ -133,33 +125,33 @@ class VLMJudge(RewardModel[Judge]):
 
     Args:
         model (`str`):
-            Hub id or path of the vision-language model.
+            Hub id or folder of the vision-language model.
         question (`str`, *optional*):
-            What it is asked; `{prompt}` stands for the prompt. By default `'Does this image show "{prompt}"? Please
-            answer yes or no.'` or, in mode `"caption"`, `"Answer concisely: what is going on in this image?"`. In mode
-            `"question"` a sample whose metadata is a dictionary with a text under `"question"` is asked that instead.
+            Question; `{prompt}` stands for the prompt. By default `'Does this image show "{prompt}"? Please answer yes
+            or no.'` or, in mode `"caption"`, `"Answer concisely: what is going on in this image?"`. In mode
+            `"question"`, a text under `"question"` in the metadata of a sample replaces it.
         mode (`str`, *optional*, defaults to `"question"`):
             `"question"` or `"caption"`.
         answers (`tuple[str, str]`, *optional*, defaults to `("yes", "no")`):
-            What counts for, and what against, in mode `"question"`, however it is capitalised. Each has to be one
-            token of the model's.
+            Positive and negative answer in mode `"question"`, in any capitalization. Each must be one token of the
+            model.
         max_new_tokens (`int`, *optional*, defaults to `64`):
-            The longest description.
+            Largest number of tokens of a description.
         text_model (`str`, *optional*, defaults to `"microsoft/deberta-xlarge-mnli"`):
-            Hub id or path of the text encoder.
+            Hub id or folder of the text encoder.
         text_layer (`int`, *optional*, defaults to `40`):
-            The layer of it whose output is compared. The authors of BERTScore take 40 for the default model, 17 for
+            Layer of it whose output is compared. The authors of BERTScore recommend 40 for the default model, 17 for
             `"roberta-large"` and 9 for `"bert-base-uncased"`.
         reference (`str`, *optional*, defaults to `"{prompt}"`):
-            The text whose recall is measured.
+            Text whose recall is measured.
         **options:
             `device`, `dtype` and `batch_size` of [`RewardModel`].
 
     Raises:
-        `ValueError`: If the mode is neither, a description's question holds the prompt, a reference does not, the two
-            answers are the same, or a number is not positive. When it is loaded: if an answer is not one token, or the
-            text encoder has fewer layers.
-        `TypeError`: When it is called, if a sample's own question is not a text.
+        `ValueError`: If the mode is unknown, the question for a description contains the prompt, the reference does
+            not, the answers are equal, or a number is out of range. In the first call: if an answer is not one token,
+            or the text encoder has fewer layers.
+        `TypeError`: In a call, if the question of a sample is not a text.
     """
 
     def __init__(
@@ -179,7 +171,7 @@ class VLMJudge(RewardModel[Judge]):
         if mode not in QUESTIONS:
             raise ValueError(f'mode is {mode!r}; it must be "question" or "caption".')
         if len(answers) != 2 or answers[0].lower() == answers[1].lower():
-            raise ValueError(f"answers is {answers!r}; give two different ones, such as ('yes', 'no').")
+            raise ValueError(f"answers is {answers!r}; pass two different ones, such as ('yes', 'no').")
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 1.")
         if text_layer < 0:
@@ -194,11 +186,11 @@ class VLMJudge(RewardModel[Judge]):
         self.reference = reference
         if mode == "caption" and "{prompt}" in self.question:
             raise ValueError(
-                f"question is {self.question!r}; a model that is told the prompt would only repeat it. Leave out "
-                '`{prompt}`, or take mode="question".'
+                f"question is {self.question!r}; a model that knows the prompt would only repeat it. Leave out "
+                '`{prompt}`, or use mode="question".'
             )
         if "{prompt}" not in reference:
-            raise ValueError(f"reference is {reference!r}; it needs `{{prompt}}` where the prompt is to stand.")
+            raise ValueError(f"reference is {reference!r}; it must contain `{{prompt}}`, which stands for the prompt.")
 
     def load(self, device: torch.device) -> Judge:
         model = AutoModelForImageTextToText.from_pretrained(self.model, dtype=self.dtype).to(device).eval()
@@ -218,8 +210,7 @@ class VLMJudge(RewardModel[Judge]):
         layers = model.config.num_hidden_layers
         if self.text_layer > layers:
             raise ValueError(
-                f"text_layer is {self.text_layer}, but {self.text_model!r} has {layers} layers; give the one whose "
-                "output is to be compared."
+                f"text_layer is {self.text_layer}, but {self.text_model!r} has {layers} layers; pass one that it has."
             )
         return TextEncoder(
             model=model, tokenizer=AutoTokenizer.from_pretrained(self.text_model), layer=self.text_layer
@@ -238,23 +229,23 @@ class VLMJudge(RewardModel[Judge]):
         return torch.stack([recall(reference, description) for reference, description in pairs])
 
     def _question(self, prompt: str, entry: Any) -> str:
-        # A column of a dataset holds `None` where a row has no question of its own.
+        # In a dataset's column, `None` stands for a row without a question.
         own = entry.get("question") if isinstance(entry, Mapping) else None
         if not isinstance(own, str | None):
             raise TypeError(f'The metadata of prompt {prompt!r} has the "question" {own!r}; it must be a text.')
-        # Not `format`: prompts and questions may hold other braces.
+        # Not `format`: prompts and questions may contain other braces.
         return (self.question if own is None else own).replace("{prompt}", prompt)
 
 
 def answer_tokens(tokenizer: Any, answer: str) -> list[int]:
     """
-    The tokens that are an answer by themselves, however capitalised, with a space before it or without.
+    Return the tokens that are an answer in some capitalization, with or without a space before it.
 
     Args:
         tokenizer (`Any`):
-            Of `transformers`.
+            Tokenizer from transformers.
         answer (`str`):
-            A word, such as `"yes"`.
+            Word, such as `"yes"`.
 
     Raises:
         `ValueError`: If there is none.
@@ -263,17 +254,18 @@ def answer_tokens(tokenizer: Any, answer: str) -> list[int]:
     encoded = [tokenizer(spelling, add_special_tokens=False)["input_ids"] for spelling in spellings]
     tokens = {ids[0] for ids in encoded if len(ids) == 1} - {tokenizer.unk_token_id}
     if not tokens:
-        raise ValueError(f"answers has {answer!r}, which is not one token of the model's; give a shorter word.")
+        raise ValueError(f"answers has {answer!r}, which is not one token of the model; pass a shorter word.")
     return sorted(tokens)
 
 
 def recall(reference: Tensor, description: Tensor) -> Tensor:
     """
-    BERTScore's recall: the mean over a reference's tokens of the greatest cosine with a token of the description.
+    Return BERTScore's recall: the mean over the reference's tokens of the highest cosine with a token of the
+    description.
 
     Args:
         reference (`torch.Tensor` of shape `(T, d)`), description (`torch.Tensor` of shape `(U, d)`):
-            Embeddings of their tokens, of any length.
+            Embeddings of their tokens.
 
     Returns:
         `torch.Tensor` of shape `()`, in [-1, 1]; 0 if T or U is 0.

@@ -19,21 +19,16 @@ FORMATS = ("png", "fp16")
 
 def pack(images: Tensor, prompts: Sequence[str], metadata: Sequence[Any], image_format: str) -> bytes:
     """
-    Encode a request as a safetensors file, which is self-describing and runs no code when it is read.
+    Encode a request as a safetensors file, which runs no code when it is read.
 
-    Its tensors are `images` in float16, or the bytes of a PNG file for every image or frame, named `0`, `1`, ... Its
+    Its tensors are `images` in float16, or the bytes of a PNG file for each image or frame, named `0`, `1`, ... Its
     header contains `image_format`, and `shape`, `prompts` and `metadata` as JSON.
 
     Args:
-        images (`torch.Tensor` of shape `(B, 3, H, W)`, or `(B, F, 3, H, W)` for video):
-            Values in [0, 1].
-        prompts, metadata (`Sequence` of length `B`):
-            Prompt and metadata of each image.
+        images, prompts, metadata:
+            Arguments of a [`~ddpo_trl.rewards.function.RewardFunction`].
         image_format (`str`):
             `"png"` or `"fp16"`.
-
-    Returns:
-        `bytes`: The body of the request.
 
     Raises:
         `TypeError`: If the metadata can't be written as JSON.
@@ -52,14 +47,7 @@ def pack(images: Tensor, prompts: Sequence[str], metadata: Sequence[Any], image_
 
 def unpack(body: bytes) -> tuple[Tensor, tuple[str, ...], tuple[Any, ...]]:
     """
-    Decode a request that [`pack`] encoded, from an untrusted client.
-
-    Args:
-        body (`bytes`):
-            The body of the request.
-
-    Returns:
-        Images as float32 in [0, 1] on the CPU, prompts and metadata.
+    Decode a request from an untrusted client: images as float32 in [0, 1] on the CPU, prompts and metadata.
 
     Raises:
         `ValueError`: If the request is malformed.
@@ -100,9 +88,8 @@ def _as_json(metadata: Any, prompt: str) -> str:
 
 def _as_png(picture: Image.Image) -> Tensor:
     buffer = io.BytesIO()
-    picture.save(
-        buffer, format="PNG", compress_level=1, compress_type=3
-    )  # run-length encoding: same size, half the time
+    # Compression type 3 is run-length encoding: same size, half the time.
+    picture.save(buffer, format="PNG", compress_level=1, compress_type=3)
     return torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
 
 

@@ -1,4 +1,4 @@
-"""Threads that compute beside the caller, at the end of which nothing has to wait."""
+"""Daemon threads for reward functions: a hanging call never blocks the exit of the interpreter."""
 
 import threading
 from collections import deque
@@ -11,25 +11,23 @@ T = TypeVar("T")
 
 
 class CallTimeout(Exception):
-    """A call that had a time limit gave no answer within it."""
+    """A call did not return within its time limit."""
 
 
 class DaemonPool:
     """
-    At most `max_workers` calls at a time, in threads; the others wait, in the order in which they came.
+    Thread pool that runs calls in the order in which they were submitted.
 
-    `concurrent.futures.ThreadPoolExecutor` joins its threads when the interpreter exits, and before that works off its
-    whole queue: a process whose reward server hangs would never end, nor would the other processes of its run. These
-    threads are daemons, which the interpreter leaves behind. Nothing is lost with them: a result that is still wanted
-    is one that somebody waits for, so the interpreter isn't exiting. A thread ends when there is nothing to do, so the
-    pool needs no closing either. The price: a daemon that computes with torch at the very moment of the exit turns
-    that into an abort (code 134, after output is flushed and `atexit` has run), since C++ can't be unwound.
+    `concurrent.futures.ThreadPoolExecutor` runs its whole queue and joins its threads before the interpreter exits, so
+    a reward server that hangs would block the exit of all processes of a run. These threads are daemons, and end when
+    there is nothing to do. The price: if the interpreter exits while one computes with torch, the process aborts (code
+    134, after output is flushed and `atexit` has run), since C++ can't be unwound.
 
     Args:
         max_workers (`int`):
-            How many calls run at the same time.
+            Number of calls that run at the same time.
         name (`str`):
-            Of the threads.
+            Name of the threads.
     """
 
     def __init__(self, max_workers: int, name: str):
@@ -40,7 +38,7 @@ class DaemonPool:
         self._running = 0
 
     def submit(self, call: Callable[[], T]) -> Future[T]:
-        """Has `call()` run in a thread, and gives its future."""
+        """Run `call()` in a thread, and return its future. If that is canceled before it runs, it never runs."""
         future: Future[T] = Future()
         with self._lock:
             self._waiting.append((future, call))
@@ -57,33 +55,37 @@ class DaemonPool:
                     self._running -= 1
                     return
                 future, call = self._waiting.popleft()
-            fulfil(future, call)
+            if future.set_running_or_notify_cancel():
+                fulfil(future, call)
 
 
 def call_within(seconds: float | None, call: Callable[[], T]) -> T:
     """
-    `call()`, in a thread of its own and for no longer than some seconds; `None` sets no limit.
+    Return `call()`, run in its own thread: changes to grad mode, autocast and torch's default device end with it.
 
-    What it changes for its thread (grad mode, autocast, torch's default device) is gone with it. A thread can't be
-    ended from outside, so it is a daemon, which is abandoned when the time is over: it may go on, but nobody waits for
-    it, neither the caller's thread nor the interpreter's exit.
+    Args:
+        seconds (`float`, *optional*):
+            Time limit. A thread can't be ended from outside: after that time it is abandoned, and may go on.
+        call (`Callable`):
+            Called without arguments. Its exceptions are passed on.
 
     Raises:
-        [`CallTimeout`]: If it gave no answer in time. Whatever `call` raises, it raises too.
+        [`CallTimeout`]: If it does not return in time.
     """
     future: Future[T] = Future()
     name = f"{threading.current_thread().name} (call)"
     threading.Thread(target=fulfil, args=(future, call), daemon=True, name=name).start()
-    if not wait([future], seconds).done:  # `future.result(seconds)` can't tell its own TimeoutError from the call's
+    # `future.result(seconds)` could not distinguish its own TimeoutError from that of the call.
+    if not wait([future], seconds).done:
         raise CallTimeout
     return future.result()
 
 
 def fulfil(future: Future[T], call: Callable[[], T]) -> None:
-    """Makes what `call()` returns or raises the result of `future`."""
+    """Set the result of `future` to the value or exception of `call()`."""
     try:
         result = call()
-    except BaseException as error:  # SystemExit too: a thread that ends without a word would be waited for forever
+    except BaseException as error:  # SystemExit too, or else the caller would wait forever
         future.set_exception(error)
     else:
         future.set_result(result)
