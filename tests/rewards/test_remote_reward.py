@@ -470,7 +470,7 @@ def test_a_wrong_argument_is_refused_before_anything_is_sent(url, options, messa
         (["served_rewards:nothing"], "'served_rewards:nothing' does not exist"),
         (["served_rewards:number"], "is 3, which can't be called"),
         (["served_rewards:two"], "called with three: (images, prompts, metadata)"),
-        (["served_rewards:NeedsArgument"], "a class that can't be made without arguments"),
+        (["served_rewards:NeedsArgument"], "a class that can't be instantiated without arguments"),
         (["served_rewards:redness", "--batch_size", "0"], "batch_size is 0"),
         (["served_rewards:redness", "--max_request_mb", "0"], "max_request_mb is 0"),
         (["served_rewards:redness", "--token", ""], "token"),
