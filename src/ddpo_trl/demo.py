@@ -43,29 +43,13 @@ SOMETIMES_RECOGNIZED = [
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """
-    Training task of the demo.
-
-    Args:
-        reward (`Callable`):
-            Reward function.
-        unit (`str`):
-            Unit of the reward, for headings.
-        captions (`list[str]`):
-            Subjects of the images.
-        article (`str`, *optional*, defaults to `""`):
-            Word before the caption in a prompt.
-        eval_seeds (`int`, *optional*, defaults to `2`):
-            Number of images per prompt in the evaluation, each with another seed.
-        defaults (`dict[str, Any]`, *optional*):
-            Defaults of settings, before those in [`DEFAULTS`] and [`DemoArguments`].
-    """
+    """Training task of the demo; `defaults` are those of settings that differ from [`DEFAULTS`]."""
 
     reward: RewardFunction
     unit: str
     captions: list[str]
-    article: str = ""
-    eval_seeds: int = 2
+    article: str = ""  # before a caption in its prompt
+    eval_seeds: int = 2  # images per prompt in the evaluation
     defaults: dict[str, Any] = field(default_factory=dict)
 
     def prompts(self) -> list[str]:
@@ -141,13 +125,7 @@ class DemoArguments:
 
 
 class StopAtGain(TrainerCallback):
-    """
-    Stop training when a round's mean reward has improved on the first round's by a share of its magnitude.
-
-    Args:
-        share (`float`):
-            Share, such as 0.18 for 18%.
-    """
+    """Stop training when a round's mean reward has improved on the first round's by a share of its magnitude."""
 
     def __init__(self, share: float):
         self.share = share
@@ -184,17 +162,7 @@ def demo_lora_config(rank: int) -> LoraConfig:
 def demo_trainer(
     arguments: DemoArguments, config: DDPOConfig, callbacks: list[TrainerCallback] | None = None
 ) -> DDPOTrainer:
-    """
-    Return the trainer of the demo.
-
-    Args:
-        arguments ([`DemoArguments`]):
-            Task and adapter.
-        config ([`DDPOConfig`]):
-            All other settings.
-        callbacks (`list[~transformers.TrainerCallback]`, *optional*):
-            Callbacks of [`DDPOTrainer`].
-    """
+    """Return the trainer of the demo."""
     task = TASKS[arguments.reward]
     pipeline = load_emoji_pipeline()
     pipeline.unet.set_attn_processor(AttnProcessor())  # fused attention is slower on a CPU, most of all backward
@@ -210,18 +178,7 @@ def demo_trainer(
 
 
 def run_demo(arguments: DemoArguments, config: DDPOConfig) -> dict[str, Any]:
-    """
-    Train, compare before and after on fixed prompts and seeds, and save weights and `summary.json`.
-
-    Args:
-        arguments ([`DemoArguments`]):
-            Task and adapter.
-        config ([`DDPOConfig`]):
-            All other settings.
-
-    Returns:
-        `dict`: Content of `summary.json`.
-    """
+    """Train, compare before and after on fixed prompts and seeds, save the weights, and return the figures."""
     task = TASKS[arguments.reward]
     trainer = demo_trainer(arguments, config, [StopAtGain(arguments.stop_at_gain)])
     if arguments.shuffle_rewards:

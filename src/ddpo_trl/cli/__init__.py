@@ -31,10 +31,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     Run a command. An error is reported in one line on stderr; `--debug` shows the traceback.
 
-    Args:
-        argv (`Sequence[str]`, *optional*):
-            Arguments, those of the process by default.
-
     Returns:
         `int`: Exit status: 0; 1 if the run failed or the doctor found a problem; 130 if it was interrupted.
 

@@ -26,17 +26,9 @@ class Gather(argparse.Action):
 
 class CommandParser(TrlParser):
     """
-    Parse dataclasses and the YAML file of `--config`.
+    Parse the command's own dataclass, further ones, and the YAML file of `--config`.
 
     Args:
-        dataclass_types (`Sequence[type]`):
-            The command's own arguments, and further dataclasses whose fields are flags as well.
-        prog (`str`):
-            The command, such as `"ddpo-trl train"`.
-        description (`str`):
-            Description of the command.
-        example (`str`):
-            Arguments that work.
         shown (`Collection[str]`, *optional*):
             Fields of the further dataclasses that `--help` shows. `--help-all` shows all of them.
         launcher_flags (`Collection[str]`, *optional*):
@@ -77,7 +69,8 @@ class CommandParser(TrlParser):
         shown = [name for name in names if underscored(name) == name or underscored(name) not in names]
         if "type" in options and "choices" not in options:
             options.setdefault("metavar", "VALUE")
-        if options.get("default") not in (None, False, "", argparse.SUPPRESS):
+        default = options.get("default")
+        if default not in (None, "", argparse.SUPPRESS) and default is not False:
             options["help"] = f"{options.get('help') or ''} (default: %(default)s)"
         action: argparse.Action = super().add_argument(*shown, **options)
         self.flags |= dict.fromkeys(action.option_strings, action)

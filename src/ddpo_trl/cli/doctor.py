@@ -17,7 +17,7 @@ from ddpo_trl.settings import documented, setting
 
 
 # Fields of DDPOConfig in `--help`.
-SHOWN = ["num_inference_steps", "guidance_scale", "pipeline_kwargs", "pipeline_inputs", "use_lora", "use_cpu"]
+SHOWN = ["num_inference_steps", "guidance_scale", "pipeline_kwargs", "pipeline_inputs", "use_cpu"]
 
 
 @documented()

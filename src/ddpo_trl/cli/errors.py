@@ -15,21 +15,7 @@ class UsageError(Exception):
 
 @contextmanager
 def usage_errors() -> Iterator[None]:
-    """
-    Turn the errors of code that checks arguments into a [`UsageError`].
-
-    Example:
-
-    ```python
-    from ddpo_trl.cli.errors import UsageError, usage_errors
-
-    try:
-        with usage_errors():
-            int("ten")
-    except UsageError as error:
-        assert "ten" in str(error)
-    ```
-    """
+    """Turn the errors of code that checks arguments into a [`UsageError`]."""
     try:
         yield
     except (ImportError, OSError, TypeError, ValueError) as error:
@@ -48,5 +34,5 @@ def one_line(error: BaseException) -> str:
 
 def without_debug(argv: Sequence[str]) -> list[str]:
     """Return a command line without the `--debug` for tracebacks. `TrainingArguments.debug` has a value and stays."""
-    pairs = zip(argv, [*argv[1:], ""], strict=True)
+    pairs = zip(argv, [*argv[1:], ""], strict=False)
     return [word for word, following in pairs if word != "--debug" or following in DEBUG_OPTIONS]

@@ -10,11 +10,7 @@ from typing import Any
 
 def import_object(spec: str) -> Any:
     """
-    Import an object, also from the working directory.
-
-    Args:
-        spec (`str`):
-            `module:name` of a function, of another object, or of a class, which is instantiated without arguments.
+    Import `module:name`, also from the working directory. A class is instantiated without arguments.
 
     Raises:
         `ValueError`: If it does not exist, or is a class that needs arguments.

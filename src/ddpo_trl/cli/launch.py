@@ -29,16 +29,7 @@ def launch_flags() -> set[str]:
 
 
 def config_path(name: str) -> str:
-    """
-    Return the file of an accelerate config.
-
-    Args:
-        name (`str`):
-            A path, or a config of the package: `multi_gpu`, `fsdp2` or `deepspeed_zero2`.
-
-    Raises:
-        [`~ddpo_trl.cli.errors.UsageError`]: If it is neither.
-    """
+    """Return the path of an accelerate config: a file, or a config of the package by its name."""
     if os.path.isfile(name):
         return name
     presets = {entry.name.removesuffix(".yaml"): str(entry) for entry in PRESETS.iterdir()}
@@ -52,17 +43,7 @@ def launch(
     command: Sequence[str], accelerate_config: str | None, options: Sequence[str], use_cpu: bool = False
 ) -> int:
     """
-    Run a command of `ddpo-trl` with `accelerate launch`.
-
-    Args:
-        command (`Sequence[str]`):
-            Name and arguments of the command.
-        accelerate_config (`str`, *optional*):
-            See [`config_path`]; accelerate's default file by default, if there is one.
-        options (`Sequence[str]`):
-            Further flags of `accelerate launch`.
-        use_cpu (`bool`, *optional*, defaults to `False`):
-            Whether the command runs on the CPU.
+    Run a command of `ddpo-trl` with `accelerate launch` and its `options`.
 
     Returns:
         `int`: Exit status of the process that failed first; 0 if none did.

@@ -99,32 +99,24 @@ def run_settings(folder: Path) -> dict[str, Any]:
 
 
 def base_model(folder: Path) -> str:
-    """
-    Return the pipeline that a run fine-tuned, from its settings or its model card.
-
-    Raises:
-        [`~ddpo_trl.cli.errors.UsageError`]: If it stands in neither.
-    """
-    if "model" in (settings := run_settings(folder)):
-        return str(settings["model"])
+    """Return the pipeline that a run fine-tuned, from its settings or its model card."""
     card = folder / "README.md"
-    if card.is_file() and (base := ModelCard.load(card).data.base_model):
-        return str(base)
-    raise UsageError(f"{folder} does not name the pipeline that was trained; give --model.")
+    model = run_settings(folder).get("model") or (card.is_file() and ModelCard.load(card).data.base_model)
+    if not model:
+        raise UsageError(f"{folder} does not name the pipeline that was trained; give --model.")
+    return str(model)
 
 
 def sample_prompts(arguments: SampleArguments, folder: Path) -> list[PromptPair]:
     """Return the given prompts, or else the first ones of the run's evaluation or training."""
     if arguments.prompt is not None:
         return [(prompt, {}) for prompt in arguments.prompt]
-    column, split = arguments.prompt_column, arguments.prompt_split
-    source = arguments.prompts
-    if source is None:
-        settings = run_settings(folder)
-        source = settings.get("eval_prompts") or settings.get("prompts")
-        column, split = column or settings.get("prompt_column"), settings.get("prompt_split", split)
+    settings = run_settings(folder) if arguments.prompts is None else {}
+    source = arguments.prompts or settings.get("eval_prompts") or settings.get("prompts")
     if source is None:
         raise UsageError(f"{folder} does not name the prompts of a run; give --prompt or --prompts.")
+    column = arguments.prompt_column or settings.get("prompt_column")
+    split = settings.get("prompt_split", arguments.prompt_split)
     return first_prompts(load_prompt_source(source, column, split), arguments.num_prompts)
 
 
@@ -144,13 +136,7 @@ def load_policy(arguments: SampleArguments, folder: Path) -> Policy:
 
 
 def with_saved_adapter(pipeline: DiffusionPipeline, config: DDPOConfig, folder: Path) -> Policy:
-    """
-    Return the policy of a pipeline with the adapter in a folder, including adapters of other tools that
-    `pipeline.load_lora_weights(folder)` converts.
-
-    Raises:
-        [`~ddpo_trl.cli.errors.UsageError`]: If not all of it belongs to the pipeline's denoiser.
-    """
+    """Return the policy with the adapter in a folder, converted by `load_lora_weights` if another tool wrote it."""
     try:
         if not has_lora_loader(pipeline):
             policy = Policy.from_pipeline(pipeline, config, PeftConfig.from_pretrained(str(folder)))
@@ -188,12 +174,7 @@ def check_that_all_is_loaded(pipeline: DiffusionPipeline, file: Path) -> None:
 def make_rows(
     arguments: SampleArguments, policy: Policy, scorer: RewardScorer | None, pairs: Sequence[PromptPair]
 ) -> list[ImageRow]:
-    """
-    Return two rows per seed, without and with the adapter.
-
-    Raises:
-        [`~ddpo_trl.cli.errors.UsageError`]: If there is no difference between them.
-    """
+    """Return two rows per seed, without and with the adapter, which must differ."""
     rows = []
     changed = False
     for seed in range(arguments.seed, arguments.seed + arguments.num_seeds):

@@ -37,12 +37,7 @@ PROMPT_LISTS: dict[str, Callable[[], Sequence[str] | Sequence[PromptPair]]] = {
 
 
 def reward_spec(name: str) -> str:
-    """
-    Return `module:function` of a reward, including the built-in ones by name.
-
-    Raises:
-        `ValueError`: If it is neither.
-    """
+    """Return `module:function` of a reward, including the built-in ones by name."""
     if name in BUILT_IN_REWARDS:
         return f"{rewards.__name__}:{name}"
     if ":" not in name:
@@ -52,17 +47,7 @@ def reward_spec(name: str) -> str:
 
 
 def load_reward(name: str) -> RewardFunction:
-    """
-    Load a reward function.
-
-    Args:
-        name (`str`):
-            A built-in reward, the URL of a `ddpo-trl serve-reward`, or `module:function`.
-
-    Raises:
-        `ValueError`: If there is no such function.
-        `RuntimeError`: If its module raises an error when it is imported.
-    """
+    """Load a built-in reward, the client of a `ddpo-trl serve-reward` by its URL, or `module:function`."""
     if name.startswith(("http://", "https://")):
         return RemoteReward(name)
     function: RewardFunction = import_object(reward_spec(name))
@@ -71,18 +56,8 @@ def load_reward(name: str) -> RewardFunction:
 
 def load_prompt_source(name: str, column: str | None = None, split: str = "train") -> Prompts:
     """
-    Load prompts for [`DDPOTrainer`].
-
-    Args:
-        name (`str`):
-            One of [`PROMPT_LISTS`]; `module:name` of a function that returns `(prompt, metadata)`, of a list or of a
-            dataset; or a file or dataset of [`~ddpo_trl.prompts.load_prompts`].
-        column, split:
-            See [`~ddpo_trl.prompts.load_prompts`].
-
-    Raises:
-        `ValueError` or `OSError`: If there are no such prompts.
-        `RuntimeError`: If their module raises an error when it is imported.
+    Load prompts for [`DDPOTrainer`]: one of [`PROMPT_LISTS`]; `module:name` of a function that returns `(prompt,
+    metadata)`, of a list or of a dataset; or a file or dataset, see [`~ddpo_trl.prompts.load_prompts`].
     """
     if name in PROMPT_LISTS:
         return PROMPT_LISTS[name]()

@@ -107,15 +107,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def train(arguments: TrainArguments, config: DDPOConfig, settings: Mapping[str, Any]) -> int:
-    """
-    Train, save and print where everything is.
-
-    Args:
-        arguments ([`TrainArguments`]), config ([`DDPOConfig`]):
-            Settings of the run.
-        settings (`Mapping[str, Any]`):
-            Those that were given, to be saved next to the results.
-    """
+    """Train, save the results and the given settings, and print where they are."""
     with usage_errors():
         checkpoints.to_resume(config.resume_from_checkpoint, config.output_dir)  # before minutes of loading
         rewards = [load_reward(name) for name in arguments.reward]
@@ -145,13 +137,7 @@ def train(arguments: TrainArguments, config: DDPOConfig, settings: Mapping[str, 
 
 
 class SettingsFile(TrainerCallback):
-    """
-    Write the given settings to `train.yaml` when training begins, after the files of an earlier run were moved aside.
-
-    Args:
-        settings (`Mapping[str, Any]`):
-            Settings that were given.
-    """
+    """Write the given settings when training begins, after the files of an earlier run were moved aside."""
 
     def __init__(self, settings: Mapping[str, Any]):
         self.settings = dict(settings)
