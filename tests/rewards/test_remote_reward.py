@@ -465,7 +465,7 @@ def test_a_wrong_argument_is_refused_before_anything_is_sent(url, options, messa
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["served_rewards"], "'served_rewards' is no module:function"),
+        (["served_rewards"], "'served_rewards' is not a built-in reward, module:function or the URL"),
         (["no_such_module:f"], "There is no module 'no_such_module'"),
         (["served_rewards:nothing"], "'served_rewards:nothing' does not exist"),
         (["served_rewards:number"], "is 3, which can't be called"),

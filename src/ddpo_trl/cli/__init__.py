@@ -46,7 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         invalid = isinstance(error, UsageError)
         if without_debug(rest) != rest:
-            raise (error.__cause__ if invalid and error.__cause__ else error) from None
+            if invalid and error.__cause__ is not None:
+                raise error.__cause__ from None
+            raise
         hint = "" if invalid else " (--debug shows the traceback)"
         print(f"ddpo-trl {command}: error: {one_line(error)}{hint}", file=sys.stderr)
         if invalid:
