@@ -131,11 +131,11 @@ class Result:
             Mean of the paired differences of the evaluation images.
         gain_stderr (`float`):
             Its standard error.
-        recognised_before (`float`):
+        recognized_before (`float`):
             Share of the evaluation images, in [0, 1], that are nearest to their own subject.
-        recognised_after (`float`):
+        recognized_after (`float`):
             The same after training.
-        recognised_gain_stderr (`float`):
+        recognized_gain_stderr (`float`):
             Standard error of the difference.
         seconds (`float`):
             Of training, per 1000 reward queries.
@@ -150,9 +150,9 @@ class Result:
     after: float
     gain: float
     gain_stderr: float
-    recognised_before: float
-    recognised_after: float
-    recognised_gain_stderr: float
+    recognized_before: float
+    recognized_after: float
+    recognized_gain_stderr: float
     seconds: float
 
     @property
@@ -160,12 +160,12 @@ class Result:
         return in_stderr(self.gain, self.gain_stderr)
 
     @property
-    def recognised_gain(self) -> float:
-        return self.recognised_after - self.recognised_before
+    def recognized_gain(self) -> float:
+        return self.recognized_after - self.recognized_before
 
     @property
-    def recognised_gain_in_stderr(self) -> float:
-        return in_stderr(self.recognised_gain, self.recognised_gain_stderr)
+    def recognized_gain_in_stderr(self) -> float:
+        return in_stderr(self.recognized_gain, self.recognized_gain_stderr)
 
 
 def in_stderr(gain: float, stderr: float) -> float:
@@ -198,9 +198,9 @@ def read(run: Run) -> Result:
         after=digits(summary["eval_reward_after"]),
         gain=digits(summary["eval_reward_gain"]),
         gain_stderr=digits(summary["eval_reward_gain_stderr"]),
-        recognised_before=digits(summary["recognised_before"]),
-        recognised_after=digits(summary["recognised_after"]),
-        recognised_gain_stderr=digits(summary["recognised_gain_stderr"]),
+        recognized_before=digits(summary["recognized_before"]),
+        recognized_after=digits(summary["recognized_after"]),
+        recognized_gain_stderr=digits(summary["recognized_gain_stderr"]),
         seconds=digits(1000 * summary["seconds"]["total"] / summary["reward_queries"]),
     )
 
@@ -319,7 +319,7 @@ With `emoji_alignment` the learning rates are half of these. One update in place
   from the lowest seed to the highest.
 - **Evaluation** compares images of the same prompts and seeds before and after training, made with the pipeline's own
   scheduler. A gain's standard error is that of the mean of one run's paired differences.
-- **Recognised** is the share of these images that are nearest to their own subject among all training images. No
+- **Recognized** is the share of these images that are nearest to their own subject among all training images. No
   reward knows of it.
 - **Images** are those of the first eight evaluation prompts, with seed {first_seed}; below each is its reward.
 
@@ -354,9 +354,9 @@ READING = """
 - **SF's one large update brought more than IS's four small ones in all {pairs} pairs**, {ratios} times the gain from
   the same queries. That is no verdict on the estimators: IS is clipped, and nothing but the factor of four relates the
   learning rates.
-- **More was lost too**: of the images trained for compressibility {recognised_sf} are recognised after SF,
-  {recognised_is} after IS. [Pitfalls](pitfalls.md) has what comes next.
-- **Alignment is more than a trick on its reward**: a judge that had no part in it recognises {judge_is} of all images
+- **More was lost too**: of the images trained for compressibility {recognized_sf} are recognized after SF,
+  {recognized_is} after IS. [Pitfalls](pitfalls.md) has what comes next.
+- **Alignment is more than a trick on its reward**: a judge that had no part in it recognizes {judge_is} of all images
   more after IS, {judge_sf} more after SF, and {judge_control} fewer after the control.
 """
 
@@ -418,11 +418,11 @@ def reading(tasks: dict[str, list[Result]]) -> str:
         "alignment_walk": spread((-result.gain_in_stderr for result in controls["emoji_alignment"]), ".1f"),
         "pairs": f"{len(pairs)}",
         "ratios": spread((sf.gain / is_.gain for is_, sf in pairs), ".1f"),
-        "recognised_is": spread((100 * result.recognised_after for result in compressed["is"]), ".0f") + " %",
-        "recognised_sf": spread((100 * result.recognised_after for result in compressed["sf"]), ".0f") + " %",
-        "judge_is": spread((100 * result.recognised_gain for result in aligned["is"]), ".0f") + " %",
-        "judge_sf": spread((100 * result.recognised_gain for result in aligned["sf"]), ".0f") + " %",
-        "judge_control": spread((-100 * result.recognised_gain for result in aligned["shuffled"]), ".0f") + " %",
+        "recognized_is": spread((100 * result.recognized_after for result in compressed["is"]), ".0f") + " %",
+        "recognized_sf": spread((100 * result.recognized_after for result in compressed["sf"]), ".0f") + " %",
+        "judge_is": spread((100 * result.recognized_gain for result in aligned["is"]), ".0f") + " %",
+        "judge_sf": spread((100 * result.recognized_gain for result in aligned["sf"]), ".0f") + " %",
+        "judge_control": spread((-100 * result.recognized_gain for result in aligned["shuffled"]), ".0f") + " %",
     }
     return READING.format(**{name: text.replace("-", "−") for name, text in fields.items()})
 
@@ -486,21 +486,21 @@ def task_section(task: str, results: Sequence[Result]) -> str:
 def results_table(results: Sequence[Result]) -> list[str]:
     """Means over the seeds, and what each seed has, in the order of the seeds."""
     lines = [
-        "| | evaluation reward | gain, lowest to highest seed | each seed's, in standard errors | recognised "
+        "| | evaluation reward | gain, lowest to highest seed | each seed's, in standard errors | recognized "
         "| each seed's change, in standard errors |",
         "|---|---|---|---|---|---|",
     ]
     for kind, seeds in by_kind(results).items():
         gains = [result.gain for result in seeds]
         before, after = mean(result.before for result in seeds), mean(result.after for result in seeds)
-        known = [result.recognised_before for result in seeds], [result.recognised_after for result in seeds]
+        known = [result.recognized_before for result in seeds], [result.recognized_after for result in seeds]
         cells = [
             NAMES[kind],
             f"{before:.3f} → {after:.3f}",
             f"{mean(gains):+.3f} ({min(gains):+.3f} to {max(gains):+.3f})",
             ", ".join(f"{result.gain_in_stderr:+.1f}" for result in seeds),
             f"{mean(known[0]):.0%} → {mean(known[1]):.0%}".replace("%", "\N{NO-BREAK SPACE}%"),
-            ", ".join(f"{result.recognised_gain_in_stderr:+.1f}" for result in seeds),
+            ", ".join(f"{result.recognized_gain_in_stderr:+.1f}" for result in seeds),
         ]
         lines.append(f"| {' | '.join(cells)} |".replace("-", "−"))
     return lines

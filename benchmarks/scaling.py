@@ -317,7 +317,7 @@ def base_seconds(figures: Sequence[Figures]) -> dict[str, float]:
     }
 
 
-def summarise(by_axis: dict[str, dict[str, Figures]], by_team: dict[str, Figures]) -> dict[str, Any]:
+def summarize(by_axis: dict[str, dict[str, Figures]], by_team: dict[str, Figures]) -> dict[str, Any]:
     at_base = [by_axis[axis][str(x)] for axis in by_axis for x, point in AXES[axis].points.items() if point == BASE]
     base, one_process = base_seconds(at_base), base_seconds([by_team["one process"]])
     axes: dict[str, Any] = {}
@@ -471,7 +471,7 @@ def main() -> None:
     if arguments.shown:
         results = json.loads(arguments.shown.read_text())
     else:
-        results = {"machine": machine(), **summarise(*run_all(arguments.axes, arguments.repeats))}
+        results = {"machine": machine(), **summarize(*run_all(arguments.axes, arguments.repeats))}
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         arguments.output.write_text(json.dumps(results, indent=2) + "\n")
     show(results)

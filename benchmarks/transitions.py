@@ -63,7 +63,7 @@ def folder(choice: str, seed: int) -> Path:
 def learned(choice: str) -> dict[str, list[float]]:
     """Figures of each seed."""
     summaries = [json.loads((folder(choice, seed) / "summary.json").read_text()) for seed in SEEDS]
-    names = ("eval_reward_gain", "eval_reward_gain_stderr", "recognised_after")
+    names = ("eval_reward_gain", "eval_reward_gain_stderr", "recognized_after")
     return {name: [summary[name] for summary in summaries] for name in names}
 
 
@@ -99,7 +99,7 @@ def costs(repeats: int) -> dict[str, list[float]]:
 
 def show(figures: dict[str, Any]) -> None:
     table = Table(title=f"{TASK}, {figures['reward_queries']} reward queries, seeds {', '.join(map(str, SEEDS))}")
-    for heading in ("trained on", "gain", "of each seed", "recognised", "a round's time", "gain per time"):
+    for heading in ("trained on", "gain", "of each seed", "recognized", "a round's time", "gain per time"):
         table.add_column(heading, justify="left" if heading == "trained on" else "right")
     for name, values in figures["choices"].items():
         gains = values["eval_reward_gain"]
@@ -107,7 +107,7 @@ def show(figures: dict[str, Any]) -> None:
             values["title"],
             f"{statistics.mean(gains):+.3f}",
             " ".join(f"{gain:+.2f}" for gain in gains),
-            f"{statistics.mean(values['recognised_after']):.0%}",
+            f"{statistics.mean(values['recognized_after']):.0%}",
             f"{values['time']:.2f}",
             f"{values['gain_per_time']:.2f}" if name != BASE else "1",
         )

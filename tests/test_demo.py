@@ -33,7 +33,7 @@ def test_the_demo_saves_weights_pictures_and_figures(tmp_path, capsys):
     gain = summary["eval_reward_after"] - summary["eval_reward_before"]
     assert summary["eval_reward_gain"] == pytest.approx(gain)
     assert summary["eval_reward_gain_stderr"] > 0
-    assert 0 <= summary["recognised_after"] <= 1
+    assert 0 <= summary["recognized_after"] <= 1
     seconds = summary["seconds"]
     assert 0 < seconds["sampling"] < seconds["total"]
     assert 0 < seconds["training"] < seconds["total"]

@@ -129,7 +129,7 @@ PRESETS = sorted((EXAMPLES / "configs").glob("*.yaml"))
 
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
 def test_a_preset_is_a_run_whose_sizes_divide(path):
-    (arguments, config, _), unknown = make_parser().parse_known(["--config", str(path)])
+    (arguments, config, _), unknown = make_parser().parse(["--config", str(path)])
     assert not unknown
     assert config.output_dir == f"outputs/{path.stem}" and arguments.dtype == "bfloat16"
     assert [reward_spec(name) for name in arguments.reward] and load_prompt_source(arguments.prompts)

@@ -89,6 +89,6 @@ def test_what_is_installed_from_the_wheel_trains(wheel, tmp_path):
     run(str(binaries / "pip"), "install", "--quiet", "torch==2.13.0")  # by exact version: the CPU build
     run(str(binaries / "pip"), "install", "--quiet", str(wheel))
     output = run(str(binaries / "ddpo-trl"), "demo", "--total_episodes", "64", "--num_sample_batches", "4")
-    assert "subjects recognised" in output
+    assert "subjects recognized" in output
     assert (tmp_path / "outputs" / "demo" / "pytorch_lora_weights.safetensors").exists()
     assert "site-packages" in run(str(binaries / "python"), "-c", "import ddpo_trl; print(ddpo_trl.__file__)")

@@ -1,6 +1,5 @@
 """Private names of other libraries that the package uses. A release that removes one fails here, by that name."""
 
-import argparse
 import ast
 import importlib
 import inspect
@@ -45,10 +44,6 @@ PRIVATE_NAMES: dict[str, tuple[Any, str]] = {
     "_forward_pre_hooks": (torch.nn.Linear(1, 1), "a cause of differing replays"),
     "_last_lr": (learning_rates(), "what is logged after the learning rate was changed on resume"),
     "_hf_hook": (add_hook_to_module(torch.nn.Linear(1, 1), ModelHook()), "offloading by accelerate is refused"),
-    "_actions": (argparse.ArgumentParser(), "flags of `accelerate launch`"),
-    "_option_string_actions": (argparse.ArgumentParser(), "flags of a command"),
-    "_format_action_invocation": (argparse.HelpFormatter, "the help of a flag"),
-    "_get_help_string": (argparse.HelpFormatter, "the help of a flag"),
 }  # fmt: skip
 
 # Attributes that are read only where `vars` says that they are there, or that the running Trainer sets.

@@ -1,4 +1,4 @@
-"""The main job, for real: DDPO with LoRA on the embedded pipeline, in a few minutes on two cores."""
+"""The demo: DDPO with LoRA on the embedded pipeline, in a few minutes on two cores."""
 
 import json
 import math
@@ -22,18 +22,19 @@ from ddpo_trl.evaluation.evaluator import Samples
 from ddpo_trl.rewards.function import RewardFunction
 from ddpo_trl.rollout.advantages import shuffled
 from ddpo_trl.seeding import Stream, generator
+from ddpo_trl.settings import documented, setting
 from ddpo_trl.trainer import DDPOTrainer
 
 
-# Captions whose two drawings differ in complexity: there is something to choose without losing the subject.
+# Captions whose two drawings differ in complexity, so that a reward can choose one without losing the subject.
 PROMPTS = [
     "mushroom", "squid", "hamburger", "blossom", "snake", "taco", "spider", "strawberry",
     "tropical fish", "pancakes", "evergreen tree", "candy", "honeybee", "potted plant", "sushi", "lollipop",
 ]  # fmt: skip
 
-# The pipeline learned from bare captions. With an article before them, these are drawn right now and then: in one to
-# three of four images with other seeds than the demo's.
-NOW_AND_THEN = [
+# The pipeline was trained on captions without an article. With one, 25% to 75% of the images of these show the subject
+# (with other seeds than the demo's).
+SOMETIMES_RECOGNIZED = [
     "sandwich", "takeout box", "cup with straw", "spouting whale", "taco", "kissing face with smiling eyes",
     "beer mug", "birthday cake", "hedgehog", "roasted sweet potato", "t-rex", "sad but relieved face", "pretzel",
     "mouse face", "rooster", "blowfish",
@@ -42,33 +43,17 @@ NOW_AND_THEN = [
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """
-    What the demo can train for.
-
-    Args:
-        reward (`Callable`):
-            The reward function.
-        unit (`str`):
-            Of the reward, for headings.
-        captions (`list[str]`):
-            What the images should show.
-        article (`str`, *optional*, defaults to `""`):
-            What stands before a caption in its prompt.
-        eval_seeds (`int`, *optional*, defaults to `2`):
-            The evaluation repeats every prompt this often, each time with another seed.
-        defaults (`dict[str, Any]`, *optional*):
-            What differs from [`DEFAULTS`] and the defaults of [`DemoArguments`].
-    """
+    """Training task of the demo; `defaults` are those of settings that differ from [`DEFAULTS`]."""
 
     reward: RewardFunction
     unit: str
     captions: list[str]
-    article: str = ""
-    eval_seeds: int = 2
+    article: str = ""  # before a caption in its prompt
+    eval_seeds: int = 2  # images per prompt in the evaluation
     defaults: dict[str, Any] = field(default_factory=dict)
 
     def prompts(self) -> list[str]:
-        """One for each caption."""
+        """Return a prompt per caption."""
         return [f"{self.article}{caption}" for caption in self.captions]
 
 
@@ -78,17 +63,17 @@ TASKS = {
     "emoji_alignment": Task(
         reward=rewards.EmojiAlignment(),
         unit="nats",
-        captions=NOW_AND_THEN,
+        captions=SOMETIMES_RECOGNIZED,
         article="a ",
-        eval_seeds=16,  # a share of so few images as 32 would be uncertain by 9 %
-        # No guidance, which makes up for part of what is to be learned. At a learning rate of 1e-3 shuffled rewards
-        # cost half of the subjects. The reward, a log-probability, ends at 0.
+        eval_seeds=16,  # the standard error of a share of 32 images is 9%
+        # Guidance would anticipate part of what is learned. At a learning rate of 1e-3 shuffled rewards cost half of
+        # the subjects. The reward, a log-probability, is at most 0.
         defaults={"guidance_scale": 1.0, "learning_rate": 3e-4, "stop_at_gain": 1.0},
     ),
 }
 
-# Guidance above 1 keeps what belongs to the caption: at 1 the whole image fades, which compresses well too. The last
-# two of five steps have a tiny σ, and their gradient would outweigh the others'.
+# Guidance above 1 keeps the subject; at 1 the whole image fades, which also compresses well. The last two of five
+# steps have a tiny σ, and their gradient would outweigh the others'.
 DEFAULTS: dict[str, Any] = {
     "output_dir": "outputs/demo",
     "num_train_epochs": 14,
@@ -110,49 +95,37 @@ DEFAULTS: dict[str, Any] = {
     "seed": 0,
 }
 
-# By how much the steps of the score function, one a round in place of four, are larger.
+# Factor of the learning rate of the score function, which makes one step per round instead of four.
 SCORE_FUNCTION_RATE = 2.0
 
 
+@documented()
 @dataclass
 class DemoArguments:
     """
-    What `ddpo-trl demo` takes beside the fields of [`DDPOConfig`].
-
-    Args:
-        reward (`str`, *optional*, defaults to `"jpeg_compressibility"`):
-            What the images are trained for: that, `"jpeg_incompressibility"`, or `"emoji_alignment"`, for which the
-            prompts are other than the captions that the pipeline knows: "a hedgehog" in place of "hedgehog".
-        lora_rank (`int`, *optional*, defaults to `16`):
-            Rank of the adapter. The higher it is, the smaller the steps may be, and the less the weights wander at
-            random: with rank 4 and larger steps shuffled rewards moved the evaluation by up to 7 %.
-        shuffle_rewards (`bool`, *optional*, defaults to `False`):
-            Whether to shuffle the rewards of each round among its images: the control, which must not learn.
-        stop_at_gain (`float`, *optional*, defaults to `0.18`):
-            Training stops when the reward of a round is better than the first round's by this share of its magnitude.
-            Left to run, compressibility ends in blank images. `emoji_alignment` has no need of it: its default is 1.
+    Arguments of `ddpo-trl demo` in addition to the fields of [`DDPOConfig`].
     """
 
-    reward: Literal["jpeg_compressibility", "jpeg_incompressibility", "emoji_alignment"] = field(
-        default="jpeg_compressibility", metadata={"help": "What the images are trained for."}
+    reward: Literal["jpeg_compressibility", "jpeg_incompressibility", "emoji_alignment"] = setting(
+        "jpeg_compressibility",
+        """Reward function. The prompts of emoji_alignment differ from the captions that the pipeline knows: "a
+        hedgehog" instead of "hedgehog".""",
     )
-    lora_rank: int = field(default=16, metadata={"help": "Rank of the adapter."})
-    shuffle_rewards: bool = field(
-        default=False, metadata={"help": "Shuffle the rewards among the images: the control, which must not learn."}
+    # With rank 4 and larger steps, shuffled rewards moved the evaluation by up to 7%.
+    lora_rank: int = setting(16, "Rank of the adapter. A higher rank allows smaller steps, with less random drift.")
+    shuffle_rewards: bool = setting(
+        False, "Whether to shuffle the rewards of a round among its images: the control, which must not learn."
     )
-    stop_at_gain: float = field(
-        default=0.18, metadata={"help": "Stop when the reward has improved by this share of the first round's."}
+    # Left to run, compressibility ends in blank images.
+    stop_at_gain: float = setting(
+        0.18,
+        """Training stops when the reward of a round has improved on the first round's by this share of its magnitude
+        (emoji_alignment: 1 by default).""",
     )
 
 
 class StopAtGain(TrainerCallback):
-    """
-    Ends training once a round's mean reward has improved on the first round's by a share of its magnitude.
-
-    Args:
-        share (`float`):
-            0.18 for 18 %.
-    """
+    """Stop training when a round's mean reward has improved on the first round's by a share of its magnitude."""
 
     def __init__(self, share: float):
         self.share = share
@@ -174,7 +147,7 @@ class StopAtGain(TrainerCallback):
 
 
 def demo_lora_config(rank: int) -> LoraConfig:
-    """An adapter on all that carries the drawing: attention, feed-forward, convolutions and time projections."""
+    """Return an adapter of attention, feed-forward, convolutions and time projections."""
     return LoraConfig(
         r=rank,
         lora_alpha=rank,
@@ -189,20 +162,10 @@ def demo_lora_config(rank: int) -> LoraConfig:
 def demo_trainer(
     arguments: DemoArguments, config: DDPOConfig, callbacks: list[TrainerCallback] | None = None
 ) -> DDPOTrainer:
-    """
-    The trainer of the demo.
-
-    Args:
-        arguments ([`DemoArguments`]):
-            The task and the adapter.
-        config ([`DDPOConfig`]):
-            Everything else.
-        callbacks (`list[~transformers.TrainerCallback]`, *optional*):
-            Those of [`DDPOTrainer`].
-    """
+    """Return the trainer of the demo."""
     task = TASKS[arguments.reward]
     pipeline = load_emoji_pipeline()
-    pipeline.unet.set_attn_processor(AttnProcessor())  # fused attention is slower on a CPU, backwards above all
+    pipeline.unet.set_attn_processor(AttnProcessor())  # fused attention is slower on a CPU, most of all backward
     return DDPOTrainer(
         config,
         task.reward,
@@ -215,18 +178,7 @@ def demo_trainer(
 
 
 def run_demo(arguments: DemoArguments, config: DDPOConfig) -> dict[str, Any]:
-    """
-    Trains, compares before and after on fixed prompts and seeds, and saves weights and `summary.json`.
-
-    Args:
-        arguments ([`DemoArguments`]):
-            The reward and the adapter.
-        config ([`DDPOConfig`]):
-            Everything else.
-
-    Returns:
-        `dict`: What `summary.json` holds.
-    """
+    """Train, compare before and after on fixed prompts and seeds, save the weights, and return the figures."""
     task = TASKS[arguments.reward]
     trainer = demo_trainer(arguments, config, [StopAtGain(arguments.stop_at_gain)])
     if arguments.shuffle_rewards:
@@ -238,30 +190,30 @@ def run_demo(arguments: DemoArguments, config: DDPOConfig) -> dict[str, Any]:
     after = trainer.generate_samples()
 
     trainer.save_model()
-    summary = summarise(trainer, task, before, after, seconds, cpu_seconds)
+    summary = summarize(trainer, task, before, after, seconds, cpu_seconds)
     Path(config.output_dir, "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     return summary
 
 
 def mean_and_stderr(gains: Tensor) -> tuple[float, float]:
-    """Of `(N,)` paired gains."""
+    """Return mean and standard error of `(N,)` paired gains."""
     return gains.mean().item(), gains.std(correction=1).item() / math.sqrt(len(gains))
 
 
-def recognised(samples: Samples, captions: list[str]) -> Tensor:
-    """1 for each image that is nearest to its own subject, else 0: `(N,)`. The captions may be fewer and recur."""
+def recognized(samples: Samples, captions: list[str]) -> Tensor:
+    """Return 1 for each image that is nearest to its own subject, else 0: `(N,)`. Captions may recur."""
     subjects = captions * (len(samples.images) // len(captions))
     pairs = zip(samples.images, subjects, strict=True)
     return torch.tensor([recognized_share(image[None], [caption]) for image, caption in pairs])
 
 
-def summarise(
+def summarize(
     trainer: DDPOTrainer, task: Task, before: Samples, after: Samples, seconds: float, cpu_seconds: float
 ) -> dict[str, Any]:
-    """The figures of a run; the standard errors are those of the means of the paired gains."""
+    """Return the figures of a run, with the standard errors of the means of the paired gains."""
     gain, stderr = mean_and_stderr((after.rewards - before.rewards)[:, 0])
-    hits = [recognised(samples, task.captions) for samples in (before, after)]
-    recognised_gain, recognised_stderr = mean_and_stderr(hits[1] - hits[0])
+    hits = [recognized(samples, task.captions) for samples in (before, after)]
+    recognized_gain, recognized_stderr = mean_and_stderr(hits[1] - hits[0])
     logs = [log for log in trainer.state.log_history if "reward" in log]
     sampling = sum(log["time/sampling"] for log in logs)
     waiting = sum(log["time/waiting_for_rewards"] for log in logs)
@@ -272,10 +224,10 @@ def summarise(
         "eval_reward_after": after.rewards.mean().item(),
         "eval_reward_gain": gain,
         "eval_reward_gain_stderr": stderr,
-        "recognised_before": hits[0].mean().item(),
-        "recognised_after": hits[1].mean().item(),
-        "recognised_gain": recognised_gain,
-        "recognised_gain_stderr": recognised_stderr,
+        "recognized_before": hits[0].mean().item(),
+        "recognized_after": hits[1].mean().item(),
+        "recognized_gain": recognized_gain,
+        "recognized_gain_stderr": recognized_stderr,
         "seconds": {
             "sampling": sampling,
             "scoring": sum(log["time/scoring"] for log in logs),  # in worker threads, while sampling goes on
@@ -288,7 +240,7 @@ def summarise(
 
 
 def print_summary(summary: dict[str, Any], unit: str, output_dir: str) -> None:
-    """Shows the figures as a table."""
+    """Print the figures as a table."""
     table = Table(title=f"{summary['reward']}: {summary['reward_queries']} reward queries")
     for heading in ("", "before", "after", "gain"):
         table.add_column(heading, justify="left" if heading == "" else "right")
@@ -299,10 +251,10 @@ def print_summary(summary: dict[str, Any], unit: str, output_dir: str) -> None:
         f"{summary['eval_reward_gain']:+.3f} ± {summary['eval_reward_gain_stderr']:.3f}",
     )
     table.add_row(
-        "subjects recognised",
-        f"{summary['recognised_before']:.0%}",
-        f"{summary['recognised_after']:.0%}",
-        f"{summary['recognised_gain']:+.0%} ± {summary['recognised_gain_stderr']:.0%}",
+        "subjects recognized",
+        f"{summary['recognized_before']:.0%}",
+        f"{summary['recognized_after']:.0%}",
+        f"{summary['recognized_gain']:+.0%} ± {summary['recognized_gain_stderr']:.0%}",
     )
     seconds = summary["seconds"]
     console = Console()

@@ -1,4 +1,4 @@
-"""Arguments of any kind, written as JSON: as they are where JSON has them, or else as a description."""
+"""JSON descriptions and hashes of arguments of any type."""
 
 import functools
 import hashlib
@@ -14,22 +14,20 @@ from PIL import Image
 from torch import Tensor
 
 
-# Enough to tell two images apart, and short enough to be read.
+# Hexadecimal digits of a hash that people read.
 DIGITS = 12
 
-# Longer texts that describe an object are hashed.
+# Longest `repr` of an object that is shown; longer ones are hashed.
 LONGEST = 80
 
 
 def described(value: Any) -> Any:
     """
-    Return a value in JSON's types. Two runs with the same arguments give equal ones.
+    Return a value in JSON's types, equal in two runs with the same arguments.
 
-    Args:
-        value (`Any`):
-            Numbers, strings and containers of them stay, also those of NumPy. Images, arrays and tensors become a
-            string with their type, shape and a hash of their content; functions and classes, their name; objects
-            that show their value (dates, decimals, bytes, dataclasses), that; other objects, their type.
+    Numbers, strings and containers stay, including NumPy's. Images, arrays and tensors become a string with type,
+    shape and a hash of their content; functions and classes, their name; objects whose `repr` shows their value
+    (dates, decimals, dataclasses), that; other objects, their type.
     """
     if value is None or type(value) in (bool, int, float, str):
         return value
@@ -39,7 +37,7 @@ def described(value: Any) -> Any:
         return described(value.value)
     if isinstance(value, str | int | float):  # of a subclass
         return json.loads(json.dumps(value))
-    if isinstance(value, np.ndarray) and value.dtype == object:  # its bytes are addresses
+    if isinstance(value, np.ndarray) and value.dtype == object:  # whose bytes are addresses
         return described(value.tolist())
     if isinstance(value, Mapping):
         return {str(key): described(entry) for key, entry in value.items()}
@@ -51,10 +49,10 @@ def described(value: Any) -> Any:
 
 
 def digest(value: Image.Image | np.ndarray | Tensor) -> str:
-    """Return the SHA-256 of the pixels or numbers, in hexadecimal; mode, shape and dtype are not part of it."""
+    """Return the SHA-256 of the pixels or numbers in hexadecimal, without mode, shape and dtype."""
     if isinstance(value, Tensor):
         value = value.detach().cpu().reshape(-1).view(torch.uint8).numpy()
-    if isinstance(value, np.ndarray) and value.dtype == object:  # its bytes are addresses
+    if isinstance(value, np.ndarray) and value.dtype == object:  # whose bytes are addresses
         return text_digest(json.dumps(described(value.tolist()), sort_keys=True))
     return hashlib.sha256(value.tobytes()).hexdigest()
 
@@ -66,13 +64,9 @@ def text_digest(text: str) -> str:
 
 def code_digest(function: Callable[..., Any]) -> str:
     """
-    Return the SHA-256 of what a function or callable object computes with, as far as it can be seen: its bytecode or
-    that of its class, and the numbers, texts and lists of them among its defaults, enclosed values, arguments of a
-    `partial` and attributes.
-
-    Args:
-        function (`Callable`):
-            Comments, line numbers and what it calls play no part.
+    Return the SHA-256 of the code of a function or callable object: its bytecode or that of its class, and the
+    numbers, texts and lists of them among its defaults, enclosed values, arguments of a `partial` and attributes.
+    Comments, line numbers and called functions are ignored.
     """
     return text_digest(json.dumps(_parts(function)))
 
@@ -84,7 +78,7 @@ def _parts(value: Any) -> Any:
         case types.MethodType():
             return [_parts(value.__func__), _attributes(value.__self__)]
         case types.FunctionType():
-            empty = types.CellType()  # has no contents to be asked for
+            empty = types.CellType()  # whose cell_contents raises
             enclosed = [cell.cell_contents for cell in value.__closure__ or () if cell != empty]
             return [_parts(value.__code__), *map(_visible, [value.__defaults__, value.__kwdefaults__, *enclosed])]
         case types.CodeType():
@@ -100,7 +94,7 @@ def _parts(value: Any) -> Any:
 def _attributes(value: Any) -> Any:
     try:
         return {name: _visible(own) for name, own in vars(value).items()}
-    except TypeError:  # it has slots only
+    except TypeError:  # it has only slots
         return None
 
 
@@ -128,13 +122,13 @@ def _object(value: Any) -> str:
     if isinstance(value, type | types.FunctionType | types.BuiltinFunctionType | types.MethodType):
         return f"{value.__module__}.{value.__qualname__}"
     kind, text = f"{type(value).__module__}.{type(value).__qualname__}", repr(value)
-    if " at 0x" in text:  # which is another one in the next run
+    if " at 0x" in text:  # an address differs between runs
         return kind
     return text if len(text) <= LONGEST else f"{kind}, hash {text_digest(text)[:DIGITS]}"
 
 
 def own_copy(value: Any) -> Any:
-    """A copy of dicts and lists, of tensors and arrays, and of such in tuples. Other objects stay the same."""
+    """Copy dicts, lists, tuples, tensors, arrays and images, recursively. Other objects stay the same."""
     if isinstance(value, torch.Tensor):
         return value.detach().clone()
     if isinstance(value, np.ndarray | Image.Image):

@@ -1,7 +1,8 @@
-"""Fields of settings: each has its text, its bounds and its choices in one place."""
+"""Fields of settings, each with its text, bounds and choices in one place."""
 
 import dataclasses
 import functools
+import inspect
 import json
 import math
 import textwrap
@@ -14,7 +15,10 @@ from typing import Annotated, Any, Literal, TypeVar
 
 T = TypeVar("T")
 
-# Kinds of numbers by the type of a field, with their names.
+# Default of a setting that must be given.
+REQUIRED = dataclasses.MISSING
+
+# Kinds of numbers by the type of a field, and their names.
 NUMBERS: dict[Any, tuple[type, str]] = {
     int: (Integral, "an integer"),
     int | None: (Integral, "an integer"),
@@ -29,8 +33,10 @@ class Bounds:
     Range of a number. NaN is in none.
 
     Args:
-        at_least, above, at_most (`float`, *optional*), finite (`bool`, *optional*, defaults to `False`):
-            Conditions that the number meets.
+        at_least, above, at_most (`float`, *optional*):
+            Limits.
+        finite (`bool`, *optional*, defaults to `False`):
+            Whether infinity is excluded.
     """
 
     at_least: float | None = None
@@ -58,24 +64,26 @@ Positive = Annotated[float, Bounds(above=0)]
 NotNegative = Annotated[float, Bounds(at_least=0, finite=True)]
 
 
-def setting(default: Any, help: str) -> Any:
+def setting(default: Any, help: str, **options: Any) -> Any:
     """
-    A field of a dataclass.
+    Field of a dataclass, whose one text is shown by the docstring, by `--help` and in the documentation.
 
     Args:
         default (`Any`):
-            Value if it is not given. A list is copied for each instance.
+            Default value, or [`REQUIRED`]. A list is copied for each instance.
         help (`str`):
-            Text of the docstring and of `--help`, which shows the first sentence.
+            Description.
+        options (`Any`):
+            Further arguments of `argparse.ArgumentParser.add_argument`, such as `action`, and `aliases` of the flag.
     """
-    metadata = {"help": " ".join(help.split())}
+    metadata = {"help": " ".join(help.split()), **options}
     if isinstance(default, list):
         return dataclasses.field(default_factory=default.copy, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
 
 def default_of(field: dataclasses.Field) -> Any:
-    """Return the value of a field that is not given."""
+    """Return the default value of a field, or [`REQUIRED`]."""
     return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
@@ -86,7 +94,7 @@ def types_of(settings: type, with_bounds: bool) -> dict[str, Any]:
 
 
 def wrong_types(settings: Any) -> Iterator[str]:
-    """Return sentences about the fields for numbers whose value is not a number, such as a text."""
+    """Yield a sentence for each numeric field whose value is not a number."""
     for name, hint in types_of(settings.__class__, with_bounds=False).items():
         kind, what = NUMBERS.get(hint, (object, ""))
         value = vars(settings).get(name)
@@ -96,7 +104,7 @@ def wrong_types(settings: Any) -> Iterator[str]:
 
 
 def out_of_bounds(settings: Any) -> Iterator[str]:
-    """Return sentences about the fields whose value is not among the choices or within the bounds of their type."""
+    """Yield a sentence for each field whose value is not among the choices or within the bounds of its type."""
     for name, hint in types_of(settings.__class__, with_bounds=True).items():
         value = vars(settings).get(name)
         if typing.get_origin(hint) is Literal and value not in typing.get_args(hint):
@@ -110,49 +118,33 @@ def out_of_bounds(settings: Any) -> Iterator[str]:
 
 def documented(**headings: str) -> Callable[[type[T]], type[T]]:
     """
-    Class decorator that appends the texts of the fields to the docstring of a dataclass.
+    Class decorator that appends the texts of the fields to the docstring of a dataclass, in TRL's format.
 
     Args:
         headings (`str`):
-            Headings, by the name of the field they stand above.
+            Headings, by the name of the field below them.
     """
 
-    def document(settings: type[T]) -> type[T]:
-        intro = (settings.__doc__ or "").rstrip()
-        settings.__doc__ = "\n".join([intro, "", "    Parameters:", *parameters(settings, headings), "    "])
+    def document(settings: Any) -> Any:
+        fields = {field.name: field for field in dataclasses.fields(settings)}
+        parameters: list[str] = []
+        for name in settings.__annotations__:  # without those of base classes
+            if name in headings:
+                parameters += ["", f"        > {headings[name]}", ""]
+            parameters += _entry(fields[name], types_of(settings, with_bounds=False)[name])
+        listed = "\n".join(parameters).removeprefix("\n")
+        settings.__doc__ = f"{(settings.__doc__ or '').rstrip()}\n\n    Parameters:\n{listed}\n    "
         return settings
 
     return document
 
 
-def parameters(settings: Any, headings: typing.Mapping[str, str]) -> Iterator[str]:
-    """Lines of a docstring's section of parameters, in TRL's format."""
-    fields = {field.name: field for field in dataclasses.fields(settings)}
-    hints = types_of(settings, with_bounds=False)
-    for name in settings.__annotations__:
-        if name in headings:
-            yield from ["", f"        > {headings[name]}", ""][name == next(iter(headings)) :]
-        default = default_of(fields[name])
-        shown = json.dumps(default) if isinstance(default, str | list) else str(default)
-        kind = f"{type_name(hints[name])}, *optional*" + ("" if default is None else f", defaults to `{shown}`")
-        yield f"        {name} ({kind}):"
-        yield textwrap.fill(
-            fields[name].metadata["help"],
-            119,
-            initial_indent=" " * 12,
-            subsequent_indent=" " * 12,
-            break_long_words=False,
-            break_on_hyphens=False,
-        )
-
-
-def type_name(annotation: Any) -> str:
-    """A type as docstrings write it, without `None`."""
-    kinds = [kind for kind in typing.get_args(annotation) or [annotation] if kind is not type(None)]
-    if typing.get_origin(annotation) is Literal:
-        names = [f'`"{kind}"`' for kind in kinds]
-    elif typing.get_origin(annotation) is list:
-        names = [f"`{annotation}`"]
-    else:
-        names = [f"`{kind if typing.get_args(kind) else kind.__name__}`" for kind in kinds]
-    return " or ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+def _entry(field: dataclasses.Field, hint: Any) -> list[str]:
+    default = default_of(field)
+    kind = f"`{inspect.formatannotation(hint).removesuffix(' | None')}`"
+    if default is not REQUIRED:
+        kind += ", *optional*"
+    if default is not REQUIRED and default is not None:
+        kind += f", defaults to `{json.dumps(default) if isinstance(default, str | list) else default}`"
+    lines = textwrap.wrap(field.metadata["help"], 107, break_long_words=False, break_on_hyphens=False)
+    return [f"        {field.name} ({kind}):", *(f"            {line}" for line in lines)]

@@ -30,6 +30,7 @@ from ddpo_trl.distributed import check_alike, check_devices, check_wrapping, not
 from ddpo_trl.evaluation.evaluator import check_evaluation, reward_names
 from ddpo_trl.finite import check_update
 from ddpo_trl.policy.fingerprint import changed_weights
+from ddpo_trl.policy.loading import load_pipeline
 from ddpo_trl.policy.per_sample_gradients import trained_weights
 from ddpo_trl.policy.policy import Policy
 from ddpo_trl.prompts import (
@@ -161,7 +162,7 @@ class DDPOTrainer(SavingTrainer):
     ):
         check_arguments(config, callbacks)
         if isinstance(pipeline, str | os.PathLike):
-            pipeline = DiffusionPipeline.from_pretrained(pipeline, use_safetensors=True)
+            pipeline = load_pipeline(pipeline)
         args = copy.copy(config)
         check_devices(args)
         set_seed(args.seed)  # the adapter is initialized at random

@@ -29,9 +29,9 @@ RESULT = Result(
     after=-1.5,
     gain=0.5,
     gain_stderr=0.1,
-    recognised_before=1.0,
-    recognised_after=0.75,
-    recognised_gain_stderr=0.125,
+    recognized_before=1.0,
+    recognized_after=0.75,
+    recognized_gain_stderr=0.125,
     seconds=300.0,
 )
 
@@ -116,9 +116,9 @@ def write_run(run: Run, learning_rate: float = 1e-3) -> None:
         "eval_reward_after": -1.5,
         "eval_reward_gain": 0.5,
         "eval_reward_gain_stderr": 0.1,
-        "recognised_before": 1.0,
-        "recognised_after": 0.75,
-        "recognised_gain_stderr": 0.125,
+        "recognized_before": 1.0,
+        "recognized_after": 0.75,
+        "recognized_gain_stderr": 0.125,
         "seconds": {"total": 200.0},
         "config": config.to_dict() | {"learning_rate": learning_rate},
     }
@@ -134,7 +134,7 @@ def test_a_run_is_read_from_its_folder(tmp_path, monkeypatch):
     write_run(run)
     assert results.read(run) == dataclasses.replace(RESULT, seconds=390.625)  # 200 s for 512 queries
     assert results.read(run).gain_in_stderr == 5.0
-    assert results.read(run).recognised_gain_in_stderr == -2.0
+    assert results.read(run).recognized_gain_in_stderr == -2.0
 
 
 def test_a_run_with_other_flags_is_refused(tmp_path, monkeypatch):
@@ -172,7 +172,7 @@ def of_all_kinds() -> list[Result]:
     return [
         dataclasses.replace(
             RESULT, kind=kind, seed=seed, gain=gains[kind][seed], after=-2.0 + gains[kind][seed],
-            recognised_after=1.0 if kind == "shuffled" else 0.75, seconds=seconds[kind][seed],
+            recognized_after=1.0 if kind == "shuffled" else 0.75, seconds=seconds[kind][seed],
         )
         for kind in gains
         for seed in (0, 1)
@@ -267,8 +267,8 @@ def test_every_run_gains_more_than_any_control(found, task):
 @pytest.mark.parametrize("seed", results.SEEDS)
 def test_one_large_update_gains_more_than_four_small_ones_and_loses_more_subjects(found, seed):
     assert all(found[task, "sf", seed].gain > found[task, "is", seed].gain for task in results.TITLES)
-    recognised = {kind: found["jpeg_compressibility", kind, seed].recognised_after for kind in ("is", "sf")}
-    assert recognised["sf"] < recognised["is"]
+    recognized = {kind: found["jpeg_compressibility", kind, seed].recognized_after for kind in ("is", "sf")}
+    assert recognized["sf"] < recognized["is"]
 
 
 @pytest.mark.parametrize("seed", results.SEEDS)
@@ -277,8 +277,8 @@ def test_the_control_goes_nowhere_in_particular(found, seed):
     gains = [found[task, "shuffled", seed].gain for task in ("jpeg_compressibility", "jpeg_incompressibility")]
     assert gains[0] * gains[1] > 0  # of opposite rewards
     aligned = {kind: found["emoji_alignment", kind, seed] for kind in results.FLAGS}
-    assert aligned["shuffled"].gain < 0 and aligned["shuffled"].recognised_gain < 0
-    assert min(aligned["is"].recognised_gain, aligned["sf"].recognised_gain) > 0
+    assert aligned["shuffled"].gain < 0 and aligned["shuffled"].recognized_gain < 0
+    assert min(aligned["is"].recognized_gain, aligned["sf"].recognized_gain) > 0
 
 
 def test_with_incompressibility_the_bands_of_is_and_the_control_overlap(found):

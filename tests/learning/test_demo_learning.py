@@ -19,8 +19,8 @@ def run(tmp_path, *flags: str) -> dict[str, Any]:
     before, gain = abs(summary["eval_reward_before"]), summary["eval_reward_gain"]
     print(
         f"\n{' '.join(flags):<60} gain {gain:+.3f} = {gain / before:+.0%} = "
-        f"{gain / summary['eval_reward_gain_stderr']:+.1f} standard errors, recognised "
-        f"{summary['recognised_before']:.0%} -> {summary['recognised_after']:.0%}, "
+        f"{gain / summary['eval_reward_gain_stderr']:+.1f} standard errors, recognized "
+        f"{summary['recognized_before']:.0%} -> {summary['recognized_after']:.0%}, "
         f"{summary['reward_queries']} reward queries"
     )
     return summary
@@ -29,7 +29,7 @@ def run(tmp_path, *flags: str) -> dict[str, Any]:
 def assert_learned(summary: dict[str, Any]) -> None:
     assert summary["eval_reward_gain"] >= 4 * summary["eval_reward_gain_stderr"]
     assert summary["eval_reward_gain"] >= 0.2 * abs(summary["eval_reward_before"])
-    assert summary["recognised_after"] >= (1 - LARGEST_FALL) * summary["recognised_before"]
+    assert summary["recognized_after"] >= (1 - LARGEST_FALL) * summary["recognized_before"]
 
 
 @pytest.mark.parametrize("seed", ["0", "1", "2"])
@@ -50,22 +50,22 @@ def test_the_demo_goes_the_other_way_too(tmp_path):
 
 def alignment(tmp_path, *flags: str) -> dict[str, Any]:
     summary = run(tmp_path, "--reward", "emoji_alignment", *flags)
-    print(f"nearest to their own drawing {summary['recognised_gain']:+.1%} ± {summary['recognised_gain_stderr']:.1%}")
+    print(f"nearest to their own drawing {summary['recognized_gain']:+.1%} ± {summary['recognized_gain_stderr']:.1%}")
     return summary
 
 
 @pytest.mark.parametrize("seed", ["0", "1", "2"])
-def test_alignment_makes_more_images_recognisable_to_a_judge_that_is_not_the_reward(tmp_path, seed):
+def test_alignment_makes_more_images_recognizable_to_a_judge_that_is_not_the_reward(tmp_path, seed):
     summary = alignment(tmp_path, "--seed", seed)
     assert summary["eval_reward_gain"] >= 4 * summary["eval_reward_gain_stderr"]
-    assert summary["recognised_gain"] >= 3 * summary["recognised_gain_stderr"]
+    assert summary["recognized_gain"] >= 3 * summary["recognized_gain_stderr"]
 
 
 @pytest.mark.parametrize("seed", ["0", "1"])
-def test_shuffled_alignment_rewards_make_no_image_recognisable(tmp_path, seed):
+def test_shuffled_alignment_rewards_make_no_image_recognizable(tmp_path, seed):
     summary = alignment(tmp_path, "--shuffle_rewards", "true", "--seed", seed)
     assert summary["eval_reward_gain"] <= 2 * summary["eval_reward_gain_stderr"]
-    assert summary["recognised_gain"] <= 2 * summary["recognised_gain_stderr"]
+    assert summary["recognized_gain"] <= 2 * summary["recognized_gain_stderr"]
 
 
 def test_the_score_function_estimator_learns_too(tmp_path):

@@ -168,8 +168,8 @@ def test_the_demo_trains_with_it_on_prompts_that_the_pipeline_does_not_know(tmp_
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["reward"] == "EmojiAlignment"
     assert summary["eval_reward_before"] < 0
-    assert 0 < summary["recognised_before"] < 0.9
-    assert summary["recognised_gain"] == pytest.approx(summary["recognised_after"] - summary["recognised_before"])
+    assert 0 < summary["recognized_before"] < 0.9
+    assert summary["recognized_gain"] == pytest.approx(summary["recognized_after"] - summary["recognized_before"])
     assert "nats" in capsys.readouterr().out
 
 

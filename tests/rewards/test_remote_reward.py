@@ -413,12 +413,12 @@ def test_a_wrong_argument_is_refused_before_anything_is_sent(url, options, messa
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["served_rewards"], "'served_rewards' is no module:function"),
+        (["served_rewards"], "'served_rewards' is not a built-in reward, module:function or the URL"),
         (["no_such_module:f"], "There is no module 'no_such_module'"),
         (["served_rewards:nothing"], "'served_rewards:nothing' does not exist"),
         (["served_rewards:number"], "is 3, which can't be called"),
         (["served_rewards:two"], "called with three: (images, prompts, metadata)"),
-        (["served_rewards:NeedsArgument"], "a class that can't be made without arguments"),
+        (["served_rewards:NeedsArgument"], "a class that can't be instantiated without arguments"),
         (["served_rewards:redness", "--batch_size", "0"], "batch_size is 0"),
         (["served_rewards:redness", "--max_request_mb", "0"], "max_request_mb is 0"),
         (["served_rewards:redness", "--token", ""], "token"),

@@ -154,7 +154,7 @@ def test_a_prompt_without_text_is_refused_before_anything_is_read():
 
 
 @pytest.mark.parametrize(
-    ("recognised", "target", "expected"),
+    ("recognized", "target", "expected"),
     [
         ("Hello World", "hello world", 1.0),
         ("HELLOWORLD", "Hello World", 1.0),
@@ -167,8 +167,8 @@ def test_a_prompt_without_text_is_refused_before_anything_is_read():
         ("something long and wholly other", "open", 0.0),
     ],
 )
-def test_the_reward_is_one_less_edits_per_character(recognised, target, expected):
-    assert text_accuracy(recognised, target) == pytest.approx(expected)
+def test_the_reward_is_one_less_edits_per_character(recognized, target, expected):
+    assert text_accuracy(recognized, target) == pytest.approx(expected)
 
 
 def test_the_reward_is_that_of_a_plain_table_of_edits():

@@ -128,7 +128,7 @@ def main() -> None:
     save_sheet(labelled_sheet(images, captions, columns=4, misses=framed), args.output_dir / "emoji-quality.png")
     num_hits = sum(map(sum, hits))
     num_images = NUM_CAPTIONS * NUM_SEEDS
-    print(f"recognised {num_hits / num_images:.2f} ({num_hits}/{num_images})")
+    print(f"recognized {num_hits / num_images:.2f} ({num_hits}/{num_images})")
 
 
 if __name__ == "__main__":

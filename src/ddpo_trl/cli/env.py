@@ -7,7 +7,7 @@ from ddpo_trl.cli.arguments import CommandParser
 
 
 def main(argv: Sequence[str]) -> int:
-    """Prints a list to be pasted into an issue."""
+    """Print a list for bug reports."""
     CommandParser([], "ddpo-trl env", "Print versions and hardware, for a bug report.").parse(argv)
     for name, value in environment().items():
         print(f"- {name}: {value}")

@@ -1,4 +1,4 @@
-"""`ddpo-trl train` on several processes: the same command line, handed over to `accelerate launch`."""
+"""`ddpo-trl train` in several processes: the same command line, started by `accelerate launch`."""
 
 import argparse
 import os
@@ -16,34 +16,26 @@ from ddpo_trl.cli.errors import UsageError
 from ddpo_trl.suggestions import did_you_mean
 
 
-# Tells a process that it is one of several, and needs not start them again.
+# Flag of the started processes, so that they don't start others.
 LAUNCHED = "--launched"
 
 PRESETS = files("ddpo_trl") / "assets" / "accelerate_configs"
 
 
 def launch_flags() -> set[str]:
-    """The flags of `accelerate launch`, such as `--num_processes`, except for the one that we set."""
-    return {flag for action in launch_command_parser()._actions for flag in action.option_strings} - {"--module", "-m"}
+    """Return the flags of `accelerate launch`, such as `--num_processes`, without the one that we set."""
+    settings = vars(launch_command_parser().parse_args(["script"]))
+    return {f"--{name}" for name in settings} - {"--module", "--training_script", "--training_script_args"}
 
 
 def config_path(name: str) -> str:
-    """
-    The file of an accelerate config.
-
-    Args:
-        name (`str`):
-            A path, or one of the files in the package without its ending: `multi_gpu`, `fsdp2`, `deepspeed_zero2`.
-
-    Raises:
-        [`~ddpo_trl.cli.errors.UsageError`]: If it is neither.
-    """
+    """Return the path of an accelerate config: a file, or a config of the package by its name."""
     if os.path.isfile(name):
         return name
     presets = {entry.name.removesuffix(".yaml"): str(entry) for entry in PRESETS.iterdir()}
     if name not in presets:
         meant = did_you_mean(name, presets) or f" Configs of the package are {', '.join(sorted(presets))}."
-        raise UsageError(f"--accelerate_config is {name!r}, which is no file and no config of the package.{meant}")
+        raise UsageError(f"--accelerate_config is {name!r}, neither a file nor a config of the package.{meant}")
     return presets[name]
 
 
@@ -51,28 +43,18 @@ def launch(
     command: Sequence[str], accelerate_config: str | None, options: Sequence[str], use_cpu: bool = False
 ) -> int:
     """
-    Runs a command of `ddpo-trl` by `accelerate launch`.
-
-    Args:
-        command (`Sequence[str]`):
-            Its name and flags.
-        accelerate_config (`str`, *optional*):
-            See [`config_path`]; without it accelerate takes its default file, if there is one.
-        options (`Sequence[str]`):
-            Further flags of `accelerate launch`.
-        use_cpu (`bool`, *optional*, defaults to `False`):
-            Whether the command itself runs on the CPU.
+    Run a command of `ddpo-trl` with `accelerate launch` and its `options`.
 
     Returns:
         `int`: Exit status of the process that failed first; 0 if none did.
 
     Raises:
-        [`~ddpo_trl.cli.errors.UsageError`]: If the processes could not make one run together.
+        [`~ddpo_trl.cli.errors.UsageError`]: If the processes could not join.
     """
     config = [] if accelerate_config is None else ["--config_file", config_path(accelerate_config)]
     arguments = launch_command_parser().parse_args([*config, *options, "--module", "ddpo_trl.cli", *command, LAUNCHED])
-    if arguments.training_script != "ddpo_trl.cli":  # argparse took a stray word for it
-        raise UsageError(f"{arguments.training_script!r} is the value of no flag.")
+    if arguments.training_script != "ddpo_trl.cli":
+        raise UsageError(f"unexpected argument {arguments.training_script!r}")
     _join_processes(arguments, use_cpu or parse_flag_from_env("ACCELERATE_USE_CPU"))
     try:
         launch_command(arguments)
@@ -85,8 +67,8 @@ def launch(
 
 def _join_processes(arguments: argparse.Namespace, use_cpu: bool) -> None:
     """
-    Has several processes make one run. Left alone, accelerate starts one of them where it sees no GPUs, or all and
-    does not join them; on CPUs it wants MPI, though gloo comes with PyTorch.
+    Make several processes one run. By default accelerate starts a single one if it sees no GPU, or starts all without
+    joining them; on CPUs it requires MPI, although PyTorch includes gloo.
     """
     config = None if arguments.config_file is None else load_config_from_file(arguments.config_file)
     number = arguments.num_processes or (1 if config is None else config.num_processes)
@@ -99,9 +81,9 @@ def _join_processes(arguments: argparse.Namespace, use_cpu: bool) -> None:
             "or leave out --accelerate_config and --num_processes."
         )
     if use_cpu:
-        os.environ["ACCELERATE_USE_CPU"] = "true"  # of the processes that are started
-        arguments.cpu = False  # MPI
+        os.environ["ACCELERATE_USE_CPU"] = "true"  # for the started processes
+        arguments.cpu = False  # which requires MPI
     others = (arguments.use_fsdp, arguments.use_deepspeed, arguments.use_megatron_lm, arguments.tpu)
     single = config is None or config.distributed_type in (DistributedType.NO, DistributedType.MULTI_CPU)
     if single and not any(others):
-        arguments.multi_gpu = True  # by torchrun, whatever the processes run on
+        arguments.multi_gpu = True  # starts torchrun, on CPUs as well

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,104 +12,68 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard
 from peft import PeftConfig, get_peft_model_state_dict
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from ddpo_trl.artifacts.checkpoints import CONFIG_NAME
 from ddpo_trl.artifacts.plots import ImageRow, save_comparison
 from ddpo_trl.cli.arguments import CommandParser, Gather
 from ddpo_trl.cli.errors import UsageError, one_line, usage_errors
-from ddpo_trl.cli.sources import first_prompts, load_model, load_prompt_source, load_reward
+from ddpo_trl.cli.sources import first_prompts, load_prompt_source, load_reward
 from ddpo_trl.cli.train import SETTINGS_NAME
 from ddpo_trl.config import DDPOConfig
 from ddpo_trl.finite import finite_rows
-from ddpo_trl.policy.adapter_files import LORA_WEIGHTS_NAME, PEFT_WEIGHTS_NAME, has_lora_loader, load_adapter, quiet
-from ddpo_trl.policy.denoiser import adapter_layers, adapters_off, denoiser_name
-from ddpo_trl.policy.lora import ADAPTER_NAME, add_adapter
+from ddpo_trl.policy.adapter_files import LORA_WEIGHTS_NAME, PEFT_WEIGHTS_NAME, has_lora_loader, quiet
+from ddpo_trl.policy.denoiser import active_adapters, adapters_off, denoiser_name
+from ddpo_trl.policy.loading import Dtype, load_pipeline
+from ddpo_trl.policy.lora import ADAPTER_NAME
 from ddpo_trl.policy.policy import Policy
 from ddpo_trl.prompts import PromptPair
 from ddpo_trl.rewards.model import as_pictures
 from ddpo_trl.rewards.scoring import RewardScorer
+from ddpo_trl.settings import Count, documented, setting
 
 
-# Settings of a run by which its images are made; the others are those of training.
+# Settings of a run that its images depend on.
 KEPT = ("num_inference_steps", "guidance_scale", "pipeline_kwargs", "pipeline_inputs")
 
 
+@documented()
 @dataclass
 class SampleArguments:
     """
-    What `ddpo-trl sample` takes beside the folder. What is not given is as in the run.
-
-    Args:
-        model (`str`, *optional*):
-            The pipeline without the LoRA weights, see [`~ddpo_trl.cli.sources.load_model`].
-        dtype (`str`, *optional*, defaults to `"float32"`):
-            In which it is loaded.
-        prompt (`list[str]`, *optional*):
-            The prompts themselves.
-        prompts (`str`, *optional*):
-            Where to take them from, see [`~ddpo_trl.cli.sources.load_prompt_source`].
-        prompt_column (`str`, *optional*):
-            The column of a file or dataset with the prompts.
-        prompt_split (`str`, *optional*, defaults to `"train"`):
-            The split of a dataset.
-        num_prompts (`int`, *optional*, defaults to `8`):
-            How many of `prompts` are shown, the first ones.
-        seed (`int`, *optional*, defaults to `0`):
-            Seed of the first images.
-        num_seeds (`int`, *optional*, defaults to `1`):
-            Images of each prompt, with seeds from `seed` on.
-        reward (`list[str]`, *optional*):
-            Reward functions whose sum is shown below each image, see [`~ddpo_trl.cli.sources.load_reward`].
-        num_inference_steps (`int`, *optional*):
-            Denoising steps.
-        guidance_scale (`float`, *optional*):
-            Classifier-free guidance.
-        batch_size (`int`, *optional*, defaults to `4`):
-            Images made at once.
-        use_cpu (`bool`, *optional*, defaults to `False`):
-            Whether to leave the GPU alone.
-        output (`str`, *optional*):
-            The picture, `sheet.png` in the folder by default.
+    Arguments of `ddpo-trl sample` in addition to the folder. Model, prompts, steps and guidance default to the run's.
     """
 
-    model: str | None = field(default=None, metadata={"help": "The pipeline: a folder, a Hub id, emoji."})
-    dtype: str = field(default="float32", metadata={"help": "In which it is loaded: bfloat16, float16."})
-    prompt: list[str] | None = field(default=None, metadata={"help": "The prompts themselves.", "action": Gather})
-    prompts: str | None = field(default=None, metadata={"help": "A file, dataset, module:function or list of them."})
-    prompt_column: str | None = field(default=None, metadata={"help": "Column with the prompts, if not `prompt`."})
-    prompt_split: str = field(default="train", metadata={"help": "Split of a dataset."})
-    num_prompts: int = field(default=8, metadata={"help": "How many of --prompts are shown."})
-    seed: int = field(default=0, metadata={"help": "Seed of the first images."})
-    num_seeds: int = field(default=1, metadata={"help": "Images of each prompt."})
-    reward: list[str] | None = field(
-        default=None, metadata={"help": "Built-in reward, module:function or URL, to be shown.", "action": Gather}
+    model: str | None = setting(None, "Pipeline without the LoRA weights: a folder, a Hub id, or emoji.")
+    dtype: Dtype = setting("float32", "Precision in which the pipeline is loaded.")
+    prompt: list[str] | None = setting(None, "The prompts themselves.", action=Gather)
+    prompts: str | None = setting(None, "Source of the prompts: a file, a dataset, module:function or a list.")
+    prompt_column: str | None = setting(None, "Column of the prompts in a file or dataset; `prompt` by default.")
+    prompt_split: str = setting("train", "Split of a dataset.")
+    num_prompts: Count = setting(8, "Number of prompts, the first ones of --prompts.")
+    seed: int = setting(0, "First seed.")
+    num_seeds: Count = setting(1, "Number of images per prompt, with consecutive seeds.")
+    reward: list[str] | None = setting(
+        None, "Reward functions whose sum is shown below each image, as in ddpo-trl train.", action=Gather
     )
-    num_inference_steps: int | None = field(default=None, metadata={"help": "Denoising steps."})
-    guidance_scale: float | None = field(default=None, metadata={"help": "Classifier-free guidance."})
-    batch_size: int = field(default=4, metadata={"help": "Images made at once."})
-    use_cpu: bool = field(default=False, metadata={"help": "Leave the GPU alone."})
-    output: str | None = field(
-        default=None, metadata={"help": "The picture; sheet.png in the folder if not given.", "aliases": ["-o"]}
-    )
-
-    def __post_init__(self) -> None:
-        for name in ("num_prompts", "num_seeds", "batch_size"):
-            if (value := vars(self)[name]) < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1.")
+    num_inference_steps: int | None = setting(None, "Number of denoising steps.")
+    guidance_scale: float | None = setting(None, "Scale of classifier-free guidance.")
+    batch_size: Count = setting(4, "Number of images sampled at once.")
+    use_cpu: bool = setting(False, "Whether to use the CPU although there is a GPU.")
+    output: str | None = setting(None, "Output file; `sheet.png` in the folder by default.", aliases=["-o"])
 
 
 def main(argv: Sequence[str]) -> int:
-    """Makes a sheet of the same prompts and seeds with and without a run's LoRA weights."""
+    """Draw a sheet of the same prompts and seeds without and with the LoRA weights of a run."""
     parser = CommandParser(
         [SampleArguments],
         "ddpo-trl sample",
-        "Lay images of the same prompts and seeds side by side, without and with the LoRA weights of a run or of one "
-        "of its checkpoints. What is not given is as in the run, if it was started by ddpo-trl train.",
+        "Compare images of the same prompts and seeds, without and with the LoRA weights of a run or checkpoint. "
+        "Model, prompts, steps and guidance default to those of the run, if ddpo-trl train started it.",
         example="FOLDER --prompt 'cat face' pizza --num_seeds 2",
     )
-    parser.add_argument("folder", metavar="FOLDER", help="Where the LoRA weights are.")
-    arguments, rest = parser.parse(argv)
+    parser.add_argument("folder", metavar="FOLDER", help="Folder with the LoRA weights.")
+    (arguments, rest), _ = parser.parse(argv)
     folder = Path(rest.folder)
     if not any((folder / name).is_file() for name in (LORA_WEIGHTS_NAME, PEFT_WEIGHTS_NAME)):
         raise UsageError(f"{folder} has no LoRA weights, neither {LORA_WEIGHTS_NAME} nor {PEFT_WEIGHTS_NAME}.")
@@ -126,7 +90,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def run_settings(folder: Path) -> dict[str, Any]:
-    """Return the arguments that `ddpo-trl train` got in the run of a folder; empty if it was not used."""
+    """Return the settings that `ddpo-trl train` saved for the run of a folder; empty if it was not used."""
     for place in (folder, folder.parent):
         if (place / SETTINGS_NAME).is_file():
             settings: dict[str, Any] = yaml.safe_load((place / SETTINGS_NAME).read_text())
@@ -135,38 +99,30 @@ def run_settings(folder: Path) -> dict[str, Any]:
 
 
 def base_model(folder: Path) -> str:
-    """
-    What a run fine-tuned, by its settings or its model card.
-
-    Raises:
-        [`~ddpo_trl.cli.errors.UsageError`]: If neither says it.
-    """
-    if "model" in (settings := run_settings(folder)):
-        return str(settings["model"])
+    """Return the pipeline that a run fine-tuned, from its settings or its model card."""
     card = folder / "README.md"
-    if card.is_file() and (base := ModelCard.load(card).data.base_model):
-        return str(base)
-    raise UsageError(f"{folder} does not say which pipeline it belongs to; give --model.")
+    model = run_settings(folder).get("model") or (card.is_file() and ModelCard.load(card).data.base_model)
+    if not model:
+        raise UsageError(f"{folder} does not name the pipeline that was trained; give --model.")
+    return str(model)
 
 
 def sample_prompts(arguments: SampleArguments, folder: Path) -> list[PromptPair]:
-    """The prompts that are shown: those given, or else the first ones of the run's evaluation or training."""
+    """Return the given prompts, or else the first ones of the run's evaluation or training."""
     if arguments.prompt is not None:
         return [(prompt, {}) for prompt in arguments.prompt]
-    column, split = arguments.prompt_column, arguments.prompt_split
-    source = arguments.prompts
+    settings = run_settings(folder) if arguments.prompts is None else {}
+    source = arguments.prompts or settings.get("eval_prompts") or settings.get("prompts")
     if source is None:
-        settings = run_settings(folder)
-        source = settings.get("eval_prompts") or settings.get("prompts")
-        column, split = column or settings.get("prompt_column"), settings.get("prompt_split", split)
-    if source is None:
-        raise UsageError(f"{folder} does not say which prompts were used; give --prompt or --prompts.")
+        raise UsageError(f"{folder} does not name the prompts of a run; give --prompt or --prompts.")
+    column = arguments.prompt_column or settings.get("prompt_column")
+    split = settings.get("prompt_split", arguments.prompt_split)
     return first_prompts(load_prompt_source(source, column, split), arguments.num_prompts)
 
 
 def load_policy(arguments: SampleArguments, folder: Path) -> Policy:
-    """The pipeline with the folder's adapter, and the settings of the run."""
-    pipeline = load_model(arguments.model or base_model(folder), arguments.dtype)
+    """Load the pipeline with the folder's adapter and the settings of the run."""
+    pipeline = load_pipeline(arguments.model or base_model(folder), arguments.dtype)
     saved: dict[str, Any] = {}
     for place in (folder.parent, folder):
         if (place / CONFIG_NAME).is_file():
@@ -174,76 +130,51 @@ def load_policy(arguments: SampleArguments, folder: Path) -> Policy:
     chosen = {name: saved[name] for name in KEPT if name in saved}
     chosen |= {name: vars(arguments)[name] for name in KEPT[:2] if vars(arguments)[name] is not None}
     config = DDPOConfig(output_dir=str(folder), use_cpu=arguments.use_cpu, report_to="none", **chosen)
-    adapter = put_on_saved_adapter(pipeline, folder)
+    policy = with_saved_adapter(pipeline, config, folder)
     pipeline.to(config.device)
-    return Policy(pipeline, config, adapter)
+    return policy
 
 
-def put_on_saved_adapter(pipeline: DiffusionPipeline, folder: Path) -> str:
-    """
-    Gives a pipeline the adapter in a folder, as `pipeline.load_lora_weights(folder)` does: of other tools as well, if
-    diffusers can convert them.
-
-    Returns:
-        `str`: The adapter's name.
-
-    Raises:
-        [`~ddpo_trl.cli.errors.UsageError`]: If some of it is not for the pipeline's denoiser.
-    """
+def with_saved_adapter(pipeline: DiffusionPipeline, config: DDPOConfig, folder: Path) -> Policy:
+    """Return the policy with the adapter in a folder, converted by `load_lora_weights` if another tool wrote it."""
     try:
         if not has_lora_loader(pipeline):
-            adapter = add_adapter(pipeline, PeftConfig.from_pretrained(str(folder)))
-            load_adapter(pipeline, adapter, folder)
-            return adapter
+            policy = Policy.from_pipeline(pipeline, config, PeftConfig.from_pretrained(str(folder)))
+            policy.load(folder)
+            return policy
         with quiet():
             loader: Any = pipeline
             loader.load_lora_weights(str(folder), weight_name=LORA_WEIGHTS_NAME, adapter_name=ADAPTER_NAME)
-    except Exception as error:  # converters raise what they come across, torch lists every weight
+    except Exception as error:  # converters raise errors of all kinds, torch lists every weight
         raise UsageError(
             f"The LoRA weights in {folder} don't fit {pipeline.name_or_path} ({one_line(error)}). Give the --model "
             "that they belong to."
         ) from error
     check_that_all_is_loaded(pipeline, folder / LORA_WEIGHTS_NAME)
-    for layer in adapter_layers(pipeline.components[denoiser_name(pipeline)]):
-        layer.set_adapter(ADAPTER_NAME)
-    return ADAPTER_NAME
+    return Policy.from_pipeline(pipeline, config)
 
 
 def check_that_all_is_loaded(pipeline: DiffusionPipeline, file: Path) -> None:
-    """Raises a [`~ddpo_trl.cli.errors.UsageError`] if the denoiser has not got all weights of a file."""
+    """Raise a [`~ddpo_trl.cli.errors.UsageError`] if weights of a file are missing in the denoiser."""
     name = denoiser_name(pipeline)
-    others = [
-        other
-        for other, component in pipeline.components.items()
-        if other != name and isinstance(component, nn.Module) and adapter_layers(component)
-    ]
-    if others:
-        raise UsageError(
-            f"{file} has weights for {' and '.join(others)} too, and a sheet compares those of the {name} only. Load "
-            "it with `pipeline.load_lora_weights` to use all of it."
-        )
     denoiser = pipeline.components[name]
-    keys = set(load_file(file))
-    loaded = set(get_peft_model_state_dict(denoiser, adapter_name=ADAPTER_NAME)) if adapter_layers(denoiser) else set()
-    ours = {key for key in keys if key.startswith(f"{name}.") and (".lora_A." in key or ".lora_B." in key)}
-    unused = ours - {f"{name}.{key}" for key in loaded}
-    if not loaded or unused:
+    unused = keys = {*load_file(file)}
+    if active_adapters(denoiser):
+        loaded = {f"{name}.{key}" for key in get_peft_model_state_dict(denoiser, adapter_name=ADAPTER_NAME)}
+        ours = {key for key in keys if key.startswith(f"{name}.") and (".lora_A." in key or ".lora_B." in key)}
+        unused = ours - loaded
+    if unused or not keys:
         raise UsageError(
-            f"{len(unused) if loaded else len(keys)} of the {len(keys)} weights in {file} don't belong to the {name} "
-            f"of {pipeline.name_or_path}, such as {min(unused if loaded else keys, default='none')}. Give the --model "
-            "that they were trained for."
+            f"{len(unused)} of the {len(keys)} weights in {file} don't belong to the {name} of "
+            f"{pipeline.name_or_path}, such as {min(unused, default='none')}. Give the --model that they were trained "
+            "for."
         )
 
 
 def make_rows(
     arguments: SampleArguments, policy: Policy, scorer: RewardScorer | None, pairs: Sequence[PromptPair]
 ) -> list[ImageRow]:
-    """
-    Two rows for each seed, without and with the adapter.
-
-    Raises:
-        [`~ddpo_trl.cli.errors.UsageError`]: If there is no difference between the two.
-    """
+    """Return two rows per seed, without and with the adapter, which must differ."""
     rows = []
     changed = False
     for seed in range(arguments.seed, arguments.seed + arguments.num_seeds):
@@ -256,12 +187,12 @@ def make_rows(
             make_row(title + suffix, images, scorer, pairs) for title, images in (("before", before), ("after", after))
         ]
     if not changed:
-        raise UsageError("The LoRA weights change nothing in these images: they were not trained, or not for this.")
+        raise UsageError("The LoRA weights change nothing in these images: they are untrained, or not for these.")
     return rows
 
 
 def make_images(policy: Policy, pairs: Sequence[PromptPair], seed: int, batch_size: int) -> Tensor:
-    """One image of each prompt, on the CPU: `(N, 3, H, W)`, or `(N, F, 3, H, W)` for video."""
+    """Return one image per prompt, on the CPU: `(N, 3, H, W)`, or `(N, F, 3, H, W)` for video."""
     images = []
     for first in range(0, len(pairs), batch_size):
         prompts, metadata = zip(*pairs[first : first + batch_size], strict=True)
@@ -275,7 +206,7 @@ def make_images(policy: Policy, pairs: Sequence[PromptPair], seed: int, batch_si
 
 
 def make_row(title: str, images: Tensor, scorer: RewardScorer | None, pairs: Sequence[PromptPair]) -> ImageRow:
-    """A row of the sheet; of a video it shows the frame in the middle."""
+    """Return a row of the sheet, which shows the middle frame of a video."""
     prompts, metadata = zip(*pairs, strict=True)
     rewards: list[float | None] = [None] * len(pairs)
     if scorer is not None:

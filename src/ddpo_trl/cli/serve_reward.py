@@ -1,55 +1,45 @@
 """`ddpo-trl serve-reward`."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from ddpo_trl.cli.arguments import CommandParser
 from ddpo_trl.cli.errors import usage_errors
 from ddpo_trl.cli.importing import import_object
 from ddpo_trl.cli.sources import reward_spec
 from ddpo_trl.rewards.server import serve
+from ddpo_trl.settings import Count, Positive, documented, setting
 
 
+@documented()
 @dataclass
 class ServeRewardArguments:
     """
-    What `ddpo-trl serve-reward` takes beside the reward function; see [`~ddpo_trl.rewards.server.serve`].
-
-    Args:
-        host (`str`, *optional*, defaults to `"127.0.0.1"`):
-            Where to listen; `"0.0.0.0"` for other machines.
-        port (`int`, *optional*, defaults to `8000`):
-            Port 0 is any that is free.
-        token (`str`, *optional*):
-            What clients have to know; better set as `DDPO_TRL_REWARD_TOKEN`, since others can see a command line.
-        batch_size (`int`, *optional*, defaults to `16`):
-            Images scored at once.
-        max_request_mb (`float`, *optional*, defaults to `256`):
-            A request of more megabytes is refused.
-        device (`str`, *optional*):
-            Where the function gets its images; on the GPU by default, if there is one.
+    Arguments of `ddpo-trl serve-reward`, see [`~ddpo_trl.rewards.server.serve`].
     """
 
-    host: str = field(default="127.0.0.1", metadata={"help": "Where to listen; 0.0.0.0 for other machines."})
-    port: int = field(default=8000, metadata={"help": "0 is any that is free."})
-    token: str | None = field(
-        default=None, metadata={"help": "What clients have to know; better set as DDPO_TRL_REWARD_TOKEN."}
+    host: str = setting("127.0.0.1", "Address to listen on; 0.0.0.0 to accept other machines.")
+    port: int = setting(8000, "Port to listen on; 0 selects a free one.")
+    token: str | None = setting(
+        None,
+        """Token required from clients. Better set as the environment variable DDPO_TRL_REWARD_TOKEN, since other users
+        of the machine can see a command line.""",
     )
-    batch_size: int = field(default=16, metadata={"help": "Images scored at once."})
-    max_request_mb: float = field(default=256.0, metadata={"help": "A request of more megabytes is refused."})
-    device: str | None = field(default=None, metadata={"help": "Where the function gets its images: cuda:1, ..."})
+    batch_size: Count = setting(16, "Number of images scored at once.")
+    max_request_mb: Positive = setting(256.0, "Size limit of a request in megabytes.")
+    device: str | None = setting(
+        None, "Device of the images passed to the function, such as cuda:1; the GPU by default, if there is one."
+    )
 
 
 def main(argv: Sequence[str]) -> int:
-    """Serves a reward function over HTTP until it is told to stop."""
+    """Serve a reward function over HTTP until it is interrupted."""
+    description = "Serve a reward function over HTTP, for RemoteReward or --reward URL."
     parser = CommandParser(
-        [ServeRewardArguments],
-        "ddpo-trl serve-reward",
-        "Serve a reward function over HTTP, for RemoteReward or --reward URL.",
-        example="my_rewards:score --port 8000",
+        [ServeRewardArguments], "ddpo-trl serve-reward", description, example="my_rewards:score --port 8000"
     )
     parser.add_argument("reward", metavar="REWARD", help="module:function, or the name of a built-in reward.")
-    arguments, rest = parser.parse(argv)
+    (arguments, rest), _ = parser.parse(argv)
     with usage_errors():
         serve(import_object(reward_spec(rest.reward)), **vars(arguments))
     return 0

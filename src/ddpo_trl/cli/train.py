@@ -3,7 +3,7 @@
 import argparse
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,90 +16,57 @@ from ddpo_trl.artifacts import checkpoints
 from ddpo_trl.cli.arguments import CommandParser, Gather
 from ddpo_trl.cli.errors import usage_errors
 from ddpo_trl.cli.launch import LAUNCHED, launch, launch_flags
-from ddpo_trl.cli.sources import load_model, load_prompt_source, load_reward
+from ddpo_trl.cli.sources import PROMPT_LISTS, load_prompt_source, load_reward
 from ddpo_trl.config import DDPOConfig
 from ddpo_trl.policy.denoiser import denoiser_name
+from ddpo_trl.policy.loading import Dtype, load_pipeline
 from ddpo_trl.policy.lora import attention_projections, default_lora_config
+from ddpo_trl.settings import REQUIRED, documented, setting
 from ddpo_trl.trainer import DDPOTrainer
 
 
-# The settings of a run, for `--config` to repeat it.
+# File with the settings of a run, for `--config`.
 SETTINGS_NAME = "train.yaml"
 
-# Settings that say how a run was started, and those that may be secret: the folder may go to the Hub.
-NOT_KEPT = {"resume_from_checkpoint", "launched", "hub_token", "env"}
+# Settings that are not part of the run, and a secret: the folder may be pushed to the Hub.
+NOT_KEPT = {"resume_from_checkpoint", "launched", "hub_token"}
 
-# By the groups of DDPOConfig; `tests/cli/test_cli.py` holds it to a screen.
-HELP = {
-    "what is trained, on which prompts, for which reward": [
-        "model", "dtype", "prompts", "reward", "reward_weights", "eval_prompts", "eval_reward", "lora_r", "lora_alpha",
-        "lora_target_modules",
-    ],
-    "length of the run": ["total_episodes", "num_train_epochs", "resume"],
-    "sampling": [
-        "num_inference_steps", "guidance_scale", "pipeline_kwargs", "per_device_sample_batch_size",
-        "num_sample_batches", "num_images_per_prompt",
-    ],
-    "rewards and advantages": ["advantage_normalization", "on_invalid_reward"],
-    "objective": ["loss_type", "cliprange", "kl_coef", "train_timestep_range"],
-    "optimization": ["learning_rate", "num_mini_batches", "per_device_train_batch_size", "bf16", "use_cpu", "seed"],
-    "evaluation, logging and saving": ["output_dir", "eval_strategy", "report_to", "push_to_hub"],
-    "several processes": ["accelerate_config"],
-}  # fmt: skip
+# Fields of DDPOConfig in `--help`.
+SHOWN = [
+    "output_dir", "total_episodes", "num_inference_steps", "guidance_scale", "per_device_sample_batch_size",
+    "num_sample_batches", "learning_rate", "bf16", "use_cpu",
+]  # fmt: skip
 
 
+@documented()
 @dataclass
 class TrainArguments:
     """
-    What `ddpo-trl train` takes beside the fields of [`DDPOConfig`].
-
-    Args:
-        model (`str`):
-            A folder, the id of a Hub repository, or `emoji`, the embedded pipeline.
-        prompts (`str`):
-            A file, a dataset, `module:function` or the name of a list; see
-            [`~ddpo_trl.cli.sources.load_prompt_source`].
-        reward (`list[str]`):
-            Reward functions, see [`~ddpo_trl.cli.sources.load_reward`].
-        dtype (`str`, *optional*, defaults to `"float32"`):
-            In which the pipeline is loaded.
-        prompt_column (`str`, *optional*):
-            The column of a file or dataset with the prompts, `"prompt"` by default.
-        prompt_split (`str`, *optional*, defaults to `"train"`):
-            The split of a dataset.
-        eval_prompts (`str`, *optional*):
-            Prompts of the evaluation, as `prompts`.
-        eval_reward (`list[str]`, *optional*):
-            Held-out reward functions, which evaluation logs and training does not see.
-        lora_r (`int`, *optional*):
-            Rank of the adapter, 4 by default.
-        lora_alpha (`int`, *optional*):
-            Its scale in units of 1 / rank; as the rank by default.
-        lora_target_modules (`list[str]`, *optional*):
-            Layers that get it; all attention projections by default.
-        accelerate_config (`str`, *optional*):
-            Config of `accelerate launch`: a file, or `multi_gpu`, `fsdp2` or `deepspeed_zero2`.
+    Arguments of `ddpo-trl train` in addition to the fields of [`DDPOConfig`].
     """
 
-    model: str = field(metadata={"help": "A folder, a Hub id, or emoji: the embedded pipeline."})
-    prompts: str = field(metadata={"help": "A file, dataset, module:function, emoji, common_animals, ..."})
-    reward: list[str] = field(
-        metadata={"help": "Built-in reward, module:function or URL; may be repeated.", "action": Gather}
+    model: str = setting(REQUIRED, "Pipeline to train: a folder, a Hub id, or emoji, the embedded pipeline.")
+    prompts: str = setting(
+        REQUIRED,
+        f"""Prompts: a file, a dataset of the Hub, module:function, or one of the lists {", ".join(PROMPT_LISTS)}.""",
     )
-    dtype: str = field(default="float32", metadata={"help": "In which the pipeline is loaded: bfloat16, float16."})
-    prompt_column: str | None = field(default=None, metadata={"help": "Column with the prompts, if not `prompt`."})
-    prompt_split: str = field(default="train", metadata={"help": "Split of a dataset."})
-    eval_prompts: str | None = field(default=None, metadata={"help": "Prompts of the evaluation, as --prompts."})
-    eval_reward: list[str] | None = field(
-        default=None, metadata={"help": "Rewards that evaluation logs and training does not see.", "action": Gather}
+    reward: list[str] = setting(
+        REQUIRED, "Reward functions: built-in rewards, module:function or URLs of reward servers.", action=Gather
     )
-    lora_r: int | None = field(default=None, metadata={"help": "Rank of the adapter. [4]"})
-    lora_alpha: int | None = field(default=None, metadata={"help": "Its scale; as the rank if not given."})
-    lora_target_modules: list[str] | None = field(
-        default=None, metadata={"help": "Layers that get it; all attention projections if not given."}
+    dtype: Dtype = setting("float32", "Precision in which the pipeline is loaded.")
+    prompt_column: str | None = setting(None, "Column of the prompts in a file or dataset; `prompt` by default.")
+    prompt_split: str = setting("train", "Split of a dataset.")
+    eval_prompts: str | None = setting(None, "Prompts of the evaluation, as --prompts.")
+    eval_reward: list[str] | None = setting(
+        None, "Held-out reward functions, which are logged by evaluations and not trained on.", action=Gather
     )
-    accelerate_config: str | None = field(
-        default=None, metadata={"help": "For accelerate launch: a file, multi_gpu, fsdp2, deepspeed_zero2."}
+    lora_r: int | None = setting(None, "Rank of the adapter; 4 by default.")
+    lora_alpha: int | None = setting(None, "LoRA alpha: the adapter is scaled by alpha / rank. The rank by default.")
+    lora_target_modules: list[str] | None = setting(
+        None, "Layers that get the adapter; all attention projections by default."
+    )
+    accelerate_config: str | None = setting(
+        None, "Config of accelerate launch: a file, multi_gpu, fsdp2 or deepspeed_zero2."
     )
 
     def __post_init__(self) -> None:
@@ -108,49 +75,39 @@ class TrainArguments:
 
 
 def make_parser() -> CommandParser:
-    """The parser of `ddpo-trl train`."""
+    """Return the parser of `ddpo-trl train`."""
     parser = CommandParser(
         [TrainArguments, DDPOConfig],
         "ddpo-trl train",
         "Fine-tune a pipeline on a reward. Every field of DDPOConfig and of TrainingArguments is a flag, and so is "
-        "every flag of accelerate launch, such as --num_processes. In a --config file they stand without dashes.",
-        shown=HELP,
+        "every flag of accelerate launch, such as --num_processes.",
         example="--model emoji --prompts emoji --reward jpeg_compressibility --total_episodes 512",
+        shown=SHOWN,
+        launcher_flags=launch_flags(),
     )
     parser.add_argument(
         "--resume",
         dest="resume_from_checkpoint",
         nargs="?",
         const=True,
-        metavar="[FOLDER]",
-        help="Go on from a checkpoint, the last one if none is named.",
+        metavar="FOLDER",
+        help="Resume from a checkpoint, the last one by default.",
     )
     parser.add_argument(LAUNCHED, action="store_true", help=argparse.SUPPRESS)
     return parser
 
 
 def main(argv: Sequence[str]) -> int:
-    """Trains, in this process or in those of `accelerate launch`."""
+    """Train in this process or in those of `accelerate launch`."""
     parser = make_parser()
-    (arguments, config, more), unknown = parser.parse_known(argv, launch_flags)
-    if more.launched:  # what is unknown here was meant for the launcher
+    (arguments, config, more), for_launcher = parser.parse(argv)
+    if more.launched or not (for_launcher or arguments.accelerate_config):
         return train(arguments, config, parser.given(argv))
-    if not unknown and arguments.accelerate_config is None:
-        return train(arguments, config, parser.given(argv))
-    parser.refuse(unknown, launch_flags() if unknown else ())
-    return launch(["train", *argv], arguments.accelerate_config, unknown, config.use_cpu)
+    return launch(["train", *argv], arguments.accelerate_config, for_launcher, config.use_cpu)
 
 
 def train(arguments: TrainArguments, config: DDPOConfig, settings: Mapping[str, Any]) -> int:
-    """
-    Trains, saves and says where everything is.
-
-    Args:
-        arguments ([`TrainArguments`]), config ([`DDPOConfig`]):
-            The run.
-        settings (`Mapping[str, Any]`):
-            What of them was given, to be kept beside the results.
-    """
+    """Train, save the results and the given settings, and print where they are."""
     with usage_errors():
         checkpoints.to_resume(config.resume_from_checkpoint, config.output_dir)  # before minutes of loading
         rewards = [load_reward(name) for name in arguments.reward]
@@ -158,7 +115,7 @@ def train(arguments: TrainArguments, config: DDPOConfig, settings: Mapping[str, 
         where = (arguments.prompt_column, arguments.prompt_split)
         prompts = load_prompt_source(arguments.prompts, *where)
         eval_prompts = arguments.eval_prompts and load_prompt_source(arguments.eval_prompts, *where)
-        pipeline = load_model(arguments.model, arguments.dtype)  # last: it may take minutes
+        pipeline = load_pipeline(arguments.model, arguments.dtype)  # last: it may take minutes
         trainer = DDPOTrainer(
             config,
             rewards,
@@ -175,18 +132,12 @@ def train(arguments: TrainArguments, config: DDPOConfig, settings: Mapping[str, 
     trainer.save_model()
     if trainer.is_world_process_zero():
         print_places(config.output_dir)
-    trainer.accelerator.end_training()  # closes the process group, whose threads may else be cut off at the exit
+    trainer.accelerator.end_training()  # closes the process group before the interpreter exits
     return 0
 
 
 class SettingsFile(TrainerCallback):
-    """
-    Writes what was given to `train.yaml` when training begins: that of an earlier run has been moved aside then.
-
-    Args:
-        settings (`Mapping[str, Any]`):
-            What was given.
-    """
+    """Write the given settings when training begins, after the files of an earlier run were moved aside."""
 
     def __init__(self, settings: Mapping[str, Any]):
         self.settings = dict(settings)
@@ -199,7 +150,7 @@ class SettingsFile(TrainerCallback):
 
 
 def lora_config(arguments: TrainArguments, pipeline: DiffusionPipeline) -> LoraConfig | None:
-    """The adapter that the flags ask for; `None`, for the trainer's own, if they ask for none."""
+    """Return the config of the adapter, `None` for the trainer's default if no flag is given."""
     if arguments.lora_r is arguments.lora_alpha is arguments.lora_target_modules is None:
         return None
     denoiser = pipeline.components[denoiser_name(pipeline)]
@@ -213,7 +164,7 @@ def lora_config(arguments: TrainArguments, pipeline: DiffusionPipeline) -> LoraC
 
 
 def print_places(output_dir: str) -> None:
-    """Describe the files of a finished run, and how to use them."""
+    """Print the files of a finished run, and how to use them."""
     names = sorted(name for name in os.listdir(output_dir) if not name.startswith(("_", ".")))
     print(f"Saved in {output_dir}: {', '.join(names)}")
     print(f"Look at it: ddpo-trl sample {output_dir}, ddpo-trl report {output_dir}")
