@@ -119,6 +119,8 @@ def replay_equals_sampling(case: Case) -> None:
     for index, step in batch.steps.items():
         replayed, _ = policy(index, step.latents, step.next_latents, batch.context)
         assert torch.equal(replayed, step.log_probs), f"step {index}: {(replayed - step.log_probs).abs().max():.2g}"
+    assert batch.fingerprint is not None
+    assert changed_settings(batch.fingerprint.settings, policy.runner.fingerprint().settings) == []
 
 
 def replay_needs_the_prompt(case: Case) -> None:

@@ -34,8 +34,8 @@ def randomness(mismatch: Mismatch) -> str | None:
     in_training = f" ({', '.join(networks)} in training mode)" if networks else ""
     return (
         f"The step is random: replayed {REPLAYS} times, its log-probabilities differ by up to {spread:.2g}. Look for "
-        f"dropout{in_training}, a forward hook that draws random numbers or counts its calls, and code that draws from "
-        "torch's global generator instead of the `generator` argument."
+        f"dropout{in_training}, a forward hook that draws random numbers or counts its calls, and code that draws "
+        "from torch's global generator instead of the `generator` argument."
     )
 
 
@@ -74,11 +74,7 @@ def changes(mismatch: Mismatch) -> str | None:
     """Check for settings, trained weights and adapters that changed after sampling."""
     before, now = mismatch.batch.fingerprint, mismatch.policy.runner.fingerprint()
     assert before is not None, "Policy.sample records it"
-    changed = [
-        f"{name} was {before.settings.get(name)!r} and is {now.settings.get(name)!r}"
-        for name in sorted(before.settings.keys() | now.settings.keys())
-        if not is_same(before.settings.get(name), now.settings.get(name))
-    ]
+    changed = changed_settings(before.settings, now.settings)
     if before.adapter != now.adapter:
         layers = len(before.adapter) - sum(old == new for old, new in zip(before.adapter, now.adapter, strict=False))
         changed.append(f"{layers} of the adapter's {len(before.adapter)} layers were switched, merged or scaled")
@@ -92,9 +88,13 @@ def changes(mismatch: Mismatch) -> str | None:
     )
 
 
-def is_same(before: Any, now: Any) -> bool:
-    """Return whether a setting is unchanged. Tensors and images are compared by identity."""
-    return before is now or (is_setting(before) and is_setting(now) and before == now)
+def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Return each changed setting with its old and new value. Tensors and images are compared by identity."""
+    return [
+        f"{name} was {old!r} and is {new!r}"
+        for name, old, new in ((name, before.get(name), now.get(name)) for name in sorted(before.keys() | now.keys()))
+        if not (old is new or (is_setting(old) and is_setting(new) and old == new))
+    ]
 
 
 CAUSES: Mapping[str, Callable[[Mismatch], str | None]] = {
