@@ -287,13 +287,11 @@ def test_the_plan_counts_what_is_held_once_a_round_is_sampled(make_config, monke
     encoder = trainer._policy.policy_pipeline.encode_prompt
     encoder._cache = EmbeddingCache()  # without the first prompt of the trial
     encoder._present.clear()
-    encoder.returned.clear()
     before = set(storages())
     held = []
     start = DDPOTrainer._start_updates
 
     def measured(self: DDPOTrainer, rollout: Any) -> None:
-        encoder.returned.clear()  # one batch, joined: it is where the denoiser is
         start(self, rollout)
         held.append(sum(size for place, size in storages().items() if place not in before))
 

@@ -32,6 +32,7 @@ from conformance.more_pipelines import MORE_CASES
 from conformance.newer_pipelines import NEWER_CASES
 from conformance.refused_pipelines import Refusal
 from ddpo_trl import DDPOConfig, DDPOTrainer, check_pipeline
+from ddpo_trl.checks.causes import changed_settings
 from ddpo_trl.policy.adapter_files import has_lora_loader, save_adapter
 from ddpo_trl.policy.denoiser import denoiser_name
 from ddpo_trl.policy.embeddings import text_encoders

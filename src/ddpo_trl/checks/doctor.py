@@ -85,15 +85,17 @@ class PipelineReport:
             ("noise of each step", ", ".join(f"{std:.3g}" for std in self.stds)),
             ("sample", " x ".join(map(str, self.image_shape))),
             ("replay difference by step", differences),
-            ("memory of a trajectory", f"{self.trajectory_bytes / 2**20:.2f} MiB per sample" * bool(self.image_shape)),
-            (
-                "memory of a training step",
-                f"{self.training_bytes / 2**20:.1f} MiB per sample" * bool(self.training_bytes),
-            ),
+            ("memory of a trajectory", per_sample(self.trajectory_bytes)),
+            ("memory of a training step", per_sample(self.training_bytes)),
             *(("note", note) for note in self.notes),
             ("verdict", self.problem or "can be trained"),
         ]
         return [(name, finding) for name, finding in rows if finding]
+
+
+def per_sample(size: int) -> str:
+    """Return a number of bytes in words, empty if it is not known yet."""
+    return f"{size / 2**20:.3g} MiB per sample" if size else ""
 
 
 def check_pipeline(
@@ -184,10 +186,8 @@ def _examine(
     trained = config.steps_in_range(len(report.stds))
     batch = policy.sample(context, record=trained)
     _examine_samples(report, batch, trained)
-    if report.problem is None:
-        _examine_replay(report, policy, batch)
-    if report.problem is None:
-        _examine_gradients(report, policy, batch)
+    _examine_replay(report, policy, batch)
+    _examine_gradients(report, policy, batch)
 
 
 def _examine_samples(report: PipelineReport, batch: SampledBatch, trained: range) -> None:
@@ -196,17 +196,17 @@ def _examine_samples(report: PipelineReport, batch: SampledBatch, trained: range
     kept = [tensor for step in batch.steps.values() for tensor in (step.latents, step.next_latents, step.log_probs)]
     report.trajectory_bytes = storage_bytes(kept) // len(batch.context)
     if not batch.steps:
-        report.problem = (
+        raise ValueError(
             f"None of the {len(trained)} steps is stochastic, so there is nothing to train on. Raise "
             "num_inference_steps, or widen train_timestep_range."
         )
-    elif images.ndim not in (4, 5) or images.shape[-3] != 3 or len(images) != len(batch.context):
-        report.problem = (
+    if images.ndim not in (4, 5) or images.shape[-3] != 3 or len(images) != len(batch.context):
+        raise ValueError(
             f"It returned a tensor of shape {tuple(images.shape)} for {len(batch.context)} prompts; rewards need "
             "(B, 3, H, W) or (B, F, 3, H, W)."
         )
-    elif not (images.min() >= -RANGE_TOLERANCE and images.max() <= 1 + RANGE_TOLERANCE):  # NaN too
-        report.problem = (
+    if not (images.min() >= -RANGE_TOLERANCE and images.max() <= 1 + RANGE_TOLERANCE):  # NaN too
+        raise ValueError(
             f"Its images are between {images.min():.3g} and {images.max():.3g}; rewards need them finite and in "
             "[0, 1]. Look for half precision overflow in the decoder."
         )
@@ -224,11 +224,11 @@ def _examine_replay(report: PipelineReport, policy: Policy, batch: SampledBatch)
         replayed, _ = policy(index, transition.latents, transition.next_latents, batch.context)
         difference = log_prob_difference(policy.settings, replayed, transition.log_probs, transition.latents)
         report.replay_differences[index] = difference
-        if report.problem is None:
-            report.problem = replay_problem(policy, transition, replayed, [batch] * len(batch.context))
-        if report.problem is None and not replayed.requires_grad:
-            report.problem = no_gradient_cause(
-                policy, index, transition.latents, transition.next_latents, batch.context
+        if problem := replay_problem(policy, transition, replayed, [batch] * len(batch.context)):
+            raise ValueError(problem)
+        if not replayed.requires_grad:
+            raise ValueError(
+                no_gradient_cause(policy, index, transition.latents, transition.next_latents, batch.context)
             )
 
 
@@ -246,10 +246,10 @@ def _examine_gradients(report: PipelineReport, policy: Policy, batch: SampledBat
         if gradient is not None and gradient.any()
     }
     if not with_gradient:
-        report.problem = "Every gradient is zero: the denoiser's output does not depend on the trained weights."
+        raise ValueError("Every gradient is zero: the denoiser's output does not depend on the trained weights.")
     layers = adapter_layers(policy.denoiser)
     dead = [layer for layer in layers if not any(id(parameter) in with_gradient for parameter in layer.parameters())]
-    if with_gradient and dead:
+    if dead:
         report.notes.append(f"{len(dead)} of the {len(layers)} LoRA layers get no gradient: their output is not used")
 
 
