@@ -101,6 +101,16 @@ def test_an_adapter_that_is_there_is_the_one_that_is_tried():
     assert pipeline.unet.active_adapters() == ["mine"]
 
 
+def test_training_the_denoisers_own_weights_is_checked_as_the_trainer_would(make_config):
+    pipeline = tiny_pipeline()
+    before = state(pipeline)
+    report = check_pipeline(pipeline, make_config(use_lora=False), PROMPTS)
+    assert report.problem is None and report.adapter == ""
+    assert state(pipeline) == before
+    report = check_pipeline(tiny_pipeline().to(torch.bfloat16), make_config(use_lora=False), PROMPTS)
+    assert report.problem is not None and "use_lora is False" in report.problem and "float32" in report.problem
+
+
 def tiny_with(**changes: Any):
     pipeline: Any = tiny_pipeline()
     for name, value in changes.items():
