@@ -80,7 +80,7 @@ def test_a_pipeline_may_be_given_as_the_folder_it_is_loaded_from(make_config, tm
 def test_an_output_dir_that_cannot_be_made_is_refused_by_name(make_config, tmp_path):
     (tmp_path / "file").touch()
     for folder in ("", str(tmp_path / "file"), str(tmp_path / "file" / "run")):
-        assert f"output_dir is {folder!r}, which can't be made" in refusal(
+        assert f"output_dir is {folder!r}, which can't be created" in refusal(
             make_config, config=make_config(output_dir=folder)
         )
 

@@ -32,6 +32,7 @@ from conformance.more_pipelines import MORE_CASES
 from conformance.newer_pipelines import NEWER_CASES
 from conformance.refused_pipelines import Refusal
 from ddpo_trl import DDPOConfig, DDPOTrainer, check_pipeline
+from ddpo_trl.checks.causes import changed_settings
 from ddpo_trl.policy.adapter_files import has_lora_loader, save_adapter
 from ddpo_trl.policy.denoiser import denoiser_name
 from ddpo_trl.policy.embeddings import text_encoders
@@ -119,6 +120,8 @@ def replay_equals_sampling(case: Case) -> None:
     for index, step in batch.steps.items():
         replayed, _ = policy(index, step.latents, step.next_latents, batch.context)
         assert torch.equal(replayed, step.log_probs), f"step {index}: {(replayed - step.log_probs).abs().max():.2g}"
+    assert batch.fingerprint is not None
+    assert changed_settings(batch.fingerprint.settings, policy.runner.fingerprint().settings) == []
 
 
 def replay_needs_the_prompt(case: Case) -> None:

@@ -20,11 +20,11 @@ from ddpo_trl.update.one_pass import autocast, choose_passes
 
 def check_arguments(config: Any, callbacks: Any) -> None:
     """
-    Refuses arguments of the wrong type before anything is made from them.
+    Refuse arguments of the wrong type before anything is made from them.
 
     Raises:
         `TypeError`: With the argument, its type and the remedy.
-        `ValueError`: If `output_dir` can't be made.
+        `ValueError`: If `output_dir` can't be created.
     """
     if not isinstance(config, DDPOConfig):
         raise TypeError(
@@ -41,13 +41,13 @@ def check_arguments(config: Any, callbacks: Any) -> None:
         os.makedirs(config.output_dir, exist_ok=True)
     except OSError as error:
         raise ValueError(
-            f"output_dir is {config.output_dir!r}, which can't be made ({error}). Set a folder that can be written to."
+            f"output_dir is {config.output_dir!r}, which can't be created ({error}). Set a writable folder."
         ) from error
 
 
 class PlannedRound(NamedTuple):
     """
-    Sizes of a round, and what was tried to find them.
+    Sizes of a round, and the samples from which they were determined.
 
     Args:
         plan ([`~ddpo_trl.rollout.plan.BatchPlan`]):
@@ -55,7 +55,7 @@ class PlannedRound(NamedTuple):
         layers (`dict[torch.nn.Module, int]`):
             Layers to watch in one pass; empty for two passes.
         trial ([`~ddpo_trl.policy.records.Context`]):
-            Samples that were tried.
+            Samples of the trial.
     """
 
     plan: BatchPlan
@@ -71,15 +71,15 @@ def plan_round(
     eval_prompts: Sequence[PromptPair] | None,
 ) -> PlannedRound:
     """
-    Moves the pipeline to its device, tries it, and sets the sizes of a round. All processes have to call it.
+    Move the pipeline to its device, try it, and set the sizes of a round. All processes have to call this function.
 
     Args:
         policy ([`~ddpo_trl.policy.policy.Policy`]), pipeline ([`~diffusers.DiffusionPipeline`]):
             The policy and the pipeline it was made from.
         config ([`DDPOConfig`]):
-            Settings. Those that follow from the plan are set.
+            Settings. Those that depend on the plan are set.
         prompts ([`~ddpo_trl.prompts.PromptSource`]), eval_prompts (`Sequence[tuple[str, Any]]`, *optional*):
-            Prompts, with what `pipeline_inputs` names.
+            Prompts, with the entries named in `pipeline_inputs`.
 
     Raises:
         `ValueError`: If the prompts lack an input, or the pipeline can't be trained with these settings.
@@ -99,7 +99,7 @@ def plan_round(
         plan, layers = choose_passes(config, policy, trial, plan)
     config.gradient_accumulation_steps = plan.micro_batches_per_update
     if config.save_total_limit == 1 and config.metric_for_best_model is not None:
-        config.save_total_limit = 2  # at the end Trainer would delete the last one, which a stopped run resumes from
+        config.save_total_limit = 2  # at the end Trainer would delete the last one, from which a stopped run resumes
     if config.total_episodes is not None:
         config.num_train_epochs = plan.rounds_for(config.total_episodes)
     return PlannedRound(plan, layers, trial)

@@ -1,4 +1,4 @@
-"""Check of a pipeline on a few steps: it can be a policy, or one sentence says why not."""
+"""Check if a pipeline can be trained, on a few steps; if not, one sentence names the reason and the remedy."""
 
 import copy
 import inspect
@@ -18,7 +18,7 @@ from ddpo_trl.checks.gradients import no_gradient_cause
 from ddpo_trl.config import DDPOConfig
 from ddpo_trl.policy.adapter_files import has_lora_loader
 from ddpo_trl.policy.denoiser import adapter_layers, denoiser_name, remove_adapters
-from ddpo_trl.policy.lora import add_adapter, describe_adapter
+from ddpo_trl.policy.lora import describe_adapter
 from ddpo_trl.policy.policy import Policy
 from ddpo_trl.policy.records import SampledBatch
 from ddpo_trl.rollout.records import Transition
@@ -31,32 +31,32 @@ RANGE_TOLERANCE = 0.01
 @dataclass(kw_only=True)
 class PipelineReport:
     """
-    What [`check_pipeline`] found out, as far as it got.
+    Findings of [`check_pipeline`], up to the first problem.
 
     Args:
         pipeline (`str`):
-            The pipeline's class.
+            Class of the pipeline.
         denoiser (`str`):
-            The network that is trained.
+            Network that is trained.
         scheduler (`str`):
-            The pipeline's scheduler and the policy scheduler it becomes.
+            Scheduler of the pipeline, and the policy scheduler it becomes.
         adapter (`str`):
-            LoRA weights and layers, and who loads them.
+            LoRA weights and layers, and the method that loads them; empty with `use_lora=False`.
         stds (`list[float]`):
             σ_t of each step; 0 for deterministic ones, which are not trained on.
         image_shape (`tuple[int, ...]`):
             Shape of a sample, `(3, H, W)` or `(F, 3, H, W)`.
         replay_differences (`dict[int, float]`):
-            For each step that can be trained on, the largest difference of log-probabilities between sampling and
-            replay, nats per latent dimension. 0 is as it should be.
+            Largest difference of log-probabilities between sampling and replay, in nats per latent dimension, for
+            each step that can be trained on. It should be 0.
         trajectory_bytes (`int`):
-            Memory of one sample's recorded steps.
+            Memory of the recorded steps of one sample.
         training_bytes (`int`):
-            Memory that one sample's training step keeps for the backward pass.
+            Memory that the training step of one sample keeps for the backward pass.
         notes (`list[str]`):
-            What is worth knowing and no obstacle.
+            Findings that don't prevent training.
         problem (`str`, *optional*):
-            Why the pipeline can't be a policy, and what can be done. `None` if it can.
+            Reason why the pipeline can't be trained, with the remedy; `None` if it can.
     """
 
     pipeline: str
@@ -72,10 +72,10 @@ class PipelineReport:
     problem: str | None = None
 
     def __repr__(self) -> str:
-        return "\n".join(f"{what:<20} {found}" for what, found in self.rows())
+        return "\n".join(f"{name:<20} {finding}" for name, finding in self.rows())
 
     def rows(self) -> list[tuple[str, str]]:
-        """The report as `(what, finding)` lines, without what was not reached."""
+        """Return the report as `(name, finding)` lines, without those that were not reached."""
         differences = ", ".join(f"{step}: {value:.2g}" for step, value in self.replay_differences.items())
         rows = [
             ("pipeline", self.pipeline),
@@ -83,17 +83,19 @@ class PipelineReport:
             ("scheduler", self.scheduler),
             ("LoRA", self.adapter),
             ("noise of each step", ", ".join(f"{std:.3g}" for std in self.stds)),
-            ("a sample", " x ".join(map(str, self.image_shape))),
+            ("sample", " x ".join(map(str, self.image_shape))),
             ("replay difference by step", differences),
-            ("memory of a trajectory", f"{self.trajectory_bytes / 2**20:.2f} MiB a sample" * bool(self.image_shape)),
-            (
-                "memory of a training step",
-                f"{self.training_bytes / 2**20:.1f} MiB a sample" * bool(self.training_bytes),
-            ),
+            ("memory of a trajectory", per_sample(self.trajectory_bytes)),
+            ("memory of a training step", per_sample(self.training_bytes)),
             *(("note", note) for note in self.notes),
             ("verdict", self.problem or "can be trained"),
         ]
-        return [(what, finding) for what, finding in rows if finding]
+        return [(name, finding) for name, finding in rows if finding]
+
+
+def per_sample(size: int) -> str:
+    """Return a number of bytes in words, empty if it is not known yet."""
+    return f"{size / 2**20:.3g} MiB per sample" if size else ""
 
 
 def check_pipeline(
@@ -103,9 +105,9 @@ def check_pipeline(
     metadata: Sequence[Any] = ({}, {}),
 ) -> PipelineReport:
     """
-    Tries a pipeline out as a policy: samples, replays every step, takes one gradient.
+    Check if a pipeline can be trained: sample, replay every step, compute one gradient.
 
-    The pipeline is left as it was. An adapter that it carries is used, else the default one is put on meanwhile.
+    The pipeline is left unchanged. Its own adapter is used, or else the default one is added for the check.
 
     Example:
 
@@ -119,16 +121,16 @@ def check_pipeline(
 
     Args:
         pipeline ([`~diffusers.DiffusionPipeline`]):
-            The pipeline, on the device it is to be tried on.
+            The pipeline, on the device on which it is checked.
         config ([`DDPOConfig`], *optional*):
-            How it is to be sampled; 4 steps by default.
+            Settings; by default those of [`DDPOConfig`] with 4 steps.
         prompts (`Sequence[str]`, *optional*):
-            Two prompts, of different length best.
+            Two prompts, preferably of different lengths.
         metadata (`Sequence`, *optional*):
-            What comes with them, if `config.pipeline_inputs` names something.
+            Metadata of the prompts, with the entries named in `config.pipeline_inputs`.
 
     Returns:
-        [`PipelineReport`], whose `problem` is `None` if the pipeline can be trained.
+        [`PipelineReport`]: Its `problem` is `None` if the pipeline can be trained.
     """
     config = copy.copy(config or DDPOConfig(num_inference_steps=4))
     config.offload_text_encoders = config.offload_vae = False  # the pipeline stays where it is
@@ -136,13 +138,13 @@ def check_pipeline(
     try:
         with untouched(pipeline):
             _examine(report, pipeline, config, prompts, metadata)
-    except Exception as error:  # any pipeline may come, and whatever it raises is the finding
+    except Exception as error:  # whatever a pipeline raises is the finding
         report.problem = finding(error, pipeline)
     return report
 
 
 def finding(error: Exception, pipeline: DiffusionPipeline) -> str:
-    """The sentence for an exception: what this package raises names its remedy, what a pipeline raises is its own."""
+    """Return the sentence for an exception. Those of this package name their remedy, those of a pipeline do not."""
     frames = [Path(frame.filename) for frame in traceback.extract_tb(error.__traceback__)]
     source = Path(inspect.getfile(type(pipeline)))
     if source in frames and not frames[-1].is_relative_to(Path(__file__).parents[1]):
@@ -168,11 +170,11 @@ def _examine(
     weights = sum(parameter.numel() for parameter in denoiser.parameters())
     report.denoiser = f"{name}: {type(denoiser).__name__}, {weights:,} weights, {denoiser.dtype}"
     if isinstance(pipeline.components.get(f"{name}_2"), nn.Module):  # Wan 2.2
-        report.notes.append(f"{name}_2 is used as it is; only {name} is trained")
-    adapter = add_adapter(pipeline, None)
-    loader = "pipeline.load_lora_weights" if has_lora_loader(pipeline) else "peft.PeftModel.from_pretrained"
-    report.adapter = f"{describe_adapter(denoiser, adapter)}; loaded by {loader}"
-    policy = Policy(pipeline, config, adapter)
+        report.notes.append(f"{name}_2 is not trained, only {name}")
+    policy = Policy.from_pipeline(pipeline, config)
+    if policy.adapter is not None:
+        loader = "pipeline.load_lora_weights" if has_lora_loader(pipeline) else "peft.PeftModel.from_pretrained"
+        report.adapter = f"{describe_adapter(denoiser, policy.adapter)}; loaded by {loader}"
     report.scheduler = f"{type(pipeline.scheduler).__name__} as {type(policy.scheduler).__name__}"
     context = policy.context(prompts, metadata, seeds=range(len(prompts)))
     report.stds = policy.probe_schedule(context).stds
@@ -180,14 +182,12 @@ def _examine(
         report.notes.append(f"one call of the pipeline per sample: {policy.calls.one_by_one_reason}")
     if policy.calls.without_effect:
         names = ", ".join(policy.calls.without_effect)
-        report.notes.append(f"with another {names} a sample is the same after one step")
+        report.notes.append(f"with another value of {names} a sample is the same after one step")
     trained = config.steps_in_range(len(report.stds))
     batch = policy.sample(context, record=trained)
     _examine_samples(report, batch, trained)
-    if report.problem is None:
-        _examine_replay(report, policy, batch)
-    if report.problem is None:
-        _examine_gradients(report, policy, batch)
+    _examine_replay(report, policy, batch)
+    _examine_gradients(report, policy, batch)
 
 
 def _examine_samples(report: PipelineReport, batch: SampledBatch, trained: range) -> None:
@@ -196,17 +196,17 @@ def _examine_samples(report: PipelineReport, batch: SampledBatch, trained: range
     kept = [tensor for step in batch.steps.values() for tensor in (step.latents, step.next_latents, step.log_probs)]
     report.trajectory_bytes = storage_bytes(kept) // len(batch.context)
     if not batch.steps:
-        report.problem = (
+        raise ValueError(
             f"None of the {len(trained)} steps is stochastic, so there is nothing to train on. Raise "
             "num_inference_steps, or widen train_timestep_range."
         )
-    elif images.ndim not in (4, 5) or images.shape[-3] != 3 or len(images) != len(batch.context):
-        report.problem = (
+    if images.ndim not in (4, 5) or images.shape[-3] != 3 or len(images) != len(batch.context):
+        raise ValueError(
             f"It returned a tensor of shape {tuple(images.shape)} for {len(batch.context)} prompts; rewards need "
             "(B, 3, H, W) or (B, F, 3, H, W)."
         )
-    elif not (images.min() >= -RANGE_TOLERANCE and images.max() <= 1 + RANGE_TOLERANCE):  # NaN too
-        report.problem = (
+    if not (images.min() >= -RANGE_TOLERANCE and images.max() <= 1 + RANGE_TOLERANCE):  # NaN too
+        raise ValueError(
             f"Its images are between {images.min():.3g} and {images.max():.3g}; rewards need them finite and in "
             "[0, 1]. Look for half precision overflow in the decoder."
         )
@@ -224,11 +224,11 @@ def _examine_replay(report: PipelineReport, policy: Policy, batch: SampledBatch)
         replayed, _ = policy(index, transition.latents, transition.next_latents, batch.context)
         difference = log_prob_difference(policy.settings, replayed, transition.log_probs, transition.latents)
         report.replay_differences[index] = difference
-        if report.problem is None:
-            report.problem = replay_problem(policy, transition, replayed, [batch] * len(batch.context))
-        if report.problem is None and not replayed.requires_grad:
-            report.problem = no_gradient_cause(
-                policy, index, transition.latents, transition.next_latents, batch.context
+        if problem := replay_problem(policy, transition, replayed, [batch] * len(batch.context)):
+            raise ValueError(problem)
+        if not replayed.requires_grad:
+            raise ValueError(
+                no_gradient_cause(policy, index, transition.latents, transition.next_latents, batch.context)
             )
 
 
@@ -245,25 +245,23 @@ def _examine_gradients(report: PipelineReport, policy: Policy, batch: SampledBat
         for parameter, gradient in zip(trained, gradients, strict=True)
         if gradient is not None and gradient.any()
     }
+    if not with_gradient:
+        raise ValueError("Every gradient is zero: the denoiser's output does not depend on the trained weights.")
     layers = adapter_layers(policy.denoiser)
     dead = [layer for layer in layers if not any(id(parameter) in with_gradient for parameter in layer.parameters())]
-    if len(dead) == len(layers):
-        report.problem = "The gradient of every LoRA layer is zero: the denoiser's output does not depend on them."
-    elif dead:
-        report.notes.append(
-            f"{len(dead)} of the {len(layers)} LoRA layers get no gradient: what they compute is dropped"
-        )
+    if dead:
+        report.notes.append(f"{len(dead)} of the {len(layers)} LoRA layers get no gradient: their output is not used")
 
 
 def storage_bytes(tensors: Sequence[Tensor]) -> int:
-    """Memory of tensors, those that share it counted once."""
+    """Return the memory of tensors; memory that several share counts once."""
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(storages.values())
 
 
 @contextmanager
 def counted_activations(module: nn.Module) -> Iterator[list[Tensor]]:
-    """Collects what autograd keeps for the backward pass, except for the module's own weights."""
+    """Collect the tensors that autograd keeps for the backward pass, except the weights of the module."""
     weights = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
     kept: list[Tensor] = []
 

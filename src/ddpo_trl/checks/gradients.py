@@ -1,4 +1,4 @@
-"""Why no gradient reaches the denoiser in a step."""
+"""The reason why no gradient reaches the denoiser in a step."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,13 +30,13 @@ def no_gradient_cause(policy: Policy, step: int, latents: Tensor, next_latents: 
         return f"{found}the pipeline runs another network there. Leave such steps out with train_timestep_range."
     if not any(modes):
         return (
-            f"{found}the pipeline runs it without gradients. Look for `torch.no_grad()` inside of its __call__ or "
+            f"{found}the pipeline runs it without gradients. Look for `torch.no_grad()` in its __call__ or "
             "of a hook, or leave such steps out with train_timestep_range."
         )
     if any(layer.merged for layer in adapter_layers(policy.denoiser)):
         return f"{found}the adapter is fused into its weights. Call `pipeline.unfuse_lora()` before training."
     return (
-        f"{found}what it predicts there does not depend on the weights that are trained. The adapter may be "
+        f"{found}its output there does not depend on the trained weights. The adapter may be "
         "switched off (`enable_lora()`), or the network detaches its output; if only in some steps, leave them "
         "out with train_timestep_range."
     )

@@ -1,13 +1,12 @@
-"""Comparison of replayed with sampled log-probabilities, and the error that names the cause of a mismatch."""
+"""Comparison of replayed with sampled log-probabilities before any update."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from transformers.utils import logging
 
-from ddpo_trl.checks.causes import CHANGED_CAUSES, RANDOM_CAUSES, Cause
-from ddpo_trl.checks.loop_causes import LOOP_CAUSES
+from ddpo_trl.checks.causes import diagnosis
 from ddpo_trl.checks.mismatch import (
     FLOAT32_ROUNDING,
     FLOAT32_TOLERANCE,
@@ -51,7 +50,7 @@ def replay_problem(
     worst = int((log_probs - micro_batch.log_probs).abs().argmax())
     mismatch = Mismatch(policy=policy, micro_batch=micro_batch, batch=batches[worst], difference=difference)
     rounding = HALF_PRECISION_ROUNDING if is_half(policy, micro_batch) else FLOAT32_ROUNDING
-    if difference <= rounding and mismatch.is_rounding():
+    if difference <= rounding and is_rounding(mismatch):
         return None
     return (
         f"Before any update, step {micro_batch.step} has another log-probability in training than in sampling: they "
@@ -65,40 +64,11 @@ def is_half(policy: Policy, micro_batch: Transition) -> bool:
     return policy.settings.mixed_precision != "no" or not dtypes.isdisjoint(HALF_DTYPES)
 
 
-def diagnosis(mismatch: Mismatch) -> str:
-    """Return the cause with its remedy, or the list of causes that were ruled out."""
+def is_rounding(mismatch: Mismatch) -> bool:
+    """Return whether the difference is rounding only: it vanishes at the batch size of sampling."""
     if is_sharded(mismatch.policy):
-        return (
-            "The cause was not searched: with sharded weights one process can't replay alone. Run `ddpo-trl doctor`, "
-            "or start the run on one process."
-        )
-    if (spread := mismatch.spread_of(mismatch.replay)) > FLOAT32_TOLERANCE:
-        mismatch.spread = spread
-    causes = RANDOM_CAUSES if mismatch.spread else CHANGED_CAUSES
-    ruled_out: list[str] = []
-    if cause := first_cause(mismatch, causes, ruled_out):
-        return cause
-    if mismatch.spread:
-        what = "Two replays differ from each other: the pipeline has a source of randomness, maybe a hook"
-    elif mismatch.vanishes_when_resampled():
-        what = "Sampled and replayed again, the step does not differ: something has changed since it was sampled"
-    elif cause := first_cause(mismatch, LOOP_CAUSES, ruled_out):
-        return cause
-    else:
-        what = "Sampled and replayed again, the step differs too: the pipeline computes the two differently"
-    return f"{what}. The cause was not found. Ruled out: {', '.join(ruled_out)}."
-
-
-def first_cause(mismatch: Mismatch, causes: Mapping[str, Cause], ruled_out: list[str]) -> str | None:
-    """Return the sentence of the first cause that explains the difference; add the others to `ruled_out`."""
-    for name, check in causes.items():
-        try:
-            if cause := check(mismatch):
-                return f"The cause is {cause}"
-            ruled_out.append(name)
-        except Exception as error:  # a check that fails must not hide the mismatch
-            ruled_out.append(f"{name} (not tried: {type(error).__name__})")
-    return None
+        return True  # unknown: one process can't replay alone
+    return mismatch.difference_in_batch() <= FLOAT32_TOLERANCE
 
 
 class ReplayCheck:

@@ -4,9 +4,7 @@ They are kept in CPU memory; only those of one batch are on the GPU.
 """
 
 import copy
-import functools
 import inspect
-from collections import OrderedDict
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -14,7 +12,7 @@ from typing import Any
 import torch
 from accelerate.utils import recursively_apply
 from diffusers import DiffusionPipeline
-from torch import Tensor, nn
+from torch import nn
 
 from ddpo_trl.policy.embedding_batches import NotJoinable, batch_dimensions, check_close, check_mask, join, text_length
 from ddpo_trl.policy.embedding_cache import EmbeddingCache
@@ -27,11 +25,6 @@ from ddpo_trl.policy.embedding_calls import (
     settings_key,
     split_by_sample,
 )
-from ddpo_trl.policy.values import by_value
-
-
-# Number of a text encoder's inputs whose outputs are kept: the same negative prompt comes with every prompt.
-MAX_CACHED_INPUTS = 4
 
 
 def text_encoders(pipeline: DiffusionPipeline) -> dict[str, nn.Module]:
@@ -60,18 +53,13 @@ class PromptEncoder:
 
     Args:
         pipeline ([`~diffusers.DiffusionPipeline`]):
-            A copy of the user's pipeline: its text encoders are replaced by ones that remember their last inputs.
+            The pipeline, whose own `encode_prompt` is called.
         offload (`bool`):
             Keep the text encoders on the CPU while they have nothing to encode.
-
-    Attributes:
-        returned (`list`):
-            Embeddings returned since the caller last emptied the list.
     """
 
     def __init__(self, pipeline: DiffusionPipeline, offload: bool):
         self.pipeline = pipeline
-        self.returned: list[Any] = []
         self.encoders = text_encoders(pipeline)
         self.offload = offload
         self._ahead: torch.device | None = None  # where the pipeline will run,
@@ -81,7 +69,6 @@ class PromptEncoder:
         self._present: dict[Hashable, Any] = {}  # of the last batch: steps of the same samples come in a row
         self._layouts: dict[Hashable, Any] = {}  # where the samples are in embeddings, by the settings of the call
         self._ragged_example: Any = None  # what encode_prompt returns for prompts of different lengths
-        pipeline.register_modules(**{name: remembering(encoder) for name, encoder in self.encoders.items()})
         self._encode_prompt = pipeline.encode_prompt
         self._signature = inspect.signature(pipeline.encode_prompt)
         if offload:
@@ -90,7 +77,6 @@ class PromptEncoder:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Encode prompts; the pipeline calls it instead of its own `encode_prompt`."""
         embeddings = self._embeddings(*args, **kwargs)
-        self.returned.append(embeddings)
         if self._ahead is None:
             return embeddings
         return recursively_apply(lambda tensor: tensor.to(self._here), embeddings)
@@ -216,38 +202,3 @@ class PromptEncoder:
     def _move(self, device: torch.device | str) -> None:
         for encoder in self.encoders.values():
             encoder.to(device)
-
-
-def remembering(encoder: nn.Module) -> nn.Module:
-    """
-    Return a shallow copy of a text encoder, sharing its weights, that runs the same input only once.
-
-    Prompts are encoded one by one, and each comes with the same negative prompt.
-    """
-    forward = encoder.forward
-    cache: OrderedDict[Hashable, Any] = OrderedDict()
-
-    @functools.wraps(forward)
-    def remember(*args: Any, **kwargs: Any) -> Any:
-        key = tuple(input_key(value) for value in (*args, *sorted(kwargs.items())))
-        if key not in cache:
-            cache[key] = forward(*args, **kwargs)
-        cache.move_to_end(key)
-        if len(cache) > MAX_CACHED_INPUTS:
-            cache.popitem(last=False)
-        return cache[key]
-
-    twin = copy.copy(encoder)
-    twin.__dict__["forward"] = remember
-    return twin
-
-
-def input_key(value: Any) -> Hashable:
-    """Return what identifies an argument of a text encoder."""
-    match value:
-        case Tensor():
-            return by_value(value)
-        case tuple():
-            return tuple(input_key(part) for part in value)
-        case _:
-            return repr(value)

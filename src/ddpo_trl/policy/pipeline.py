@@ -29,7 +29,7 @@ TORCH_DECORATOR = torch.no_grad()(lambda: None).__code__
 
 
 def check_call(pipeline: DiffusionPipeline, config: DDPOConfig) -> None:
-    """Raises a `ValueError` if a pipeline can't be called as the config says, or can't be replayed."""
+    """Raise a `ValueError` if a pipeline can't be called with the config's arguments, or can't be replayed."""
     name = type(pipeline).__name__
     parameters = dict(inspect.signature(type(pipeline).__call__).parameters)
     del parameters["self"]
@@ -78,8 +78,7 @@ def _check_parts(pipeline: DiffusionPipeline, config: DDPOConfig) -> None:
         raise ValueError(f"pipeline is a {name} without a component named scheduler, whose steps could be a policy.")
     if not any("prepare_latents" in dir(part) for part in (pipeline, *parts(pipeline).values())):
         raise ValueError(
-            f"pipeline is a {name} without a method prepare_latents: there is no place to hand it the state of a step "
-            "that is trained on."
+            f"pipeline is a {name} without a method prepare_latents, by which the state of a replayed step is passed."
         )
     denoiser = pipeline.components[denoiser_name(pipeline)]
     if isinstance(denoiser, CacheMixin) and denoiser.is_cache_enabled:
@@ -145,7 +144,7 @@ def makes_video(pipeline: DiffusionPipeline) -> bool:
 
 
 def move(pipeline: DiffusionPipeline, device: torch.device, config: DDPOConfig) -> None:
-    """Moves a pipeline to a device, except for what waits in CPU memory."""
+    """Move a pipeline to a device, except the components that wait in CPU memory."""
     if not (config.offload_text_encoders or config.offload_vae):
         pipeline.to(device)  # knows what must not be moved, such as quantized networks
         return
@@ -156,7 +155,7 @@ def move(pipeline: DiffusionPipeline, device: torch.device, config: DDPOConfig) 
 
 
 def with_grad(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function without torch's `no_grad`, wherever it is among its decorators: the others stay."""
+    """Return a function without torch's `no_grad`, wherever it is among its decorators; the others stay."""
     if not isinstance(function, FunctionType) or "__wrapped__" not in vars(function):
         return function
     wrapped = vars(function)["__wrapped__"]
@@ -178,7 +177,7 @@ def is_no_grad(factory: Any) -> bool:
 
 
 def quiet_copy(pipeline: DiffusionPipeline) -> DiffusionPipeline:
-    """A shallow copy that shares all components and draws no progress bar, nor do the pipelines it is made of."""
+    """Return a shallow copy that shares all components, without progress bars, also in its parts."""
     twin = copy.copy(pipeline)
     vars(twin).update({name: quiet_copy(part) for name, part in parts(pipeline).items()})
     twin.set_progress_bar_config(disable=True)
@@ -186,7 +185,7 @@ def quiet_copy(pipeline: DiffusionPipeline) -> DiffusionPipeline:
 
 
 def parts(pipeline: DiffusionPipeline) -> dict[str, DiffusionPipeline]:
-    """The pipelines that a combined pipeline is made of: Kandinsky's prior and decoder."""
+    """Return the pipelines that a combined pipeline consists of, such as Kandinsky's prior and decoder."""
     return {name: part for name, part in vars(pipeline).items() if isinstance(part, DiffusionPipeline)}
 
 
@@ -194,7 +193,7 @@ def policy_copy(
     pipeline: DiffusionPipeline, denoiser: str, scheduler: PolicyScheduler, offload: bool
 ) -> DiffusionPipeline:
     """
-    A shallow copy of a pipeline that steps as a policy.
+    Return a shallow copy of a pipeline that steps as a policy.
 
     Args:
         pipeline ([`~diffusers.DiffusionPipeline`]):
@@ -208,7 +207,7 @@ def policy_copy(
     """
     twin: Any = quiet_copy(pipeline)
     twin.scheduler = scheduler
-    twin.__class__ = class_with_known_device(class_with_grad(type(pipeline)), denoiser)
+    twin.__class__ = policy_class(type(pipeline), denoiser)
     for name, part in parts(pipeline).items():
         if part.components.get(denoiser) is pipeline.components[denoiser]:
             vars(twin)[name] = policy_copy(part, denoiser, scheduler, offload)
@@ -223,7 +222,7 @@ def policy_copy(
 
 
 def with_denoiser(pipeline: DiffusionPipeline, name: str, denoiser: ModelMixin) -> DiffusionPipeline:
-    """A shallow copy with another denoiser, in its parts too."""
+    """Return a shallow copy with another denoiser, also in its parts."""
     twin = copy.copy(pipeline)
     for part_name, part in parts(pipeline).items():
         if part.components.get(name) is pipeline.components[name]:
@@ -232,40 +231,30 @@ def with_denoiser(pipeline: DiffusionPipeline, name: str, denoiser: ModelMixin) 
     return twin
 
 
-def class_with_grad(pipeline_class: type[DiffusionPipeline]) -> type[DiffusionPipeline]:
-    """The same class, except for the `torch.no_grad()` of its `__call__`, and of those that it calls by `super()`."""
+def policy_class(pipeline_class: type[DiffusionPipeline], denoiser: str) -> type[DiffusionPipeline]:
+    """
+    Return a subclass without the `torch.no_grad()` of `__call__`, also of those that it calls by `super()`.
+
+    It runs on the device of its denoiser. diffusers walks through all modules of all networks for that, several times
+    in a call: 4 ms per replayed step of the embedded pipeline, most of the time that is spent outside the denoiser.
+    """
     parents = [
         type(parent.__name__, (parent,), {"__call__": with_grad(vars(parent)["__call__"])})
         for parent in pipeline_class.__mro__[1:]
         if "__call__" in vars(parent) and with_grad(vars(parent)["__call__"]) is not vars(parent)["__call__"]
     ]
-    own = {"__call__": with_grad(pipeline_class.__call__)}
+    own = {
+        "__call__": with_grad(pipeline_class.__call__),
+        "_execution_device": property(lambda self: next(vars(self)[denoiser].parameters()).device),
+    }
     return type(pipeline_class.__name__, (pipeline_class, *parents), own)
-
-
-def class_with_known_device(pipeline_class: type[DiffusionPipeline], denoiser: str) -> type[DiffusionPipeline]:
-    """
-    The same class, but it looks for the device that it runs on only when the denoiser has moved.
-
-    diffusers walks through all modules of all networks for it, several times in a call: of a replayed step on the
-    embedded pipeline that is 4 ms, nearly all that is spent outside the denoiser.
-    """
-    found: dict[torch.device, torch.device] = {}
-
-    def execution_device(self: DiffusionPipeline) -> torch.device:
-        where = next(vars(self)[denoiser].parameters()).device
-        if where not in found:
-            found[where] = pipeline_class._execution_device.fget(self)
-        return found[where]
-
-    return type(pipeline_class.__name__, (pipeline_class,), {"_execution_device": property(execution_device)})
 
 
 def starting_from_state(prepare_latents: Callable[..., Any], scheduler: PolicyScheduler) -> Callable[..., Any]:
     """
-    A pipeline's `prepare_latents` that gives the state to replay instead of the first latents.
+    Return a pipeline's `prepare_latents` that gives the state to replay instead of the first latents.
 
-    (The argument `latents` of `__call__` is no such place: FLUX.2 packs it once more, image-to-image has none.)
+    (The argument `latents` of `__call__` does not serve: FLUX.2 packs it once more, image-to-image has none.)
     """
 
     @functools.wraps(prepare_latents)

@@ -5,8 +5,7 @@ Shape legend, used in every docstring of the package: `B` samples of a batch, `N
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import chain
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -160,7 +159,6 @@ class SampledBatch:
                 f"The samples of a batch take different numbers of steps, {' and '.join(map(str, sorted(counts)))}: "
                 f"{', '.join(context.inputs)} changes the schedule. Give one value for all in pipeline_kwargs."
             )
-        fingerprints = [part.fingerprint for part in parts if part.fingerprint is not None]
         gradients = [part.gradients for part in parts if part.gradients is not None]
         finite_steps = [part.finite_steps for part in parts if part.finite_steps is not None]
         return cls(
@@ -175,11 +173,7 @@ class SampledBatch:
                 )
                 for index in parts[0].steps
             },
-            fingerprint=replace(
-                fingerprints[-1], embeddings=tuple(chain.from_iterable(each.embeddings for each in fingerprints))
-            )
-            if fingerprints
-            else None,
+            fingerprint=parts[-1].fingerprint,
             gradients=Gradients(
                 log_probs=torch.cat([each.log_probs for each in gradients]),
                 weights=[torch.cat(each) for each in zip(*(each.weights for each in gradients), strict=True)],

@@ -1,7 +1,7 @@
 """Calls of a diffusers pipeline: up to a denoising step, or to images. This is the only file that runs `__call__`."""
 
 import copy
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
@@ -13,8 +13,8 @@ from ddpo_trl.config import DDPOConfig
 from ddpo_trl.policy.calls import BatchCalls, attention_modules, images_tensor, processors_kept
 from ddpo_trl.policy.denoiser import adapters_off
 from ddpo_trl.policy.embeddings import OnlyInPlace, PromptEncoder
-from ddpo_trl.policy.fingerprint import Fingerprint, SettingOwners, fingerprint, setting_owners, settings_in_use
-from ddpo_trl.policy.pipeline import parts, policy_copy, quiet_copy, with_denoiser
+from ddpo_trl.policy.fingerprint import Fingerprint, adapter_switches, settings_in_use, weight_sums
+from ddpo_trl.policy.pipeline import policy_copy, quiet_copy, with_denoiser
 from ddpo_trl.policy.records import Context, join_samples
 from ddpo_trl.policy.schedulers import (
     BeforeSteps,
@@ -242,8 +242,6 @@ class PipelineRunner:
         """Call a pipeline with a batch and the configured arguments, and return the first of its outputs."""
         if self.settings.guidance_scale is not None:
             kwargs["guidance_scale"] = self.settings.guidance_scale
-        for encoder in self._encoders:
-            encoder.returned.clear()
         draws = self.calls.drawing_from(context) if self.calls.draws else nullcontext()
         with processors_kept(self._attention_modules), draws:
             return pipeline(
@@ -262,38 +260,15 @@ class PipelineRunner:
             for name, value in self.pipeline_kwargs.items()
         }
 
-    @property
-    def _encoders(self) -> list[PromptEncoder]:
-        """Prompt encoders of the policy pipeline and of its parts."""
-        pipelines = (self.policy_pipeline, *parts(self.policy_pipeline).values())
-        return [vars(each)["encode_prompt"] for each in pipelines if "encode_prompt" in vars(each)]
-
     # ---- What a call depends on ----
 
-    @property
-    def setting_owners(self) -> SettingOwners:
-        """Owners of the settings that are read in each call."""
-        return setting_owners(self.settings, self.pipeline_kwargs, self.scheduler)
-
-    def fingerprint(self, stochastic: Collection[int] | None) -> Fingerprint:
-        """
-        Return what holds now and held in the last call: training has to share it with sampling.
-
-        Args:
-            stochastic (`Collection[int]`, *optional*):
-                Indices of the steps that get noise, `None` for all.
-        """
-        embeddings = [encoder.returned for encoder in self._encoders]
-        return fingerprint(settings_in_use(self.setting_owners), self.denoiser, embeddings, stochastic)
-
-    @torch.no_grad()
-    def embedding_sums(self, context: Context) -> tuple[Tensor, ...]:
-        """Return the `embeddings` of a batch's [`~ddpo_trl.policy.fingerprint.Fingerprint`] now, by its first step."""
-        sums: list[Tensor] = []
-        for call in self.calls.split(context):
-            self.run_to(self.policy_pipeline, Replay(0), call)
-            sums.extend(self.fingerprint(None).embeddings)
-        return tuple(sums)
+    def fingerprint(self) -> Fingerprint:
+        """Return the state that training has to share with sampling."""
+        return Fingerprint(
+            settings=settings_in_use(self.settings, self.pipeline_kwargs, self.scheduler),
+            adapter=adapter_switches(self.denoiser),
+            weights=weight_sums(self.denoiser),
+        )
 
 
 def seeded(context: Context) -> list[torch.Generator]:

@@ -30,7 +30,7 @@ def sample(
         context=context,
         images=images,
         steps=steps,
-        fingerprint=runner.fingerprint(stochastic),
+        fingerprint=runner.fingerprint(),
         finite_steps=source.finite_steps,
         steps_run=source.steps_run,
     )
@@ -64,7 +64,7 @@ def sample_with_gradients(
         context=context,
         images=images,
         steps={},
-        fingerprint=runner.fingerprint(stochastic),
+        fingerprint=runner.fingerprint(),
         gradients=taken,
         finite_steps=source.finite_steps,
         steps_run=source.steps_run,
