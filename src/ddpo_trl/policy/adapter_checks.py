@@ -1,4 +1,4 @@
-"""Checks that an adapter is an addition to the base model: switched off it is gone, and files can hold all of it."""
+"""Checks that an adapter only adds to the base model: disabled it has no effect, and files contain all of it."""
 
 import copy
 import dataclasses
@@ -20,22 +20,22 @@ from ddpo_trl.descriptions import in_a_line
 
 logger = logging.get_logger(__name__)
 
-# A single layer stands for all that a config targets; wide enough for the sizes that configs ask for by default.
+# A single layer represents all that a config targets. It is wide enough for the default sizes of configs.
 STAND_IN = "stand_in"
 STAND_IN_WIDTH = 256
 PLACES = {"exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "target_parameters",
           "trainable_token_indices", "layer_replication"}  # fmt: skip
 PATTERNS = {"rank_pattern", "alpha_pattern"}
 
-# Values of init_lora_weights that peft completes in a call of its own, and what that call needs.
+# Values of init_lora_weights that peft completes in a separate call, and the input of that call.
 DATA_DRIVEN = {"eva": "activations of the model", "lora_ga": "gradients of the model"}
 
-# Fields of every config, which say nothing about how an adapter computes.
+# Fields of every config, which do not affect what an adapter computes.
 BOOKKEEPING = {field.name for field in dataclasses.fields(PeftConfig)}
 
 
 def without_dropout(config: PeftConfig) -> PeftConfig:
-    """A copy of an adapter's config in which nothing is dropped, with a warning if that is a change."""
+    """Return a copy of an adapter's config without dropout, with a warning if it had any."""
     config = copy.deepcopy(config)
     for field in dataclasses.fields(config):
         if field.name.endswith("dropout") and (value := vars(config)[field.name]):
@@ -60,17 +60,17 @@ def check_initialization(config: PeftConfig) -> None:
 
 def check_config(config: PeftConfig, owner: str) -> None:
     """
-    Tries an adapter's config out on a single layer.
+    Try an adapter's config on a single layer.
 
     Args:
         config ([`~peft.PeftConfig`]):
             The config.
         owner (`str`):
-            What has it, for the message.
+            Name of the object that has it, for the message.
 
     Raises:
-        `ValueError`: If the layer with the adapter switched off is not what it was without: then the KL divergence
-            would be to another model than the base, and the adapter's file would act on another one.
+        `ValueError`: If the layer with the disabled adapter differs from the layer without it: the KL divergence would
+            be to another model than the base, and the saved adapter would be applied to another one.
     """
     unusual = changed_fields(config)
     try:
@@ -78,7 +78,7 @@ def check_config(config: PeftConfig, owner: str) -> None:
             return
     except Exception as error:  # any of peft's methods may come, with its own requirements
         raise ValueError(
-            f"{owner} is {in_words(config)}, which can't be put on a linear layer of a diffusers model "
+            f"{owner} is {in_words(config)}, which can't be added to a linear layer of a diffusers model "
             f"({in_a_line(error)}). Use a LoraConfig with r, lora_alpha and target_modules."
         ) from error
     causes = [name for name in unusual if _leaves_base_alone(_with_default(config, name))] or list(unusual)
@@ -91,14 +91,14 @@ def check_config(config: PeftConfig, owner: str) -> None:
 
 
 def in_words(config: PeftConfig) -> str:
-    """A config without the settings that are its class's defaults."""
+    """Return a config as text, without the settings that are its class's defaults."""
     return (
         f"{type(config).__name__}({', '.join(f'{name}={value!r}' for name, value in changed_fields(config).items())})"
     )
 
 
 def changed_fields(config: PeftConfig) -> dict[str, Any]:
-    """The settings of a config that are not their class's defaults, except for those of every config."""
+    """Return the settings of a config that differ from its class's defaults, except those of every config."""
     values = {field.name: vars(config)[field.name] for field in dataclasses.fields(config)}
     return {
         name: value
@@ -141,9 +141,9 @@ def _leaves_base_alone(config: PeftConfig) -> bool:
 
 
 def check_projections(denoiser: nn.Module, name: str) -> None:
-    """Raises a `ValueError` for a denoiser with other attention layers than a fresh pipeline's."""
+    """Raise a `ValueError` for fused attention projections."""
     for module in denoiser.modules():
-        if isinstance(module, Attention):  # remembers for good that it was fused, but what it runs is its processor
+        if isinstance(module, Attention):  # its `fused_projections` stays True after unfusing
             fused = "Fused" in type(module.processor).__name__
         else:
             fused = isinstance(module, AttentionModuleMixin) and module.fused_projections
@@ -155,7 +155,7 @@ def check_projections(denoiser: nn.Module, name: str) -> None:
 
 
 def check_copies(denoiser: nn.Module, owner: str) -> None:
-    """Raises a `ValueError` for an adapter that trains copies of layers beside them."""
+    """Raise a `ValueError` for an adapter that trains copies of layers."""
     for name, module in denoiser.named_modules():
         if isinstance(module, AuxiliaryTrainingWrapper):
             raise ValueError(
@@ -165,7 +165,7 @@ def check_copies(denoiser: nn.Module, owner: str) -> None:
 
 
 def check_use(denoiser: Any, name: str, active: list[str]) -> None:
-    """Raises a `ValueError` for adapters that are used otherwise than they would be saved."""
+    """Raise a `ValueError` for adapters whose use differs from what would be saved."""
     for layer in denoiser.modules():
         if not isinstance(layer, BaseTunerLayer):
             continue
@@ -195,13 +195,13 @@ def check_use(denoiser: Any, name: str, active: list[str]) -> None:
 
 def first_difference(ours: nn.Module, loaded: nn.Module, adapter: str) -> str | None:
     """
-    What an adapter that was loaded lacks of the one that was saved, in words; `None` if nothing.
+    Describe the first difference between a loaded adapter and the saved one; `None` if there is none.
 
     Args:
         ours, loaded (`torch.nn.Module`):
             The denoiser with the adapter that was saved, and another one with the adapter that was loaded.
         adapter (`str`):
-            Its name, in both.
+            Name of the adapter in both.
     """
     expected, found = (dict(_parts(denoiser, adapter)) for denoiser in (ours, loaded))
     for name, value in expected.items():
@@ -217,7 +217,7 @@ def first_difference(ours: nn.Module, loaded: nn.Module, adapter: str) -> str | 
 
 
 def _parts(denoiser: nn.Module, adapter: str) -> Iterator[tuple[str, Any]]:
-    """Tensors and settings of an adapter, by name."""
+    """Return tensors and settings of an adapter by name."""
     for name, layer in denoiser.named_modules():
         if not isinstance(layer, BaseTunerLayer):
             continue

@@ -1,4 +1,4 @@
-"""How a batch of samples becomes calls of a pipeline, and what a call must leave as it found it."""
+"""Splitting of a batch of samples into calls of a pipeline, and state that a call must not change."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -32,26 +32,26 @@ class BatchCalls:
 
     One call per batch is the fastest, but a pipeline may take one value per call only (Wan image-to-video), read a
     list as several values of every sample (FLUX.2), or draw noise for all samples from torch's global generator
-    (ControlNet of Stable Diffusion 3). Nothing declares which: it is learned when the first batch comes, by running
-    its first step. Where a sample depends on the batch it is in, every sample gets a call of its own.
+    (ControlNet of Stable Diffusion 3). Pipelines do not declare this: it is detected by running the first step of the
+    first batch. If a sample depends on the batch it is in, every sample gets its own call.
 
     Args:
         denoiser ([`~diffusers.ModelMixin`]):
-            The network that is trained.
+            The trained network.
         run (`Callable[[Context, Replay], Replay]`):
-            Makes one call of the pipeline for all samples of a context, up to the step that is replayed.
+            Makes one call of the pipeline for all samples of a context, up to the replayed step.
         images_after_one_step (`Callable[[Context], torch.Tensor]`):
             Makes one call of the pipeline for all samples of a context, with a single denoising step.
         is_plain (`bool`):
-            Whether calls without per-sample inputs hold texts and numbers only: a batch of them is taken for granted.
+            Whether calls without per-sample inputs contain texts and numbers only, for which batches always work.
 
     Attributes:
         draws (`bool`):
             Whether the pipeline draws from torch's global generators before its first step.
         one_by_one_reason (`str`, *optional*):
-            Why every sample gets a call of its own; `None` while none does.
+            Reason why every sample gets its own call; `None` if calls make several samples.
         without_effect (`list[str]`):
-            Names of inputs of which another value left the image after one step as it was.
+            Names of inputs for which another value did not change the image after one step.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class BatchCalls:
 
     def split(self, context: Context) -> list[Context]:
         """
-        The contexts of the calls that make a batch, in order.
+        Return the contexts of the calls that make a batch, in order.
 
         Args:
             context ([`~ddpo_trl.policy.records.Context`] of length `B`):
@@ -83,7 +83,7 @@ class BatchCalls:
             `list[Context]`: One of length `B`, or `B` of length 1.
 
         Raises:
-            `Exception`: Whatever the pipeline raises if it does not take the inputs of a single sample.
+            `Exception`: Any error of the pipeline if it does not accept the inputs of a single sample.
         """
         if len(context) > 1:
             if self._together is None:
@@ -95,7 +95,7 @@ class BatchCalls:
         return singles
 
     def inputs(self, context: Context) -> dict[str, Any]:
-        """The per-sample arguments of a call. Texts are always in a list, as prompts are."""
+        """Return the per-sample arguments of a call. Texts are always in a list, as prompts are."""
         bare = len(context) == 1 and self._bare
         return {
             name: values[0] if bare and not isinstance(values[0], str) else list(values)
@@ -113,7 +113,7 @@ class BatchCalls:
                 Makes the call.
 
         Returns:
-            `bool`: Whether it was the second.
+            `bool`: Whether the call with lists was refused.
         """
         before, self._bare = self._bare, False
         try:
@@ -161,7 +161,7 @@ class BatchCalls:
         except Exception as error:  # a pipeline may refuse a batch in any way
             return f"it takes no batch with {what} ({type(error).__name__}: {error})"
         if batch.latents is None:
-            return None  # no step was run, which is told elsewhere
+            return None  # no step was run, which is reported elsewhere
         if not is_batch_of(batch, alone, coarsest_precision(self.denoiser, batch.latents)):
             return f"in a batch it makes another sample from {what} than from each alone"
         copies = Context(
@@ -174,7 +174,7 @@ class BatchCalls:
         return None
 
     def _compare_inputs(self, other: Context, single: Context, run: Replay) -> None:
-        """Notes and warns of the inputs that may be another sample's without changing a sample."""
+        """Record and report the inputs that can be exchanged with another sample's without an effect."""
         for name, values in other.inputs.items():
             if by_value(values) == by_value(single.inputs[name]):
                 continue  # or they can't be compared
@@ -205,7 +205,7 @@ class BatchCalls:
 
     @torch.no_grad()
     def _first_step(self, context: Context) -> Replay:
-        """Runs the first step, and notes whether random numbers are drawn before; without inputs, that is all."""
+        """Run the first step, and record if random numbers are drawn before it; without inputs, stop there."""
         with self.drawing_from(context):
             before = global_states(self.denoiser.device)
 
@@ -224,7 +224,7 @@ class BatchCalls:
 
     @contextmanager
     def drawing_from(self, context: Context) -> Iterator[None]:
-        """Torch's global generators start from the samples' seeds, and are put back at the end."""
+        """Seed torch's global generators from the samples, and restore them at the end."""
         device = self.denoiser.device
         seed = derived_seed(context.seeds[0], Stream.PIPELINE)
         with forked_generators(device):
@@ -235,7 +235,7 @@ class BatchCalls:
 
 
 def global_states(device: torch.device) -> list[Tensor]:
-    """The states of torch's global generators on the CPU and on a device."""
+    """Return the states of torch's global generators on the CPU and on a device."""
     states = [torch.get_rng_state()]
     if device.type != "cpu":
         states.append(torch.get_device_module(device).get_rng_state(device))
@@ -243,7 +243,7 @@ def global_states(device: torch.device) -> list[Tensor]:
 
 
 def coarsest_precision(denoiser: ModelMixin, latents: Tensor) -> float:
-    """The relative rounding error of what a pipeline computes with."""
+    """Return the relative rounding error of the coarsest dtype that a pipeline computes with."""
     kind = latents.device.type
     dtypes = [latents.dtype, denoiser.dtype] if kind == "cpu" else [latents.dtype, denoiser.dtype, COARSE]
     if torch.is_autocast_enabled(kind):
@@ -263,7 +263,7 @@ def is_batch_of(batch: Replay, alone: list[Replay], precision: float) -> bool:
 
 def images_tensor(output: Any) -> Tensor:
     """
-    Convert a pipeline's images to one tensor, whatever it made of `output_type`.
+    Convert a pipeline's images of any `output_type` to one tensor.
 
     Args:
         output (`torch.Tensor`, `np.ndarray`, `PIL.Image.Image` or `list` of these):
@@ -285,7 +285,7 @@ def images_tensor(output: Any) -> Tensor:
 
 
 def attention_modules(networks: Iterable[Any]) -> list[Any]:
-    """The attention layers of networks; what is not a network is passed over."""
+    """Return the attention layers of networks. Other objects are skipped."""
     return [
         module
         for network in networks
@@ -298,10 +298,10 @@ def attention_modules(networks: Iterable[Any]) -> list[Any]:
 @contextmanager
 def processors_kept(modules: Iterable[Any]) -> Iterator[None]:
     """
-    Attention layers have the processors that they had when the context is left.
+    Restore the processors of attention layers when the context is left.
 
-    Pipelines with perturbed attention guidance (PAG) set others while they run, and put theirs back at the end of a
-    call only. A replay leaves a call before.
+    Pipelines with perturbed attention guidance (PAG) replace them while they run, and restore them only at the end of
+    a call, which a replay does not reach.
 
     Args:
         modules (`Iterable[torch.nn.Module]`):

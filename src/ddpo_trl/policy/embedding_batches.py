@@ -171,5 +171,5 @@ def check_mask(embeddings: Any, length: int) -> None:
     if not any(isinstance(value, Tensor) and value.ndim == 2 and value.shape[1] == length for value in values):
         raise ValueError(
             "The pipeline's prompt embeddings have different lengths and no mask, so a sample would depend on the "
-            "longest prompt beside it. Set per_device_sample_batch_size and per_device_train_batch_size to 1."
+            "longest prompt in its batch. Set per_device_sample_batch_size and per_device_train_batch_size to 1."
         )
