@@ -173,14 +173,3 @@ def test_another_optimizer_or_kind_of_schedule_is_refused(make_config, tmp_path)
         ValueError, match="the optimizer is SGD, which can't go on with the state of .* AdamW. Use AdamW"
     ):
         trainer.train(resume_from_checkpoint=True)
-
-
-def test_rates_of_an_older_checkpoint_take_effect_too(make_config, tmp_path, caplog):
-    """One without `run.json`: its optimizer's own groups say what it had."""
-    trainer_of(make_config(**SHORT)).train()
-    (tmp_path / "run" / "checkpoint-1" / "run.json").unlink()
-    resumed = trainer_of(make_config(**SHORT, num_train_epochs=2, learning_rate=0.3))
-    with caplog.at_level(logging.WARNING, logger="ddpo_trl"):
-        resumed.train(resume_from_checkpoint=True)
-    assert learning_rates(resumed) == [1e-2, 0.3]
-    assert any("has no run.json" in record.getMessage() for record in caplog.records)

@@ -168,8 +168,8 @@ def _add_adapter(denoiser: nn.Module, peft_config: PeftConfig) -> None:
             inject_adapter_in_model(peft_config, denoiser, ADAPTER_NAME)
     except Exception as error:  # peft's are of any type where a config does not suit a model
         raise ValueError(
-            f"peft_config can't be added to {type(denoiser).__name__} ({in_a_line(error)}). Give it target_modules that "
-            "are linear layers or convolutions there."
+            f"peft_config can't be added to {type(denoiser).__name__} ({in_a_line(error)}). Give it target_modules "
+            "that are linear layers or convolutions there."
         ) from error
 
 

@@ -166,4 +166,4 @@ def set_rates(optimizer: Optimizer, scheduler: LRScheduler, rates: Sequence[floa
             group["lr"].fill_(rate)
         else:
             group["lr"] = rate
-    scheduler._last_lr = list(rates)  # what is logged
+    scheduler.get_last_lr()[:] = rates  # what is logged
