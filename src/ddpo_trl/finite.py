@@ -88,23 +88,13 @@ def check_update(accelerator: Accelerator, parameters: Iterable[nn.Parameter], l
     scaler = accelerator.scaler
     if accelerator.distributed_type != DistributedType.DEEPSPEED and (scaler is None or scaler.get_scale() <= 1):
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        figures["gradient norm"] = gathered_norm(gradients).to(loss.device)
+        figures["gradient norm"] = gathered(nn.utils.get_total_norm(gradients)).to(loss.device)
     values = torch.stack([value.float() for value in figures.values()]).tolist()  # the one wait for the device
     if not all(map(math.isfinite, values)):
         named = ", ".join(f"{name} {value}" for name, value in zip(figures, values, strict=True))
         raise NotFiniteError(
             f"The gradient of {when} is not finite ({named}), so the run stops before the round is saved. {CAUSES}"
         )
-
-
-def gathered_norm(gradients: Sequence[Tensor]) -> Tensor:
-    """Return the 2-norm of all gradients together, shape `()`; sharded ones (FSDP2) are combined."""
-    return gathered(nn.utils.get_total_norm(gradients))
-
-
-def is_finite(value: Tensor) -> bool:
-    """Return whether a tensor holds neither NaN nor infinity, in any shard."""
-    return bool(gathered(value.isfinite().all()))
 
 
 def gathered(value: Tensor) -> Tensor:
@@ -119,7 +109,7 @@ def check_weights(weights: Mapping[str, Tensor], directory: object) -> None:
     Raises:
         [`NotFiniteError`]: With the number of such tensors and the name of the first.
     """
-    if broken := [name for name, value in weights.items() if not is_finite(value)]:
+    if broken := [name for name, value in weights.items() if not gathered(value.isfinite().all())]:
         raise NotFiniteError(
             f"{len(broken)} of {len(weights)} trained tensors are not finite, {broken[0]} first; nothing was written "
             f"to {directory}. {CAUSES}"

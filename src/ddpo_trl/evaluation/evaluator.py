@@ -1,7 +1,6 @@
 """Evaluation on prompts of their own, with the scheduler that the pipeline's users will run."""
 
 import logging
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -20,6 +19,7 @@ from ddpo_trl.prompts import PromptPair, default_prompt_key, prompt_keys
 from ddpo_trl.rewards.function import unique_names
 from ddpo_trl.rewards.pending import PendingRewards, first_problem
 from ddpo_trl.rewards.scoring import RewardScorer
+from ddpo_trl.rollout.advantages import indices_by_key
 from ddpo_trl.rollout.callbacks import RoundProgress
 from ddpo_trl.seeding import Stream, derived_seed, randomness_untouched
 
@@ -131,7 +131,8 @@ class Evaluator:
 
         scorers = [self.scorer] if self.held_out is None else [self.scorer, self.held_out]
         made = self._make_and_score(pairs, self.policy.generate, scorers)
-        distance = mean_distance(self._images(made, rows) for rows in groups(keys_of(pairs)))
+        keys = prompt_keys(pairs, default_prompt_key)  # not only the text, where an image is edited
+        distance = diversity(self._images(made, rows) for rows in repeated(keys))
         rewards = made.rewards
         del made
         (sampled_rewards,) = self._make_and_score(pairs, sample, [self.scorer]).rewards
@@ -214,43 +215,27 @@ def std(rewards: Tensor) -> float:
     return rewards[~rewards.isnan()].std(correction=0).item()
 
 
-def diversity(images: Tensor, prompts: Sequence[str]) -> float | None:
+def repeated(keys: Sequence[str]) -> list[list[int]]:
+    """Return the positions of each key that occurs at least twice."""
+    return [rows for rows in indices_by_key(keys).values() if len(rows) > 1]
+
+
+def diversity(images: Iterable[Tensor]) -> float | None:
     """
-    How different the images of one prompt are: what a policy loses that has found one image that pays.
+    Distance between the images of one prompt: small for a policy that makes the same image whatever the noise.
 
     Args:
-        images (`torch.Tensor` of shape `(N, ...)`):
-            In [0, 1]. Those that are not finite are left out.
-        prompts (`Sequence[str]` of length `N`):
-            What they were made from.
+        images (`Iterable[torch.Tensor]`):
+            Images of each prompt, `(n, ...)` in [0, 1], one prompt in memory at a time. Images that are not finite are
+            left out.
 
     Returns:
         Root mean square distance of pixels, in [0, 1], averaged over the pairs of a prompt and then over prompts;
-        `None` if there are no two images of one prompt.
+        `None` if no prompt has two images.
     """
-    return mean_distance(images[rows] for rows in groups(prompts))
-
-
-def groups(prompts: Sequence[str]) -> list[list[int]]:
-    """The places of each prompt that occurs at least twice."""
-    return [[row for row, other in enumerate(prompts) if other == one] for one in sorted(repeated(prompts))]
-
-
-def mean_distance(images: Iterable[Tensor]) -> float | None:
-    """As [`diversity`], of the images of each prompt; only those of one are looked at at a time."""
     flat = (group[finite_rows(group)].flatten(1).float() for group in images)
     distances = [torch.pdist(group).mean() / group.shape[1] ** 0.5 for group in flat if len(group) > 1]
     return torch.stack(distances).mean().item() if distances else None
-
-
-def repeated(prompts: Sequence[str]) -> set[str]:
-    """Return the values that occur at least twice."""
-    return {prompt for prompt, count in Counter(prompts).items() if count > 1}
-
-
-def keys_of(pairs: Sequence[PromptPair]) -> list[str]:
-    """Return the key that images of the same prompt share: not only the text, where an image is edited."""
-    return prompt_keys(pairs, default_prompt_key)
 
 
 def reward_names(scorer: RewardScorer, held_out: RewardScorer | None) -> list[str]:
@@ -289,7 +274,7 @@ def check_evaluation(config: DDPOConfig, pairs: Sequence[PromptPair] | None, rew
             "on: give `eval_prompts` to the trainer."
         )
     metric = config.metric_for_best_model
-    keys = keys_of(pairs) if metric is not None else []
+    keys = prompt_keys(pairs, default_prompt_key) if metric is not None else []
     known = metric_names(reward_functions, keys)
     if metric is not None and "eval_" + metric.removeprefix("eval_") not in known:
         raise ValueError(

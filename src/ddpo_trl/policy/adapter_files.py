@@ -15,7 +15,6 @@ from diffusers.utils import logging
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 from ddpo_trl.distributed import sharded_like, whole
 from ddpo_trl.finite import check_weights
@@ -138,7 +137,11 @@ def check_files(pipeline: DiffusionPipeline, adapter: str, owner: str) -> None:
                 twin.load_lora_weights(directory, adapter_name=adapter)
             else:
                 PeftModel.from_pretrained(fresh, directory, adapter_name=adapter, low_cpu_mem_usage=True)
-        unsaved = [f"{name} is not in the file" for name in trained_but_not_saved(denoiser, adapter)]
+        saved = {value.data_ptr() for value in get_peft_model_state_dict(denoiser, adapter_name=adapter).values()}
+        trained = {weight: value for weight, value in denoiser.named_parameters() if value.requires_grad}
+        unsaved = [
+            f"{weight} is not in the file" for weight, value in trained.items() if value.data_ptr() not in saved
+        ]
         problem = unsaved[0] if unsaved else first_difference(denoiser, fresh, adapter)
     except Exception as error:  # whatever the loaders of diffusers and peft raise here, they will raise for users too
         problem = in_a_line(error)
@@ -148,14 +151,6 @@ def check_files(pipeline: DiffusionPipeline, adapter: str, owner: str) -> None:
         f"{owner} is {in_words(denoiser.peft_config[adapter])}, and {loader} does not load what would be saved of it: "
         f"{problem}. Use a LoraConfig with r, lora_alpha and target_modules only."
     )
-
-
-def trained_but_not_saved(denoiser: nn.Module, adapter: str) -> list[str]:
-    """Return the names of the weights that require gradients and are not an adapter's."""
-    saved = {value.data_ptr() for value in get_peft_model_state_dict(denoiser, adapter_name=adapter).values()}
-    return [
-        name for name, value in denoiser.named_parameters() if value.requires_grad and value.data_ptr() not in saved
-    ]
 
 
 @contextmanager

@@ -18,12 +18,13 @@ from ddpo_trl.policy.pipeline import parts, policy_copy, quiet_copy, with_denois
 from ddpo_trl.policy.records import Context, join_samples
 from ddpo_trl.policy.schedulers import (
     BeforeSteps,
-    Numbered,
     PolicyScheduler,
     Replay,
     Sampling,
+    StartingFrom,
     StepReplayed,
     learn_layout,
+    numbered,
 )
 from ddpo_trl.policy.values import is_setting
 
@@ -153,14 +154,11 @@ class PipelineRunner:
         return first
 
     def _learn_layout(self, call: Context) -> None:
-        def visit(replay: Replay) -> Tensor:
-            latents = self.run_to(self.policy_pipeline, replay, call).latents
-            assert latents is not None, "the first step was run before"
-            return latents
-
-        first, lowest = visit(Replay(0)), Numbered(place=0)
-        digits = [visit(lowest), *(visit(Numbered(place)) for place in range(1, lowest.places))]
-        self.scheduler.layout = learn_layout(len(call), lowest.elements, first, digits)
+        own = Replay(0)
+        visits = [self.run_to(self.policy_pipeline, own, call)]
+        visits += [self.run_to(self.policy_pipeline, StartingFrom(digit), call) for digit in numbered(own.prepared)]
+        first, *digits = [visit.latents for visit in visits if visit.latents is not None]
+        self.scheduler.layout = learn_layout(len(call), own.prepared.numel(), first, digits)
 
     def _first_call(self, context: Context, replay: Replay) -> Replay:
         self.denoiser.eval()  # an adapter that was just added is in training mode, with its dropout

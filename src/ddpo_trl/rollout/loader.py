@@ -29,28 +29,6 @@ from ddpo_trl.seeding import Stream, derived_seed, generator, randomness_lent
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True)
-class MicroBatch:
-    """
-    Which transitions of the current rollout make up a micro-batch.
-
-    It crosses the Trainer as the plain dict `vars(micro_batch)`. Indices and not tensors cross, because the Trainer
-    prefetches all micro-batches of an optimizer step, and their tensors would be a second copy of the rollout.
-
-    Args:
-        samples (`list[int]`):
-            Indices of samples on this process.
-        step (`int`, *optional*):
-            Index of the denoising step; `None` for all, in one pass.
-        on_policy (`bool`):
-            Whether it belongs to the first optimizer step after sampling.
-    """
-
-    samples: list[int]
-    step: int | None
-    on_policy: bool
-
-
 @dataclass(kw_only=True)
 class RolloutLoader:
     """
@@ -108,8 +86,7 @@ class RolloutLoader:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         self.before_sampling()
         self.on_rollout(self._collect())
-        for micro_batch in self._micro_batches():
-            yield vars(micro_batch)
+        yield from self._micro_batches()
 
     def _collect(self) -> Rollout:
         pairs = self._draw_prompts()
@@ -219,11 +196,17 @@ class RolloutLoader:
                 metrics[f"rewards/{name}/std"] = column[applies].std(correction=0).item()
         return metrics
 
-    def _micro_batches(self) -> Iterator[MicroBatch]:
-        """Shuffles the samples in every pass and gives each micro-batch of samples its own random order of steps."""
+    def _micro_batches(self) -> Iterator[dict[str, Any]]:
+        """
+        Shuffle the samples in every pass and give each micro-batch of samples its own random order of steps.
+
+        Yields the arguments of [`~ddpo_trl.rollout.records.Rollout.transition`]: indices and not tensors, because the
+        Trainer prefetches all micro-batches of an optimizer step, and their tensors would be a second copy of the
+        rollout.
+        """
         plan = self.plan
-        if plan.one_pass:  # all is done but to weigh the gradients
-            yield MicroBatch(samples=list(range(plan.samples_per_process)), step=None, on_policy=True)
+        if plan.one_pass:  # only the weighting of the gradients is left, which needs no transition
+            yield {}
             return
         recorded_steps = plan.trained_steps(self.round, self.seed)
         random = generator(self.seed, Stream.MICRO_BATCHES, self.round, self.accelerator.process_index)
@@ -233,8 +216,8 @@ class RolloutLoader:
                 for samples in mini_batch.split(plan.per_device_train_batch_size):
                     steps = torch.randperm(len(recorded_steps), generator=random)
                     for step in steps[: plan.transitions_per_sample].tolist():
-                        yield MicroBatch(
-                            samples=samples.tolist(),
-                            step=recorded_steps[step],
-                            on_policy=ppo_epoch == 0 and index == 0,
-                        )
+                        yield {
+                            "samples": samples.tolist(),
+                            "step": recorded_steps[step],
+                            "on_policy": ppo_epoch == 0 and index == 0,
+                        }

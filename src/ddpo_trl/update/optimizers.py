@@ -77,11 +77,6 @@ def as_factory(given: tuple[Any, dict[str, Any]] | None) -> tuple[Any, dict[str,
     return (lambda: of_model), kwargs
 
 
-def unwrapped(optimizer: Optimizer) -> Optimizer:
-    """The user's or Trainer's optimizer, without accelerate's wrapper."""
-    return optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
-
-
 def hyperparameters(optimizer: Optimizer) -> list[dict[str, Any]]:
     """Hyperparameters of each group, with the initial (`initial_lr`) instead of the current learning rate."""
     return [
@@ -99,8 +94,9 @@ def as_json(value: Any) -> Any:
 
 def record(optimizer: Optimizer, scheduler: LRScheduler, groups: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Describe the optimizer for `run.json`; `groups` are the [`hyperparameters`] at the start."""
+    own = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
     return {
-        "optimizer": type(unwrapped(optimizer)).__name__,
+        "optimizer": type(own).__name__,
         "lr_scheduler": type(scheduler).__name__,
         "groups": [{name: as_json(value) for name, value in group.items()} for group in groups],
     }

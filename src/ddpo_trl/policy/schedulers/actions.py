@@ -11,7 +11,7 @@ from torch import Tensor
 from ddpo_trl.finite import finite_rows
 from ddpo_trl.policy.gaussian import Reduction, log_prob
 from ddpo_trl.policy.records import Step
-from ddpo_trl.policy.schedulers.layout import StateLayout, numbered
+from ddpo_trl.policy.schedulers.layout import StateLayout
 
 
 class StepReplayed(Exception):
@@ -226,8 +226,10 @@ class Replay(ActionSource):
             Recorded x_t; the pipeline's own first latents by default.
 
     Attributes:
+        prepared (`torch.Tensor`):
+            Latents that the pipeline prepared.
         latents (`torch.Tensor` of shape `(B, ...)`, *optional*):
-            The x_t with which the step was run; `None` if it was not.
+            State x_t with which the step was run; `None` if it was not.
         mean (`torch.Tensor` of shape `(B, ...)`):
             μ_θ(x_t), float32, with gradient if grad mode is on.
         std (`float`):
@@ -237,6 +239,7 @@ class Replay(ActionSource):
     def __init__(self, step: int, state: Tensor | None = None):
         self.step = step
         self.state = state
+        self.prepared: Tensor
         self.latents: Tensor | None = None
         self.mean: Tensor
         self.std: float
@@ -247,6 +250,7 @@ class Replay(ActionSource):
         return timesteps.roll(-self.step)
 
     def first_latents(self, prepared: Tensor, layout: StateLayout) -> Tensor:
+        self.prepared = prepared
         return prepared if self.state is None else layout.put(prepared, self.state)
 
     @property
@@ -264,25 +268,15 @@ class Replay(ActionSource):
         raise StepReplayed
 
 
-class Numbered(Replay):
-    """
-    Runs the first step with numbers for latents, to see where they arrive.
+class StartingFrom(Replay):
+    """Run the first step from other latents than the pipeline's own, to see where they arrive."""
 
-    Args:
-        place (`int`):
-            The digit that they stand for, see [`~ddpo_trl.policy.schedulers.layout.numbered`].
-    """
-
-    def __init__(self, place: int):
+    def __init__(self, start: Tensor):
         super().__init__(step=0)
-        self.place = place
-        self.places = 1
-        self.elements = 0
+        self.start = start
 
     def first_latents(self, prepared: Tensor, layout: StateLayout) -> Tensor:
-        digits = list(numbered(prepared))
-        self.places, self.elements = len(digits), prepared.numel()
-        return digits[self.place]
+        return self.start
 
 
 class BeforeSteps(Replay):

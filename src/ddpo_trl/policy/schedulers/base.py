@@ -4,6 +4,8 @@ One method gives the mean and standard deviation of a step; what differs between
 action comes from. So the two cannot drift apart.
 """
 
+import functools
+import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator
@@ -200,6 +202,37 @@ class PolicyScheduler(ABC):
         if self.source is None:
             raise RuntimeError("A policy scheduler steps only within `acting(source)`.")
         return self.source
+
+
+@functools.cache
+def policy_class(policy: Any, base: Any) -> Any:
+    """
+    Return the class of a policy over the timesteps and settings of a diffusers scheduler class.
+
+    A class and not a wrapper, because pipelines ask for their scheduler's type, config and signatures.
+
+    Args:
+        policy (`type`):
+            Subclass of [`PolicyScheduler`].
+        base (`type`):
+            Class of the diffusers scheduler.
+    """
+    signature = inspect.signature(base.set_timesteps)
+
+    @functools.wraps(base.set_timesteps)  # pipelines read its signature
+    def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> None:
+        arguments = signature.bind(self, *args, **kwargs)
+        device = arguments.arguments.get("device")
+        arguments.arguments["device"] = "cpu"  # the schedule is read as numbers: a GPU would have to wait
+        base.set_timesteps(*arguments.args, **arguments.kwargs)
+        self.begin_schedule()
+        self.timesteps = self.timesteps.to(device)
+
+    return type(
+        f"{base.__name__.removesuffix('Scheduler')}PolicyScheduler",
+        (policy, base),
+        {"__doc__": policy.__doc__, "set_timesteps": set_timesteps},
+    )
 
 
 def by_sample(tensor: Tensor, samples: int) -> Tensor:

@@ -3,78 +3,54 @@
 import copy
 from typing import Any
 
-from diffusers import (
-    CogVideoXDDIMScheduler,
-    CogVideoXDPMScheduler,
-    DDIMParallelScheduler,
-    DDIMScheduler,
-    DDPMParallelScheduler,
-    DDPMScheduler,
-    DEISMultistepScheduler,
-    DPMSolverMultistepScheduler,
-    DPMSolverSinglestepScheduler,
-    EulerAncestralDiscreteScheduler,
-    EulerDiscreteScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    FlowMatchHeunDiscreteScheduler,
-    FlowMatchLCMScheduler,
-    HeunDiscreteScheduler,
-    KDPM2AncestralDiscreteScheduler,
-    KDPM2DiscreteScheduler,
-    LCMScheduler,
-    LMSDiscreteScheduler,
-    PNDMScheduler,
-    SASolverScheduler,
-    SchedulerMixin,
-    TCDScheduler,
-    UniPCMultistepScheduler,
-)
+import diffusers
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, SchedulerMixin
 
-from ddpo_trl.policy.schedulers.base import PolicyScheduler
-from ddpo_trl.policy.schedulers.ddim import ddim_policy_class
-from ddpo_trl.policy.schedulers.flow_match import SdeType, flow_match_policy_class
+from ddpo_trl.policy.schedulers.base import PolicyScheduler, policy_class
+from ddpo_trl.policy.schedulers.ddim import DDIMPolicyScheduler
+from ddpo_trl.policy.schedulers.flow_match import FlowMatchPolicyScheduler, SdeType
 
 
 # They hold ᾱ_t of a variance-preserving diffusion, which is all that DDIM's transition needs.
 VARIANCE_PRESERVING_SCHEDULERS = (
-    CogVideoXDDIMScheduler,
-    CogVideoXDPMScheduler,
-    DDIMParallelScheduler,
+    diffusers.CogVideoXDDIMScheduler,
+    diffusers.CogVideoXDPMScheduler,
+    diffusers.DDIMParallelScheduler,
     DDIMScheduler,
-    DDPMParallelScheduler,
-    DDPMScheduler,
-    DEISMultistepScheduler,
-    DPMSolverMultistepScheduler,
-    DPMSolverSinglestepScheduler,
-    EulerAncestralDiscreteScheduler,
-    EulerDiscreteScheduler,
-    HeunDiscreteScheduler,
-    KDPM2AncestralDiscreteScheduler,
-    KDPM2DiscreteScheduler,
-    LCMScheduler,
-    LMSDiscreteScheduler,
-    PNDMScheduler,
-    SASolverScheduler,
-    TCDScheduler,
-    UniPCMultistepScheduler,
+    diffusers.DDPMParallelScheduler,
+    diffusers.DDPMScheduler,
+    diffusers.DEISMultistepScheduler,
+    diffusers.DPMSolverMultistepScheduler,
+    diffusers.DPMSolverSinglestepScheduler,
+    diffusers.EulerAncestralDiscreteScheduler,
+    diffusers.EulerDiscreteScheduler,
+    diffusers.HeunDiscreteScheduler,
+    diffusers.KDPM2AncestralDiscreteScheduler,
+    diffusers.KDPM2DiscreteScheduler,
+    diffusers.LCMScheduler,
+    diffusers.LMSDiscreteScheduler,
+    diffusers.PNDMScheduler,
+    diffusers.SASolverScheduler,
+    diffusers.TCDScheduler,
+    diffusers.UniPCMultistepScheduler,
 )
 # Their models are distilled for their own timesteps.
-DISTILLED_SCHEDULERS = (LCMScheduler, TCDScheduler)
+DISTILLED_SCHEDULERS = (diffusers.LCMScheduler, diffusers.TCDScheduler)
 DDIM_BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 
 # Their schedules have one `sigmas` value per step, between 0 and 1, if they are set to flow matching.
 FLOW_MATCHING_SCHEDULERS = (
-    DEISMultistepScheduler,
-    DPMSolverMultistepScheduler,
-    DPMSolverSinglestepScheduler,
+    diffusers.DEISMultistepScheduler,
+    diffusers.DPMSolverMultistepScheduler,
+    diffusers.DPMSolverSinglestepScheduler,
     FlowMatchEulerDiscreteScheduler,
-    SASolverScheduler,
-    UniPCMultistepScheduler,
+    diffusers.SASolverScheduler,
+    diffusers.UniPCMultistepScheduler,
 )
 
 # The same flow with a second-order or a consistency step; Euler's schedule takes their config.
-FLOW_MATCHING_LIKE_EULER = (FlowMatchHeunDiscreteScheduler, FlowMatchLCMScheduler)
+FLOW_MATCHING_LIKE_EULER = (diffusers.FlowMatchHeunDiscreteScheduler, diffusers.FlowMatchLCMScheduler)
 
 
 def policy_scheduler(
@@ -135,8 +111,8 @@ def flow_match_policy(scheduler: SchedulerMixin, noise_level: float, sde_type: S
             "matching policy needs 'flow_prediction'."
         )
     euler_like = isinstance(scheduler, FLOW_MATCHING_LIKE_EULER)
-    policy_class = flow_match_policy_class(FlowMatchEulerDiscreteScheduler if euler_like else scheduler.__class__)
-    policy = policy_class.from_config(own_settings(scheduler))
+    base = FlowMatchEulerDiscreteScheduler if euler_like else scheduler.__class__
+    policy = policy_class(FlowMatchPolicyScheduler, base).from_config(own_settings(scheduler))
     if not euler_like:
         vars(policy).update(copy.deepcopy(vars(scheduler)))  # what was set on it later, such as its shift
     policy.noise_level = noise_level
@@ -174,9 +150,8 @@ def ddim_policy(scheduler: SchedulerMixin, eta: float) -> PolicyScheduler:
     settings.pop("snr_shift_scale", None)  # CogVideoX's, which is in its ᾱ_t
     if settings["beta_schedule"] not in DDIM_BETA_SCHEDULES:  # its ᾱ_t are taken over all the same
         settings["beta_schedule"] = "linear"
-    base: Any = scheduler.__class__ if isinstance(scheduler, DISTILLED_SCHEDULERS) else DDIMScheduler
-    policy_class = ddim_policy_class(base)
-    policy = policy_class.from_config(settings, clip_sample=False)
+    base = scheduler.__class__ if isinstance(scheduler, DISTILLED_SCHEDULERS) else DDIMScheduler
+    policy = policy_class(DDIMPolicyScheduler, base).from_config(settings, clip_sample=False)
     policy.eta = eta
     policy.alphas_cumprod = scheduler.alphas_cumprod
     if not policy.config.set_alpha_to_one:

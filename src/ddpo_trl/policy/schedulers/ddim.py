@@ -1,7 +1,6 @@
 """DDIM with η > 0: the policy of every variance-preserving diffusion."""
 
 import functools
-import inspect
 import math
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -43,8 +42,7 @@ class DDIMPolicyScheduler(PolicyScheduler):
     """
     DDIM with η > 0 as a policy, for every variance-preserving diffusion: epsilon, v and sample prediction.
 
-    Build it with [`~ddpo_trl.policy.schedulers.policy_scheduler`], which checks the config; concrete classes come from
-    [`ddim_policy_class`].
+    Build it with [`~ddpo_trl.policy.schedulers.policy_scheduler`], which checks the config.
 
     Attributes:
         eta (`float`):
@@ -141,28 +139,3 @@ class DDIMPolicyScheduler(PolicyScheduler):
             std=float(std),
             largest_eta=math.sqrt((1 - float(alpha)) / drawn) if drawn > 0 else math.inf,
         )
-
-
-@functools.cache
-def ddim_policy_class(base: Any) -> Any:
-    """
-    The policy scheduler class over the timesteps of `base`: DDIM's, or those that a model was distilled for.
-
-    A class and not a wrapper, because pipelines ask for their scheduler's type, config and signatures.
-    """
-    signature = inspect.signature(base.set_timesteps)
-
-    @functools.wraps(base.set_timesteps)  # pipelines read its signature
-    def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> None:
-        arguments = signature.bind(self, *args, **kwargs)
-        device = arguments.arguments.get("device")
-        arguments.arguments["device"] = "cpu"  # timesteps are read as numbers: a GPU would have to wait
-        base.set_timesteps(*arguments.args, **arguments.kwargs)
-        self.begin_schedule()
-        self.timesteps = self.timesteps.to(device)
-
-    return type(
-        f"{base.__name__.removesuffix('Scheduler')}PolicyScheduler",
-        (DDIMPolicyScheduler, base),
-        {"__doc__": DDIMPolicyScheduler.__doc__, "set_timesteps": set_timesteps},
-    )
