@@ -93,7 +93,7 @@ def test_an_overflow_of_the_autoencoder_is_named_as_that(make_config):
 def test_an_overflow_at_construction_is_refused_there_whatever_becomes_of_invalid_rewards(make_config):
     pipeline = tiny_pipeline()
     spoilt_decoder(pipeline, rows=[0])()
-    with pytest.raises(NotFiniteError, match="trial at construction, image 0"):
+    with pytest.raises(NotFiniteError, match="check at construction, image 0"):
         DDPOTrainer(make_config(on_invalid_reward="drop"), brightness, PROMPTS, pipeline)
 
 

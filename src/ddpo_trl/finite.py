@@ -1,4 +1,4 @@
-"""NaN and infinity stop here: checks of images before scoring, gradients before an update, weights before saving."""
+"""Checks for NaN and infinity: of images before scoring, gradients before an update, weights before saving."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,16 +17,7 @@ class NotFiniteError(RuntimeError):
 
 
 def finite_rows(values: Tensor) -> Tensor:
-    """
-    Return which samples hold neither NaN nor infinity, without waiting for the device.
-
-    Args:
-        values (`torch.Tensor` of shape `(B, ...)`):
-            Images or latents.
-
-    Returns:
-        `torch.Tensor` of shape `(B,)`, boolean.
-    """
+    """Return which samples of `(B, ...)` hold neither NaN nor infinity, `(B,)`, without waiting for the device."""
     return values.flatten(1).isfinite().all(1)
 
 
@@ -79,7 +70,7 @@ def check_update(accelerator: Accelerator, parameters: Iterable[nn.Parameter], l
         loss (`torch.Tensor` of shape `()`):
             Sum of the losses of the update's micro-batches on this process.
         when (`str`):
-            The update and its round, for the message.
+            Name of the update, for the message.
 
     Raises:
         [`NotFiniteError`]: If the loss or the gradient's norm is not finite.

@@ -432,8 +432,8 @@ ALL_OF_LORA: dict[str, list[tuple[Any, str | None]]] = {
     "target_modules": [
         ("all-linear", HOLDS),
         (["conv_in", "to_q"], HOLDS),
-        (["nowhere"], r"peft_config can't be put on UNet2DConditionModel .*Give it target_modules"),
-        (None, r"peft_config can't be put on UNet2DConditionModel .*Give it target_modules"),
+        (["nowhere"], r"peft_config can't be added to UNet2DConditionModel .*Give it target_modules"),
+        (None, r"peft_config can't be added to UNet2DConditionModel .*Give it target_modules"),
     ],
     "exclude_modules": [(["to_q"], HOLDS)],
     "lora_alpha": [(16, HOLDS)],
@@ -454,7 +454,7 @@ ALL_OF_LORA: dict[str, list[tuple[Any, str | None]]] = {
     "alpha_pattern": [({"to_q": 16}, HOLDS)],
     "megatron_config": [({}, HOLDS)],
     "megatron_core": [],  # with the field above
-    "trainable_token_indices": [([0], "peft_config can't be put on UNet2DConditionModel")],
+    "trainable_token_indices": [([0], "peft_config can't be added to UNet2DConditionModel")],
     "loftq_config": [],  # for init_lora_weights="loftq", which needs scipy
     "eva_config": [(EvaConfig(), HOLDS)],
     "corda_config": [],  # for init_lora_weights="corda"
@@ -465,10 +465,10 @@ ALL_OF_LORA: dict[str, list[tuple[Any, str | None]]] = {
     "use_qalora": [(True, HOLDS)],  # which is for quantized layers
     "qalora_group_size": [],  # with the field above
     "monteclora_config": [(MontecloraConfig(), "load_lora_weights does not load .*Use a LoraConfig")],
-    "layer_replication": [([(0, 1)], "peft_config can't be put on UNet2DConditionModel")],
+    "layer_replication": [([(0, 1)], "peft_config can't be added to UNet2DConditionModel")],
     "runtime_config": [(LoraRuntimeConfig(ephemeral_gpu_offload=True), HOLDS)],
     "lora_bias": [(True, HOLDS)],
-    "target_parameters": [(["conv_in.weight"], "peft_config can't be put on UNet2DConditionModel")],
+    "target_parameters": [(["conv_in.weight"], "peft_config can't be added to UNet2DConditionModel")],
     "use_bdlora": [(BdLoraConfig(), "can't be put on a linear layer")],
     "arrow_config": [(ArrowConfig(), "can't be put on a linear layer")],
     "kasa_config": [(KasaConfig(), "kasa_config=.*Leave out kasa_config")],

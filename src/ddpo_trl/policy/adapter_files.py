@@ -110,15 +110,8 @@ def load_adapter(pipeline: DiffusionPipeline, adapter: str, directory: str | os.
 
 def check_files(pipeline: DiffusionPipeline, adapter: str, owner: str) -> None:
     """
-    Save an adapter, load it into a copy of the denoiser as its users will, and compare.
-
-    Args:
-        pipeline ([`~diffusers.DiffusionPipeline`]):
-            The pipeline with the adapter on its denoiser.
-        adapter (`str`):
-            Name of the adapter.
-        owner (`str`):
-            Where the adapter comes from, for the message.
+    Save an adapter, load it into a copy of the denoiser as its users will, and compare. `owner` names the origin of
+    the adapter in the message.
 
     Raises:
         `ValueError`: If it can't be loaded, or the loaded adapter differs.

@@ -58,7 +58,7 @@ def attention_projections(denoiser: nn.Module) -> list[str]:
             targets.add(inner)
     if not layers:
         raise ValueError(
-            f"{type(denoiser).__name__} has no attention layers to put the default adapter on. Give `peft_config` "
+            f"{type(denoiser).__name__} has no attention layers for the default adapter. Give `peft_config` "
             "with the target_modules of your choice."
         )
     selected = {name for name in modules if any(f".{name}".endswith(f".{target}") for target in targets)}
@@ -168,8 +168,8 @@ def _add_adapter(denoiser: nn.Module, peft_config: PeftConfig) -> None:
             inject_adapter_in_model(peft_config, denoiser, ADAPTER_NAME)
     except Exception as error:  # peft's are of any type where a config does not suit a model
         raise ValueError(
-            f"peft_config can't be put on {type(denoiser).__name__} ({in_a_line(error)}). Give it target_modules that "
-            "are linear layers or convolutions there."
+            f"peft_config can't be added to {type(denoiser).__name__} ({in_a_line(error)}). Give it target_modules "
+            "that are linear layers or convolutions there."
         ) from error
 
 

@@ -29,7 +29,7 @@ TORCH_DECORATOR = torch.no_grad()(lambda: None).__code__
 
 
 def check_call(pipeline: DiffusionPipeline, config: DDPOConfig) -> None:
-    """Raises a `ValueError` if a pipeline can't be called as the config says, or can't be replayed."""
+    """Raise a `ValueError` if a pipeline can't be called with the config's arguments, or can't be replayed."""
     name = type(pipeline).__name__
     parameters = dict(inspect.signature(type(pipeline).__call__).parameters)
     del parameters["self"]
@@ -145,7 +145,7 @@ def makes_video(pipeline: DiffusionPipeline) -> bool:
 
 
 def move(pipeline: DiffusionPipeline, device: torch.device, config: DDPOConfig) -> None:
-    """Moves a pipeline to a device, except for what waits in CPU memory."""
+    """Move a pipeline to a device, except for the components that are offloaded."""
     if not (config.offload_text_encoders or config.offload_vae):
         pipeline.to(device)  # knows what must not be moved, such as quantized networks
         return
@@ -156,7 +156,7 @@ def move(pipeline: DiffusionPipeline, device: torch.device, config: DDPOConfig) 
 
 
 def with_grad(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function without torch's `no_grad`, wherever it is among its decorators: the others stay."""
+    """Return a function without torch's `no_grad`, at any place among its decorators: the others stay."""
     if not isinstance(function, FunctionType) or "__wrapped__" not in vars(function):
         return function
     wrapped = vars(function)["__wrapped__"]
@@ -178,7 +178,7 @@ def is_no_grad(factory: Any) -> bool:
 
 
 def quiet_copy(pipeline: DiffusionPipeline) -> DiffusionPipeline:
-    """A shallow copy that shares all components and draws no progress bar, nor do the pipelines it is made of."""
+    """Return a shallow copy that shares all components and shows no progress bar, nor do the pipelines in it."""
     twin = copy.copy(pipeline)
     vars(twin).update({name: quiet_copy(part) for name, part in parts(pipeline).items()})
     twin.set_progress_bar_config(disable=True)
@@ -186,7 +186,7 @@ def quiet_copy(pipeline: DiffusionPipeline) -> DiffusionPipeline:
 
 
 def parts(pipeline: DiffusionPipeline) -> dict[str, DiffusionPipeline]:
-    """The pipelines that a combined pipeline is made of: Kandinsky's prior and decoder."""
+    """Return the pipelines that a combined pipeline consists of: Kandinsky's prior and decoder."""
     return {name: part for name, part in vars(pipeline).items() if isinstance(part, DiffusionPipeline)}
 
 
@@ -194,17 +194,10 @@ def policy_copy(
     pipeline: DiffusionPipeline, denoiser: str, scheduler: PolicyScheduler, offload: bool
 ) -> DiffusionPipeline:
     """
-    A shallow copy of a pipeline that steps as a policy.
+    Return a shallow copy of a pipeline that steps as a policy.
 
-    Args:
-        pipeline ([`~diffusers.DiffusionPipeline`]):
-            The pipeline, which is left as it is.
-        denoiser (`str`):
-            Name of the component that is trained.
-        scheduler ([`~ddpo_trl.policy.schedulers.PolicyScheduler`]):
-            The copy's scheduler, and that of the part that has the denoiser.
-        offload (`bool`):
-            Whether text encoders stay off the GPU while they have nothing to encode.
+    `scheduler` becomes the scheduler of the copy and of the part that has the component named `denoiser`. With
+    `offload`, text encoders stay off the GPU while they have nothing to encode.
     """
     twin: Any = quiet_copy(pipeline)
     twin.scheduler = scheduler
@@ -223,7 +216,7 @@ def policy_copy(
 
 
 def with_denoiser(pipeline: DiffusionPipeline, name: str, denoiser: ModelMixin) -> DiffusionPipeline:
-    """A shallow copy with another denoiser, in its parts too."""
+    """Return a shallow copy with another denoiser, in its parts too."""
     twin = copy.copy(pipeline)
     for part_name, part in parts(pipeline).items():
         if part.components.get(name) is pipeline.components[name]:
@@ -233,7 +226,7 @@ def with_denoiser(pipeline: DiffusionPipeline, name: str, denoiser: ModelMixin) 
 
 
 def class_with_grad(pipeline_class: type[DiffusionPipeline]) -> type[DiffusionPipeline]:
-    """The same class, except for the `torch.no_grad()` of its `__call__`, and of those that it calls by `super()`."""
+    """Return the class without the `torch.no_grad()` of its `__call__`, and of those that it calls by `super()`."""
     parents = [
         type(parent.__name__, (parent,), {"__call__": with_grad(vars(parent)["__call__"])})
         for parent in pipeline_class.__mro__[1:]
@@ -245,10 +238,10 @@ def class_with_grad(pipeline_class: type[DiffusionPipeline]) -> type[DiffusionPi
 
 def class_with_known_device(pipeline_class: type[DiffusionPipeline], denoiser: str) -> type[DiffusionPipeline]:
     """
-    The same class, but it looks for the device that it runs on only when the denoiser has moved.
+    Return the class with a cache of the device that it runs on, which depends on the denoiser's.
 
-    diffusers walks through all modules of all networks for it, several times in a call: of a replayed step on the
-    embedded pipeline that is 4 ms, nearly all that is spent outside the denoiser.
+    diffusers walks through all modules of all networks for it, several times per call: 4 ms of a replayed step on the
+    embedded pipeline, nearly all that is spent outside the denoiser.
     """
     found: dict[torch.device, torch.device] = {}
 
@@ -263,9 +256,9 @@ def class_with_known_device(pipeline_class: type[DiffusionPipeline], denoiser: s
 
 def starting_from_state(prepare_latents: Callable[..., Any], scheduler: PolicyScheduler) -> Callable[..., Any]:
     """
-    A pipeline's `prepare_latents` that gives the state to replay instead of the first latents.
+    Return a pipeline's `prepare_latents` that returns the state to replay instead of the first latents.
 
-    (The argument `latents` of `__call__` is no such place: FLUX.2 packs it once more, image-to-image has none.)
+    (The argument `latents` of `__call__` does not do it: FLUX.2 packs it once more, image-to-image has none.)
     """
 
     @functools.wraps(prepare_latents)

@@ -98,18 +98,8 @@ class PipelineRunner:
 
     def visit(self, pipeline: DiffusionPipeline, replay: Replay, context: Context) -> Replay:
         """
-        Run a pipeline up to the step to replay, in as many calls as it needs.
-
-        Args:
-            pipeline ([`~diffusers.DiffusionPipeline`]):
-                The policy pipeline, or that of [`PipelineRunner.reference`].
-            replay ([`~ddpo_trl.policy.schedulers.Replay`]):
-                The step; receives its state, mean and standard deviation.
-            context ([`~ddpo_trl.policy.records.Context`] of length `B`):
-                Prompts, seeds and inputs of the samples.
-
-        Returns:
-            [`~ddpo_trl.policy.schedulers.Replay`]: `replay` itself.
+        Run a pipeline up to the step to replay, in as many calls as it needs, and return `replay` with the step's
+        state, mean and standard deviation.
 
         Raises:
             `RuntimeError`: If the pipeline runs no step of its scheduler.
@@ -178,13 +168,8 @@ class PipelineRunner:
     @torch.no_grad()
     def encode(self, contexts: Iterable[Context], device: torch.device) -> None:
         """
-        Encode prompts beforehand, as many as the cache keeps, so that offloaded text encoders are moved once.
-
-        Args:
-            contexts (`Iterable[~ddpo_trl.policy.records.Context]`):
-                The batches.
-            device (`torch.device`):
-                Where the pipeline is going to run.
+        Encode prompts for `device` beforehand, as many as the cache keeps, so that offloaded text encoders are moved
+        once.
         """
         encoder: PromptEncoder = self.policy_pipeline.encode_prompt
         with encoder.ahead(torch.empty(0, device=device).device):
@@ -275,11 +260,8 @@ class PipelineRunner:
 
     def fingerprint(self, stochastic: Collection[int] | None) -> Fingerprint:
         """
-        Return what holds now and held in the last call: training has to share it with sampling.
-
-        Args:
-            stochastic (`Collection[int]`, *optional*):
-                Indices of the steps that get noise, `None` for all.
+        Return the settings, weights and embeddings of the last call: training has to share them with sampling.
+        `stochastic` holds the indices of the steps that get noise, `None` for all.
         """
         embeddings = [encoder.returned for encoder in self._encoders]
         return fingerprint(settings_in_use(self.setting_owners), self.denoiser, embeddings, stochastic)

@@ -1,4 +1,4 @@
-"""From a pipeline's scheduler to the policy scheduler of the same diffusion."""
+"""Conversion of a pipeline's scheduler to the policy scheduler of the same diffusion."""
 
 import copy
 from typing import Any
@@ -57,17 +57,17 @@ def policy_scheduler(
     scheduler: SchedulerMixin, eta: float, noise_level: float = 0.7, sde_type: SdeType = "sde"
 ) -> PolicyScheduler:
     """
-    Turns a pipeline's scheduler into the policy scheduler of the same diffusion.
+    Convert a pipeline's scheduler to the policy scheduler of the same diffusion.
 
     Args:
         scheduler ([`~diffusers.SchedulerMixin`]):
-            The pipeline's own scheduler. It is left as it is.
+            The pipeline's own scheduler. It is not changed.
         eta (`float`):
             η of the DDIM family, > 0.
         noise_level (`float`, *optional*, defaults to `0.7`):
             Its counterpart for flow matching, > 0.
         sde_type (`"sde"` or `"cps"`, *optional*, defaults to `"sde"`):
-            How flow matching becomes stochastic.
+            Stochastic form of flow matching.
 
     Raises:
         `ValueError`: If the scheduler describes neither a variance-preserving diffusion nor flow matching, or clips
@@ -80,7 +80,7 @@ def policy_scheduler(
 
 
 def refuse_clipping(scheduler: SchedulerMixin) -> None:
-    """Raises a `ValueError` for a scheduler whose steps are no Gaussians because it clips the predicted image."""
+    """Raise a `ValueError` for a scheduler that clips the predicted image: its steps are not Gaussian."""
     for option in ("clip_sample", "thresholding"):
         if scheduler.config.get(option, False):
             raise ValueError(
@@ -99,10 +99,7 @@ def is_flow_matching(scheduler: SchedulerMixin) -> bool:
 
 def flow_match_policy(scheduler: SchedulerMixin, noise_level: float, sde_type: SdeType) -> PolicyScheduler:
     """
-    The flow matching policy over the scheduler's own schedule.
-
-    Raises:
-        `ValueError`: If the model does not predict the velocity.
+    Build the policy over the flow matching schedule. Raise a `ValueError` if the model does not predict the velocity.
     """
     prediction_type = scheduler.config.get("prediction_type", "flow_prediction")
     if prediction_type != "flow_prediction":
@@ -122,10 +119,7 @@ def flow_match_policy(scheduler: SchedulerMixin, noise_level: float, sde_type: S
 
 def ddim_policy(scheduler: SchedulerMixin, eta: float) -> PolicyScheduler:
     """
-    The DDIM policy with the scheduler's own ᾱ_t.
-
-    Raises:
-        `ValueError`: If it has none, or the model predicts something else.
+    Build the DDIM policy with the scheduler's own ᾱ_t. Raise a `ValueError` if the model predicts something else.
     """
     name = type(scheduler).__name__
     if not isinstance(scheduler, VARIANCE_PRESERVING_SCHEDULERS):
@@ -161,9 +155,10 @@ def ddim_policy(scheduler: SchedulerMixin, eta: float) -> PolicyScheduler:
 
 def own_settings(scheduler: SchedulerMixin) -> dict[str, Any]:
     """
-    A scheduler's config with its class's defaults as if they were given.
+    Return a scheduler's config with its class's defaults as if they were given.
 
     They are part of its diffusion (Heun's betas are not DDIM's), but `from_config` would replace those in
-    `_use_default_values` by the defaults of the class it builds. `clip_sample` other classes lack, and DDIM's is True.
+    `_use_default_values` by the defaults of the class it builds. Other classes have no `clip_sample`, and DDIM's is
+    True.
     """
     return {key: value for key, value in scheduler.config.items() if key != "_use_default_values"}

@@ -96,7 +96,9 @@ class DDIMPolicyScheduler(PolicyScheduler):
     def step(
         self, model_output: Tensor, timestep: Any, sample: Tensor, generator: Any = None, return_dict: bool = True
     ) -> DDIMSchedulerOutput | tuple[Tensor, Tensor]:
-        """The next latents, and the image predicted in this step: some pipelines decode it after the last one."""
+        """
+        Return the next latents, and the image predicted in this step: some pipelines decode it after the last one.
+        """
         (next_latents,) = super().step(model_output, timestep, sample, generator, return_dict=False)
         predicted = self._predicted_original.to(sample.dtype)
         if return_dict:
@@ -104,7 +106,7 @@ class DDIMPolicyScheduler(PolicyScheduler):
         return next_latents, predicted
 
     def _prediction(self, model_output: Tensor, latents: Tensor, c: DDIMCoefficients) -> tuple[Tensor, Tensor]:
-        """x_0 and the noise in x_t, as the model predicts them."""
+        """Return x_0 and the noise in x_t, as the model predicts them."""
         if model_output.shape[1] == 2 * latents.shape[1]:  # a learned variance too, which DDIM does not use
             model_output = model_output.chunk(2, dim=1)[0]
         match self.config.prediction_type:
@@ -117,14 +119,14 @@ class DDIMPolicyScheduler(PolicyScheduler):
 
     @property
     def sigmas(self) -> NoReturn:
-        """Raises a `ValueError`: the state of a policy is not scaled as the states of schedulers with `sigmas` are."""
+        """Raise a `ValueError`: states of schedulers with `sigmas` have another scale than those of this policy."""
         raise ValueError(
             "The pipeline computes with the noise levels of its scheduler (`scheduler.sigmas`), as models with EDM's "
             "preconditioning do. It can't be a policy of the DDIM family, whose states have another scale."
         )
 
     def _coefficients_at(self, timestep: int, next_timestep: int, eta: float) -> DDIMCoefficients:
-        # float32 tensors up to the last line, in diffusers' order: η = 0 then is DDIMScheduler.step to the bit.
+        # float32 tensors up to the last line, in diffusers' order: with η = 0 bitwise identical to DDIMScheduler.step.
         alpha = self.alphas_cumprod[timestep]
         next_alpha = self.alphas_cumprod[next_timestep] if next_timestep >= 0 else self.final_alpha_cumprod
         std = eta * ((1 - next_alpha) / (1 - alpha) * (1 - alpha / next_alpha)) ** 0.5
