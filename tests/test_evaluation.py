@@ -11,7 +11,7 @@ from transformers.integrations.integration_utils import rewrite_logs
 
 from conftest import brightness, in_both_passes, tiny_pipeline
 from ddpo_trl import DDPOConfig, DDPOTrainer
-from ddpo_trl.evaluation.evaluator import Samples, check_evaluation, diversity, metric_names
+from ddpo_trl.evaluation.evaluator import Samples, check_evaluation, diversity, metric_names, repeated
 from ddpo_trl.seeding import Stream, derived_seed
 
 
@@ -164,9 +164,9 @@ def test_diversity_is_the_mean_pairwise_distance_within_prompts():
     images = torch.cat([black, white, white, grey, half, black])
     # a: black-white 1, black-grey 0.5, white-grey 0.5, mean 2/3; b: half-black √½; c occurs once
     prompts = ["a", "c", "a", "a", "b", "b"]
-    assert diversity(images, prompts) == pytest.approx((2 / 3 + 0.5**0.5) / 2)
-    assert diversity(torch.cat([white, white]), ["a", "a"]) == 0.0
-    assert diversity(images, ["a", "b", "c", "d", "e", "f"]) is None
+    assert diversity(images[rows] for rows in repeated(prompts)) == pytest.approx((2 / 3 + 0.5**0.5) / 2)
+    assert diversity([torch.cat([white, white])]) == 0.0
+    assert diversity(images[rows] for rows in repeated(["a", "b", "c", "d", "e", "f"])) is None
 
 
 def test_diversity_is_logged_if_a_prompt_is_given_twice(make_config):

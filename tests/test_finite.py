@@ -93,7 +93,7 @@ def test_an_overflow_of_the_autoencoder_is_named_as_that(make_config):
 def test_an_overflow_at_construction_is_refused_there_whatever_becomes_of_invalid_rewards(make_config):
     pipeline = tiny_pipeline()
     spoilt_decoder(pipeline, rows=[0])()
-    with pytest.raises(NotFiniteError, match="trial at construction, image 0"):
+    with pytest.raises(NotFiniteError, match="check at construction, image 0"):
         DDPOTrainer(make_config(on_invalid_reward="drop"), brightness, PROMPTS, pipeline)
 
 
@@ -202,8 +202,8 @@ def test_diversity_is_that_of_the_finite_images():
     images = torch.rand(4, 3, 8, 8)
     images[3] = math.nan
     distance = (images[0] - images[1]).square().mean().sqrt().item()
-    assert diversity(images, ["a", "a", "b", "b"]) == pytest.approx(distance, rel=1e-5)
-    assert diversity(images[2:], ["b", "b"]) is None
+    assert diversity([images[:2], images[2:]]) == pytest.approx(distance, rel=1e-5)
+    assert diversity([images[2:]]) is None
 
 
 def test_finite_rows_are_those_without_nan_and_infinity():

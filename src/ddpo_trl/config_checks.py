@@ -63,11 +63,7 @@ WITHOUT_EFFECT = {
 
 def check_given(config: Any) -> None:
     """
-    Refuses single values that are out of their bounds or have no effect, before others are derived from them.
-
-    Args:
-        config ([`DDPOConfig`]):
-            Settings.
+    Refuse single values that are out of their bounds or have no effect, before others are derived from them.
 
     Raises:
         `ValueError`: With the argument, its value and the remedy.
@@ -85,16 +81,7 @@ def check_given(config: Any) -> None:
 
 
 def check_relations(config: Any) -> None:
-    """
-    Refuses values that contradict each other.
-
-    Args:
-        config ([`DDPOConfig`]):
-            Settings.
-
-    Raises:
-        `ValueError`: With the argument, its value and the remedy.
-    """
+    """Raise a `ValueError` for values that contradict each other, with the argument, its value and the remedy."""
     for check in (processes, ranges, objective, target_kl, pipeline_arguments, boundaries, saving):
         raise_first(check(config))
 
@@ -195,9 +182,9 @@ def objective(config: Any) -> Iterator[str]:
 
 def one_pass_disabled_reason(config: Any) -> str | None:
     """
-    Reason why the settings need every step replayed in training; `None` if they don't.
+    Return the reason why the settings need every step replayed in training; `None` if they don't.
 
-    One pass is exact where the whole gradient of a round is taken by the policy that sampled it.
+    One pass is exact if the whole gradient of a round is taken by the policy that sampled it.
     """
     sample_size, train_size = config.per_device_sample_batch_size, config.per_device_train_batch_size
     reasons = {

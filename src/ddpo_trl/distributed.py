@@ -12,18 +12,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def gather(accelerator: Accelerator, values: Tensor) -> Tensor:
-    """
-    The values of all processes.
-
-    Args:
-        accelerator ([`~accelerate.Accelerator`]):
-            Of the run.
-        values (`torch.Tensor` of shape `(N, ...)`):
-            Those of this process; as many on each.
-
-    Returns:
-        `torch.Tensor` of shape `(N · processes, ...)`, in the order of the processes, on the CPU.
-    """
+    """Return the `(N, ...)` values of all processes, in their order, on the CPU: `(N · processes, ...)`."""
     if accelerator.num_processes == 1:
         return values.cpu()
     return accelerator.gather(values.to(accelerator.device)).cpu()
@@ -31,14 +20,8 @@ def gather(accelerator: Accelerator, values: Tensor) -> Tensor:
 
 def first_reason(own: str | None) -> str | None:
     """
-    The first reason that any process has for or against something: so all decide alike. All processes have to call it.
-
-    Args:
-        own (`str`, *optional*):
-            That of this process, as the end of a sentence; `None` if it has none.
-
-    Returns:
-        `str` or `None`: The same on all processes. Of several processes it names the one that it comes from.
+    Return the first reason that any process has for or against something, so that all decide alike; `None` if none has
+    one. Of several processes it names the one that it comes from. All processes have to call it.
     """
     if PartialState().num_processes == 1:
         return own
@@ -47,20 +30,15 @@ def first_reason(own: str | None) -> str | None:
 
 
 def note_process(error: BaseException) -> None:
-    """Add to an error on which of several processes it was raised: the others stop with one about the connection."""
+    """Add to an error the process that raised it: the others stop with an error about the connection."""
     if (count := PartialState().num_processes) > 1:
         error.add_note(f"Raised on process {PartialState().process_index} of {count}.")
 
 
 def check_alike(values: Mapping[str, Any]) -> None:
     """
-    Refuses processes that were given different things: what each of them decides by itself would not be the same.
-
-    All processes have to call it.
-
-    Args:
-        values (`Mapping[str, Any]`):
-            What they were given, by name. What JSON does not know is not compared.
+    Refuse processes that were given different values. What JSON does not know is not compared. All processes have to
+    call it.
 
     Raises:
         `ValueError`: On all processes, with the name and both values.
@@ -77,7 +55,7 @@ def check_alike(values: Mapping[str, Any]) -> None:
 
 
 def as_json(value: Any) -> str:
-    """A value as text that is the same in another process; an empty one for what has none."""
+    """Return a value as text that is the same in another process; an empty text if JSON does not know it."""
     try:
         return json.dumps(value, sort_keys=True)
     except TypeError:
@@ -85,16 +63,7 @@ def as_json(value: Any) -> str:
 
 
 def check_devices(config: Any) -> None:
-    """
-    Refuses several GPUs in one process.
-
-    Args:
-        config ([`DDPOConfig`]):
-            Settings.
-
-    Raises:
-        `ValueError`: With the remedy.
-    """
+    """Raise a `ValueError` for several GPUs in one process."""
     if config.n_gpu > 1:
         raise ValueError(
             f"{config.n_gpu} GPUs are visible to one process, and DataParallel can't drive a pipeline. Start the "
@@ -104,11 +73,7 @@ def check_devices(config: Any) -> None:
 
 def check_wrapping(accelerator: Accelerator) -> None:
     """
-    Refuses ways to wrap the policy under which training would not be the sampling that it repeats.
-
-    Args:
-        accelerator ([`~accelerate.Accelerator`]):
-            As `accelerate launch` set it up.
+    Refuse ways to wrap the policy under which a replayed step would differ from the sampled one.
 
     Raises:
         `ValueError`: With the setting, its value and the remedy.
@@ -140,12 +105,12 @@ def is_sharded(module: nn.Module) -> bool:
 
 
 def whole(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights with their shards put together. Where there are shards, all processes have to call it."""
+    """Return weights with their shards put together. Where there are shards, all processes have to call it."""
     return {name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in weights.items()}
 
 
 def sharded_like(weights: Mapping[str, Tensor], model: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Whole weights, cut as those of the same name in `model` are. All processes have to call it."""
+    """Shard whole weights as those of the same name in `model` are. All processes have to call it."""
     return {
         name: distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
         if isinstance(like := model[name], DTensor)
@@ -155,5 +120,5 @@ def sharded_like(weights: Mapping[str, Tensor], model: Mapping[str, Tensor]) -> 
 
 
 def on_any_process(accelerator: Accelerator, flags: Sequence[bool]) -> list[bool]:
-    """Of each flag, whether it is set on at least one process. All processes have to call it."""
+    """Return for each flag whether it is set on at least one process. All processes have to call it."""
     return gather(accelerator, torch.tensor([flags], dtype=torch.uint8)).bool().any(dim=0).tolist()

@@ -1,4 +1,4 @@
-"""NaN and infinity stop here: checks of images before scoring, gradients before an update, weights before saving."""
+"""Checks for NaN and infinity: of images before scoring, gradients before an update, weights before saving."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,16 +17,7 @@ class NotFiniteError(RuntimeError):
 
 
 def finite_rows(values: Tensor) -> Tensor:
-    """
-    Return which samples hold neither NaN nor infinity, without waiting for the device.
-
-    Args:
-        values (`torch.Tensor` of shape `(B, ...)`):
-            Images or latents.
-
-    Returns:
-        `torch.Tensor` of shape `(B,)`, boolean.
-    """
+    """Return which samples of `(B, ...)` hold neither NaN nor infinity, `(B,)`, without waiting for the device."""
     return values.flatten(1).isfinite().all(1)
 
 
@@ -79,7 +70,7 @@ def check_update(accelerator: Accelerator, parameters: Iterable[nn.Parameter], l
         loss (`torch.Tensor` of shape `()`):
             Sum of the losses of the update's micro-batches on this process.
         when (`str`):
-            The update and its round, for the message.
+            Name of the update, for the message.
 
     Raises:
         [`NotFiniteError`]: If the loss or the gradient's norm is not finite.
@@ -88,23 +79,13 @@ def check_update(accelerator: Accelerator, parameters: Iterable[nn.Parameter], l
     scaler = accelerator.scaler
     if accelerator.distributed_type != DistributedType.DEEPSPEED and (scaler is None or scaler.get_scale() <= 1):
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        figures["gradient norm"] = gathered_norm(gradients).to(loss.device)
+        figures["gradient norm"] = gathered(nn.utils.get_total_norm(gradients)).to(loss.device)
     values = torch.stack([value.float() for value in figures.values()]).tolist()  # the one wait for the device
     if not all(map(math.isfinite, values)):
         named = ", ".join(f"{name} {value}" for name, value in zip(figures, values, strict=True))
         raise NotFiniteError(
             f"The gradient of {when} is not finite ({named}), so the run stops before the round is saved. {CAUSES}"
         )
-
-
-def gathered_norm(gradients: Sequence[Tensor]) -> Tensor:
-    """Return the 2-norm of all gradients together, shape `()`; sharded ones (FSDP2) are combined."""
-    return gathered(nn.utils.get_total_norm(gradients))
-
-
-def is_finite(value: Tensor) -> bool:
-    """Return whether a tensor holds neither NaN nor infinity, in any shard."""
-    return bool(gathered(value.isfinite().all()))
 
 
 def gathered(value: Tensor) -> Tensor:
@@ -119,7 +100,7 @@ def check_weights(weights: Mapping[str, Tensor], directory: object) -> None:
     Raises:
         [`NotFiniteError`]: With the number of such tensors and the name of the first.
     """
-    if broken := [name for name, value in weights.items() if not is_finite(value)]:
+    if broken := [name for name, value in weights.items() if not gathered(value.isfinite().all())]:
         raise NotFiniteError(
             f"{len(broken)} of {len(weights)} trained tensors are not finite, {broken[0]} first; nothing was written "
             f"to {directory}. {CAUSES}"

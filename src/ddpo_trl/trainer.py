@@ -111,7 +111,7 @@ class DDPOTrainer(SavingTrainer):
             Returns, for a prompt and its metadata, a string that names the task, by which
             `advantage_normalization="prompt"` remembers rewards. By default the prompt and all of its metadata: images
             count by their content, an identifier makes each row a task of its own. `lambda prompt, metadata: prompt`
-            goes by the text alone.
+            compares the text alone.
         callbacks (`list[~transformers.TrainerCallback]`, *optional*):
             Callbacks.
         optimizers (`tuple`, *optional*, defaults to `(None, None)`):
@@ -207,7 +207,9 @@ class DDPOTrainer(SavingTrainer):
         eval_reward_fn: Any,
         prompt_key_fn: PromptKeyFunction | None,
     ) -> None:
-        """Rewards and prompts, checked as far as that is possible without the pipeline, and alike on all processes."""
+        """
+        Set rewards and prompts, checked as far as that is possible without the pipeline, and alike on all processes.
+        """
         self.scorer = RewardScorer(reward_fn, args.reward_weights, args.max_workers, args.reward_timeout)
         self.eval_scorer = None
         if eval_reward_fn is not None:
@@ -238,7 +240,7 @@ class DDPOTrainer(SavingTrainer):
             try_reward_functions(scorers, image, self._example, size)
 
     def _add_own_callbacks(self) -> None:
-        """Progress bars, the clock and the record of the run, in this order and after the user's callbacks."""
+        """Add progress bars, the clock and the record of the run, in this order and after the user's callbacks."""
         self.progress = RoundProgress(disable=self.args.disable_tqdm or not self.is_world_process_zero())
         self.remove_callback(ProgressCallback)
         self.add_callback(self.progress)
@@ -260,7 +262,7 @@ class DDPOTrainer(SavingTrainer):
         return self.plan.samples_per_round / self.args.updates_per_round
 
     def get_train_dataloader(self) -> RolloutLoader:
-        """The loader that makes a rollout per epoch. There is no training set but the policy's own samples."""
+        """Return the loader that makes a rollout per epoch: the training set is the policy's own samples."""
         return RolloutLoader(
             policy=self._policy,
             prompts=self.prompts,
@@ -278,7 +280,7 @@ class DDPOTrainer(SavingTrainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """
-        Prints the batch plan and what is trained, and trains. See [`~transformers.Trainer.train`].
+        Print the batch plan and the trained weights, and train. See [`~transformers.Trainer.train`].
 
         Args:
             resume_from_checkpoint (`str` or `bool`, *optional*):
@@ -307,7 +309,7 @@ class DDPOTrainer(SavingTrainer):
             raise
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        """Inside a round this only logs: all else waits for its end, and is done there by all processes."""
+        """Log inside a round; evaluate and save only at its end, on all processes together."""
         act = functools.partial(super()._maybe_log_save_evaluate, *args, **kwargs)
         if self.callback_handler.inside:
             act()
@@ -318,11 +320,11 @@ class DDPOTrainer(SavingTrainer):
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """
-        Forward and backward pass of one micro-batch; or nothing once `target_kl` has ended the round's updates. In one
-        pass, the advantages weigh the gradients that sampling left.
+        Run the forward and backward pass of one micro-batch; nothing after `target_kl` has ended the round's updates.
+        In one pass, weight the gradients from sampling by the advantages.
         """
         if self.plan.one_pass:
-            loss = self._weigh_gradients()
+            loss = self._weight_gradients()
         elif self._target_kl.reached:
             loss = torch.zeros((), device=self.args.device)
         else:
@@ -332,8 +334,8 @@ class DDPOTrainer(SavingTrainer):
             self._end_update(model)
         return loss
 
-    def _weigh_gradients(self) -> Tensor:
-        """Sets the gradient of the round, as the mean over processes, and returns the loss that it belongs to."""
+    def _weight_gradients(self) -> Tensor:
+        """Set the gradient of the round, as the mean over processes, and return the corresponding loss."""
         rollout = self.rollout
         if changed := changed_weights(self._policy.denoiser, rollout.batches[-1].fingerprint):
             raise RuntimeError(
@@ -351,7 +353,7 @@ class DDPOTrainer(SavingTrainer):
         return result.loss
 
     def _end_update(self, model: nn.Module) -> None:
-        """Check the gradient, and leave the update out if it goes beyond `target_kl`. Trainer counts the step."""
+        """Check the gradient, and skip the update if it exceeds `target_kl`. Trainer counts the step."""
         loss, self._update_loss = self._update_loss, torch.zeros((), device=self.args.device)
         update = f"optimizer step {self.state.global_step + 1} in round {self.rollout.round}"
         check_update(self.accelerator, self._policy.parameters(), loss, update)
@@ -361,7 +363,7 @@ class DDPOTrainer(SavingTrainer):
         self.metrics.add({"policy/updates_skipped": float(self._target_kl.reached)})
         if self._target_kl.reached:
             model.zero_grad()
-            # Accelerate's optimizer goes by this: its step does nothing now, not even decay momenta or weights.
+            # Accelerate's optimizer reads this: its step does nothing now, not even decay momenta or weights.
             self.accelerator.gradient_state._set_sync_gradients(False)
 
     def compute_loss(
@@ -371,7 +373,7 @@ class DDPOTrainer(SavingTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The objective of one micro-batch, which `inputs` names by the indices of its transitions."""
+        """Compute the objective of one micro-batch, which `inputs` names by the indices of its transitions."""
         batch = self.rollout.transition(**inputs)
         with self.accelerator.autocast():  # as in sampling; sharded models would be run without
             log_probs, kl = model(
@@ -432,7 +434,7 @@ class DDPOTrainer(SavingTrainer):
     # ---- Logging ----
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds what has gathered since the last call to the training logs."""
+        """Add the figures collected since the last call to the training logs."""
         if "loss" in logs:
             self.metrics.add({"time/training": self.clock.take()})
             logs = {**logs, **self.metrics.take(self.accelerator), "episode": self.episodes}

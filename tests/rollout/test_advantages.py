@@ -21,7 +21,6 @@ from ddpo_trl.rollout.advantages import (
     normalize_valid,
     shuffled,
     standardize,
-    whole_round,
 )
 
 
@@ -204,7 +203,7 @@ def test_groups_without_spread_are_counted(rewards, prompts, expected):
 
 @pytest.mark.parametrize(("rewards", "expected"), [([2, 2, 2], 1.0), ([2, 2, 3], 0.0), ([7], 1.0), ([], 0.0)])
 def test_a_round_has_spread_or_not(rewards, expected):
-    populations = whole_round(tensor(*rewards), ["a", "b", "c"]) if rewards else []
+    populations = [tensor(*rewards)] if rewards else []
     assert fraction_without_spread(populations) == expected
 
 

@@ -82,7 +82,7 @@ def test_samples_that_do_not_divide_into_updates_are_refused_with_the_numbers():
     message = str(refusal.value)
     # what does not divide, the four arguments that decide, and the whole plan
     for part in (
-        "samples 24 images a round (per_device_sample_batch_size x num_sample_batches)",
+        "samples 24 images per round (per_device_sample_batch_size x num_sample_batches)",
         "num_mini_batches x per_device_train_batch_size = 15",
         "Change one of the four",
         "24 = 1 processes x 6 batches x 4 images",
@@ -112,7 +112,7 @@ def test_the_printed_plan_holds_the_arithmetic():
     for part in (
         "48 = 2 processes x 6 batches x 4 images",
         "6 x 8 images each",
-        "4 a sample, of 8 that may be (steps 0 to 7)",
+        "4 per sample, of 8 that may be (steps 0 to 7)",
         "steps with noise                 all",
         "6 = 2 passes x 3 mini-batches",
         "16, in micro-batches of 2 on each process",
@@ -177,7 +177,7 @@ def test_the_cost_of_training_falls_with_the_window(size, fraction, trained):
 
 def test_the_printed_plan_names_the_window():
     printed = str(window(2, window_strategy="progressive"))
-    assert "2 a sample, of 6 that may be (steps 1 to 6)" in printed
+    assert "2 per sample, of 6 that may be (steps 1 to 6)" in printed
     assert "2 in a row, progressive" in printed
 
 

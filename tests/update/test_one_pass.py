@@ -291,7 +291,7 @@ def test_the_layout_of_rows_is_told_from_those_that_each_sample_reaches(rows, in
 
 @pytest.mark.parametrize("rows", [[1], [1, 1], [2, 1], [1, 2, 2, 1], [1, 2, 1]])
 def test_rows_in_another_order_are_refused(rows):
-    with pytest.raises(ValueError, match="can't be told"):
+    with pytest.raises(ValueError, match="can't be determined"):
         row_layout(*reached(rows))
 
 

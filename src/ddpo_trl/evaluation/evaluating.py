@@ -17,7 +17,7 @@ from ddpo_trl.rollout.plan import BatchPlan
 
 
 class EvaluatingTrainer(Trainer):
-    """Trainer that measures the pipeline on prompts of its own."""
+    """Trainer that evaluates the pipeline on separate prompts."""
 
     args: DDPOConfig
     control: TrainerControl
@@ -35,9 +35,9 @@ class EvaluatingTrainer(Trainer):
 
     def generate_samples(self, prompts: Dataset | Sequence[str] | None = None) -> Samples:
         """
-        Makes and scores one image per prompt with the pipeline's own scheduler, as its users will.
+        Make and score one image per prompt with the pipeline's own scheduler, as its users will.
 
-        The i-th image has the same seed in every call: images before and after training can be laid side by side.
+        The i-th image has the same seed in every call: images before and after training can be compared.
 
         Args:
             prompts (`datasets.Dataset` or `list[str]`, *optional*):
@@ -55,7 +55,7 @@ class EvaluatingTrainer(Trainer):
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
         """
-        Measures the pipeline on `eval_prompts`, with its own scheduler, and what the training sampler makes of them.
+        Evaluate the pipeline on `eval_prompts`, with its own scheduler and with the training sampler.
 
         Each prompt gives two images, from one seed: one as [`~DDPOTrainer.generate_samples`] makes it, and one by the
         sampler of the training rounds, so an evaluation costs twice the images and reward queries that it has prompts.
@@ -75,12 +75,12 @@ class EvaluatingTrainer(Trainer):
             - `{prefix}_reward`, `{prefix}_reward_std`: mean and standard deviation of the reward.
             - `{prefix}_rewards/<name>/mean`, `{prefix}_rewards/<name>/std`: those of each reward function, the
               held-out `eval_reward_fn` among them.
-            - `{prefix}_reward_sde_gap`: mean reward under the training sampler less `{prefix}_reward`: what training
-              reports and users don't get.
+            - `{prefix}_reward_sde_gap`: mean reward under the training sampler less `{prefix}_reward`: the part
+              of the reported reward that users don't get.
             - `{prefix}_diversity`: root mean square distance, in [0, 1], between images of the same prompt, averaged
               over the prompts that are given at least twice. Absent if there are none.
         """
-        last_round = max(0, self.state.global_step // self.plan.updates_per_round - 1)  # whose sampler is meant
+        last_round = max(0, self.state.global_step // self.plan.updates_per_round - 1)  # whose sampler is evaluated
         steps = self.plan.noisy_steps(last_round, self.args.seed)
         metrics = self._evaluator.metrics(self._pairs_to_evaluate(eval_dataset), steps, metric_key_prefix)
         self.log(metrics)

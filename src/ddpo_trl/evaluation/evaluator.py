@@ -1,7 +1,6 @@
-"""Evaluation on prompts of their own, with the scheduler that the pipeline's users will run."""
+"""Evaluation on separate prompts, with the scheduler that the pipeline's users will run."""
 
 import logging
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -20,6 +19,7 @@ from ddpo_trl.prompts import PromptPair, default_prompt_key, prompt_keys
 from ddpo_trl.rewards.function import unique_names
 from ddpo_trl.rewards.pending import PendingRewards, first_problem
 from ddpo_trl.rewards.scoring import RewardScorer
+from ddpo_trl.rollout.advantages import indices_by_key
 from ddpo_trl.rollout.callbacks import RoundProgress
 from ddpo_trl.seeding import Stream, derived_seed, randomness_untouched
 
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 class Samples(NamedTuple):
     """
-    What [`~DDPOTrainer.generate_samples`] returns.
+    Images and rewards of [`~DDPOTrainer.generate_samples`].
 
     Args:
         prompts (`list[str]` of length `N`):
@@ -52,13 +52,13 @@ class Samples(NamedTuple):
 
 class Made(NamedTuple):
     """
-    What an evaluation has made of its prompts.
+    Images and rewards of an evaluation.
 
     Args:
         images (`torch.Tensor` of shape `(n, ...)`):
-            Those made on this process, on the CPU; as many on each.
+            Images made on this process, on the CPU; as many on each.
         places (`list[int]` of length `N`):
-            Where each prompt's image is among those of all processes, in their order.
+            Index of each prompt's image among those of all processes, in their order.
         rewards (`list[torch.Tensor]` of shapes `(N, F)`):
             A tensor for each scorer, over all processes.
     """
@@ -71,25 +71,10 @@ class Made(NamedTuple):
 @dataclass(frozen=True, kw_only=True)
 class Evaluator:
     """
-    Makes one image per prompt and measures them. The i-th image has the same seed in every call.
+    Make one image per prompt and measure it. The i-th image has the same seed in every call.
 
-    Args:
-        policy ([`~ddpo_trl.policy.policy.Policy`]):
-            Makes the images.
-        scorer ([`~ddpo_trl.rewards.scoring.RewardScorer`]):
-            The rewards that are trained on.
-        held_out ([`~ddpo_trl.rewards.scoring.RewardScorer`], *optional*):
-            Rewards that are not.
-        drop_invalid (`bool`):
-            Whether images without a valid reward are left out of the figures, or else are an error.
-        accelerator ([`~accelerate.Accelerator`]):
-            The Trainer's. Prompts are split between its processes, and every process gets all results.
-        seed (`int`):
-            Seed of the run.
-        batch_size (`int`):
-            Images made at once on one process.
-        progress ([`~ddpo_trl.rollout.callbacks.RoundProgress`]):
-            Shown on the terminal.
+    Prompts are split between the processes of `accelerator`, and every process gets all results. Images without a
+    valid reward are left out of the figures if `drop_invalid` is `True`, or else are an error.
     """
 
     policy: Policy
@@ -102,7 +87,7 @@ class Evaluator:
     progress: RoundProgress
 
     def generate(self, pairs: Sequence[PromptPair]) -> Samples:
-        """Images made with the pipeline's own scheduler, and their rewards."""
+        """Make images with the pipeline's own scheduler, and score them."""
         made = self._make_and_score(pairs, self.policy.generate, [self.scorer])
         (rewards,) = made.rewards
         chunks = torch.arange(len(pairs)).split(self.batch_size)
@@ -110,20 +95,13 @@ class Evaluator:
         return Samples([prompt for prompt, _ in pairs], images, rewards)
 
     def image_seed(self, index: int) -> int:
-        """Seed of the image of the prompt with this index."""
+        """Return the seed of the image of the prompt with this index."""
         return derived_seed(self.seed, Stream.EVALUATION, index)
 
     def metrics(self, pairs: Sequence[PromptPair], noisy_steps: Sequence[int] | None, prefix: str) -> dict[str, float]:
         """
-        Everything that an evaluation measures, see [`~DDPOTrainer.evaluate`].
-
-        Args:
-            pairs (`Sequence[tuple[str, Any]]`):
-                Prompts and their metadata.
-            noisy_steps (`Sequence[int]`, *optional*):
-                Steps to which the training sampler gives noise, all by default.
-            prefix (`str`):
-                Of the names.
+        Measure everything that [`~DDPOTrainer.evaluate`] returns, with `prefix` in front of the names. The training
+        sampler gives noise to `noisy_steps`, to all steps by default.
         """
 
         def sample(context: Context) -> Tensor:
@@ -131,7 +109,8 @@ class Evaluator:
 
         scorers = [self.scorer] if self.held_out is None else [self.scorer, self.held_out]
         made = self._make_and_score(pairs, self.policy.generate, scorers)
-        distance = mean_distance(self._images(made, rows) for rows in groups(keys_of(pairs)))
+        keys = prompt_keys(pairs, default_prompt_key)  # not only the text, where an image is edited
+        distance = diversity(self._images(made, rows) for rows in repeated(keys))
         rewards = made.rewards
         del made
         (sampled_rewards,) = self._make_and_score(pairs, sample, [self.scorer]).rewards
@@ -151,7 +130,7 @@ class Evaluator:
     def _make_and_score(
         self, pairs: Sequence[PromptPair], make: Callable[[Context], Tensor], scorers: Sequence[RewardScorer]
     ) -> Made:
-        """This process's images, and the rewards of all."""
+        """Make the images of this process, and gather the rewards of all."""
         # Padded: all processes make equally many batches, as a sharded denoiser needs, and gather equal shapes.
         with self.accelerator.split_between_processes(list(range(len(pairs))), apply_padding=True) as share:
             chunks = [share[first : first + self.batch_size] for first in range(0, len(share), self.batch_size)]
@@ -178,7 +157,7 @@ class Evaluator:
         return Made(torch.cat(images), places, all_rewards)
 
     def _images(self, made: Made, indices: Sequence[int]) -> Tensor:
-        """`(len(indices), ...)` on the CPU: images of some prompts, wherever they were made. All have to call it."""
+        """Return the images of some prompts, wherever they were made, on the CPU. All processes have to call it."""
         own = len(made.images)
         places = [made.places[index] - self.accelerator.process_index * own for index in indices]
         if self.accelerator.num_processes == 1:
@@ -205,61 +184,45 @@ class Evaluator:
 
 
 def mean(rewards: Tensor) -> float:
-    """Mean and standard deviation of the valid ones of `(N,)` rewards; the others are NaN."""
+    """Return the mean of the valid ones of `(N,)` rewards; the others are NaN."""
     return rewards[~rewards.isnan()].mean().item()
 
 
 def std(rewards: Tensor) -> float:
-    """As [`mean`], without Bessel's correction."""
+    """Return the standard deviation of the valid rewards, without Bessel's correction."""
     return rewards[~rewards.isnan()].std(correction=0).item()
 
 
-def diversity(images: Tensor, prompts: Sequence[str]) -> float | None:
+def repeated(keys: Sequence[str]) -> list[list[int]]:
+    """Return the positions of each key that occurs at least twice."""
+    return [rows for rows in indices_by_key(keys).values() if len(rows) > 1]
+
+
+def diversity(images: Iterable[Tensor]) -> float | None:
     """
-    How different the images of one prompt are: what a policy loses that has found one image that pays.
+    Distance between the images of one prompt: small for a policy that makes the same image whatever the noise.
 
     Args:
-        images (`torch.Tensor` of shape `(N, ...)`):
-            In [0, 1]. Those that are not finite are left out.
-        prompts (`Sequence[str]` of length `N`):
-            What they were made from.
+        images (`Iterable[torch.Tensor]`):
+            Images of each prompt, `(n, ...)` in [0, 1], one prompt in memory at a time. Images that are not finite are
+            left out.
 
     Returns:
         Root mean square distance of pixels, in [0, 1], averaged over the pairs of a prompt and then over prompts;
-        `None` if there are no two images of one prompt.
+        `None` if no prompt has two images.
     """
-    return mean_distance(images[rows] for rows in groups(prompts))
-
-
-def groups(prompts: Sequence[str]) -> list[list[int]]:
-    """The places of each prompt that occurs at least twice."""
-    return [[row for row, other in enumerate(prompts) if other == one] for one in sorted(repeated(prompts))]
-
-
-def mean_distance(images: Iterable[Tensor]) -> float | None:
-    """As [`diversity`], of the images of each prompt; only those of one are looked at at a time."""
     flat = (group[finite_rows(group)].flatten(1).float() for group in images)
     distances = [torch.pdist(group).mean() / group.shape[1] ** 0.5 for group in flat if len(group) > 1]
     return torch.stack(distances).mean().item() if distances else None
 
 
-def repeated(prompts: Sequence[str]) -> set[str]:
-    """Return the values that occur at least twice."""
-    return {prompt for prompt, count in Counter(prompts).items() if count > 1}
-
-
-def keys_of(pairs: Sequence[PromptPair]) -> list[str]:
-    """Return the key that images of the same prompt share: not only the text, where an image is edited."""
-    return prompt_keys(pairs, default_prompt_key)
-
-
 def reward_names(scorer: RewardScorer, held_out: RewardScorer | None) -> list[str]:
-    """Names under which an evaluation logs both scorers' functions."""
+    """Return the names under which an evaluation logs both scorers' functions."""
     return unique_names([*scorer.names, *([] if held_out is None else held_out.names)])
 
 
 def metric_names(reward_functions: Sequence[str], prompts: Sequence[str]) -> list[str]:
-    """The keys of [`Evaluator.metrics`] with the prefix `"eval"`."""
+    """Return the keys of [`Evaluator.metrics`] with the prefix `"eval"`."""
     names = ["reward", "reward_std", "reward_sde_gap"]
     names += [f"rewards/{function}/{figure}" for function in reward_functions for figure in ("mean", "std")]
     names += ["diversity"] if repeated(prompts) else []
@@ -268,18 +231,10 @@ def metric_names(reward_functions: Sequence[str], prompts: Sequence[str]) -> lis
 
 def check_evaluation(config: DDPOConfig, pairs: Sequence[PromptPair] | None, reward_functions: Sequence[str]) -> None:
     """
-    Refuses what would fail at the first evaluation only, a round's work later.
-
-    Args:
-        config ([`DDPOConfig`]):
-            Settings.
-        pairs (`Sequence[tuple[str, Any]]`, *optional*):
-            The evaluation's prompts.
-        reward_functions (`Sequence[str]`):
-            The names of [`reward_names`].
+    Refuse at construction what would fail only at the first evaluation.
 
     Raises:
-        `ValueError`: If there are no prompts, or no such figure as `metric_for_best_model`.
+        `ValueError`: If prompts are missing, or `metric_for_best_model` is not one of the figures.
     """
     if config.eval_strategy == IntervalStrategy.NO:
         return
@@ -289,7 +244,7 @@ def check_evaluation(config: DDPOConfig, pairs: Sequence[PromptPair] | None, rew
             "on: give `eval_prompts` to the trainer."
         )
     metric = config.metric_for_best_model
-    keys = keys_of(pairs) if metric is not None else []
+    keys = prompt_keys(pairs, default_prompt_key) if metric is not None else []
     known = metric_names(reward_functions, keys)
     if metric is not None and "eval_" + metric.removeprefix("eval_") not in known:
         raise ValueError(

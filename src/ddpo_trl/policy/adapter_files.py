@@ -15,7 +15,6 @@ from diffusers.utils import logging
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 from ddpo_trl.descriptions import in_a_line
 from ddpo_trl.distributed import sharded_like, whole
@@ -112,15 +111,8 @@ def load_adapter(pipeline: DiffusionPipeline, adapter: str, directory: str | os.
 
 def check_files(pipeline: DiffusionPipeline, adapter: str, owner: str) -> None:
     """
-    Save an adapter, load it into a copy of the denoiser as its users will, and compare.
-
-    Args:
-        pipeline ([`~diffusers.DiffusionPipeline`]):
-            The pipeline with the adapter on its denoiser.
-        adapter (`str`):
-            Name of the adapter.
-        owner (`str`):
-            Where the adapter comes from, for the message.
+    Save an adapter, load it into a copy of the denoiser as its users will, and compare. `owner` names the origin of
+    the adapter in the message.
 
     Raises:
         `ValueError`: If it can't be loaded, or the loaded adapter differs.
@@ -139,7 +131,11 @@ def check_files(pipeline: DiffusionPipeline, adapter: str, owner: str) -> None:
                 twin.load_lora_weights(directory, adapter_name=adapter)
             else:
                 PeftModel.from_pretrained(fresh, directory, adapter_name=adapter, low_cpu_mem_usage=True)
-        unsaved = [f"{name} is not in the file" for name in trained_but_not_saved(denoiser, adapter)]
+        saved = {value.data_ptr() for value in get_peft_model_state_dict(denoiser, adapter_name=adapter).values()}
+        trained = {weight: value for weight, value in denoiser.named_parameters() if value.requires_grad}
+        unsaved = [
+            f"{weight} is not in the file" for weight, value in trained.items() if value.data_ptr() not in saved
+        ]
         problem = unsaved[0] if unsaved else first_difference(denoiser, fresh, adapter)
     except Exception as error:  # whatever the loaders of diffusers and peft raise here, they will raise for users too
         problem = in_a_line(error)
@@ -149,14 +145,6 @@ def check_files(pipeline: DiffusionPipeline, adapter: str, owner: str) -> None:
         f"{owner} is {in_words(denoiser.peft_config[adapter])}, and {loader} does not load what would be saved of it: "
         f"{problem}. Use a LoraConfig with r, lora_alpha and target_modules only."
     )
-
-
-def trained_but_not_saved(denoiser: nn.Module, adapter: str) -> list[str]:
-    """Return the names of the weights that require gradients and are not an adapter's."""
-    saved = {value.data_ptr() for value in get_peft_model_state_dict(denoiser, adapter_name=adapter).values()}
-    return [
-        name for name, value in denoiser.named_parameters() if value.requires_grad and value.data_ptr() not in saved
-    ]
 
 
 @contextmanager

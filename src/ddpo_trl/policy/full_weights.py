@@ -18,12 +18,6 @@ def freeze_all_but_denoiser(pipeline: DiffusionPipeline, peft_config: PeftConfig
     """
     Prepare a pipeline for training the denoiser's own weights, as far as they require gradients.
 
-    Args:
-        pipeline ([`~diffusers.DiffusionPipeline`]):
-            A pipeline without an adapter, its denoiser in float32.
-        peft_config ([`~peft.PeftConfig`], *optional*):
-            Must be `None` here.
-
     Raises:
         `ValueError`: If there is an adapter or a `peft_config`, the weights are in half precision, or the denoiser has
             weights that would not be loaded again.
@@ -32,7 +26,7 @@ def freeze_all_but_denoiser(pipeline: DiffusionPipeline, peft_config: PeftConfig
     denoiser = pipeline.components[name]
     if peft_config is not None or adapter_layers(denoiser):
         what = "peft_config is given" if peft_config is not None else "the pipeline carries a LoRA adapter"
-        raise ValueError(f"use_lora is False, but {what}. Set use_lora=True to train the adapter, or take it away.")
+        raise ValueError(f"use_lora is False, but {what}. Set use_lora=True to train the adapter, or remove it.")
     if denoiser.dtype != torch.float32:
         raise ValueError(
             f"use_lora is False, which trains pipeline.{name} itself, but its weights are {denoiser.dtype}. Load the "
@@ -44,7 +38,7 @@ def freeze_all_but_denoiser(pipeline: DiffusionPipeline, peft_config: PeftConfig
     if unknown := [key for key in denoiser.state_dict() if key not in known]:
         raise ValueError(
             f"use_lora is False, but pipeline.{name} has weights that its config does not have, such as {unknown[0]}: "
-            "they would not be loaded again. Take away what was added to it, such as an IP-Adapter with "
+            "they would not be loaded again. Remove what was added to it, such as an IP-Adapter with "
             "`pipeline.unload_ip_adapter()`, or train a LoRA adapter."
         )
     for component_name, component in pipeline.components.items():
@@ -56,13 +50,7 @@ def save_denoiser(denoiser: ModelMixin, directory: str, write: bool = True) -> N
     """
     Call `denoiser.save_pretrained(directory)`, with the whole weights if they are sharded.
 
-    Args:
-        denoiser ([`~diffusers.ModelMixin`]):
-            The network.
-        directory (`str`):
-            Target directory.
-        write (`bool`, *optional*, defaults to `True`):
-            `False` on all processes except one: they only take part in gathering sharded weights.
+    `write` is `False` on all processes except one: they only take part in gathering sharded weights.
     """
     check_weights(dict(denoiser.named_parameters()), directory)
     if is_sharded(denoiser):
@@ -76,14 +64,6 @@ def save_denoiser(denoiser: ModelMixin, directory: str, write: bool = True) -> N
 
 
 def load_denoiser(denoiser: ModelMixin, directory: str | os.PathLike[str], subfolder: str) -> None:
-    """
-    Read what [`save_denoiser`] wrote into the parameters that exist, also if they are sharded.
-
-    Args:
-        denoiser ([`~diffusers.ModelMixin`]):
-            The network.
-        directory (`str` or `os.PathLike`), subfolder (`str`):
-            Where its files are.
-    """
+    """Load what [`save_denoiser`] wrote into the existing parameters, also if they are sharded."""
     saved = type(denoiser).from_pretrained(directory, subfolder=subfolder, use_safetensors=True)
     set_model_state_dict(denoiser, saved.state_dict(), options=StateDictOptions(full_state_dict=True))

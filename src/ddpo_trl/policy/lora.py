@@ -58,7 +58,7 @@ def attention_projections(denoiser: nn.Module) -> list[str]:
             targets.add(inner)
     if not layers:
         raise ValueError(
-            f"{type(denoiser).__name__} has no attention layers to put the default adapter on. Give `peft_config` "
+            f"{type(denoiser).__name__} has no attention layers for the default adapter. Give `peft_config` "
             "with the target_modules of your choice."
         )
     selected = {name for name in modules if any(f".{name}".endswith(f".{target}") for target in targets)}

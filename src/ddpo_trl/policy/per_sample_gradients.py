@@ -1,7 +1,7 @@
-"""The gradient of each sample's log-probability, taken while it is sampled: what one pass needs.
+"""Per-sample gradients of log-probabilities, taken while sampling: the basis of one pass.
 
 The score-function gradient is linear in the advantages, g = −Σ_i A_i ∇log π(τ_i). With ∇log π(τ_i) kept for every
-sample, the rewards only have to weigh them, and no step has to be run a second time.
+sample, the rewards only have to weight them, and no step has to be run a second time.
 """
 
 import functools
@@ -23,12 +23,12 @@ class Call(NamedTuple):
 
     Args:
         number (`int`):
-            How many calls of watched layers came before it in this forward pass.
+            Number of calls of watched layers before it in this forward pass.
         layer (`torch.nn.Linear` or `torch.nn.Conv2d`):
             The layer.
         inputs (`torch.Tensor` of shape `(R, ...)`):
-            What went in. The rows R are those of all samples: twice as many with classifier-free guidance, more where
-            a sample has several frames.
+            Its inputs. The rows R are those of all samples: twice as many with classifier-free guidance, more where a
+            sample has several frames.
     """
 
     number: int
@@ -38,17 +38,17 @@ class Call(NamedTuple):
 
 class Watch:
     """
-    Hands over the gradient of each output of some layers, the moment a backward pass has it.
+    Hand over the gradient of each output of some layers as soon as a backward pass has computed it.
 
-    So no two of them need to be in memory at a time, nor the outputs themselves. What they are made into is up to
-    `take`; PyTorch's own product with the inputs, which sums over the batch, is not asked for.
+    So no two gradients need to be in memory at a time, nor the outputs. PyTorch's own product with the inputs, which
+    sums over the batch, is not computed.
 
     Args:
         layers (`Iterable[torch.nn.Module]`):
             The layers.
         take (`Callable[[Call, torch.Tensor], None]`):
-            Called with a call and the gradient of its outputs, in the order of the backward pass. Calls whose outputs
-            have no part in what is differentiated do not come.
+            Called with a call and the gradient of its outputs, in the order of the backward pass; not for calls whose
+            outputs the differentiated value does not depend on.
     """
 
     def __init__(self, layers: Iterable[TrainedLayer], take: Callable[[Call, Tensor], None]):
@@ -60,7 +60,7 @@ class Watch:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """The layers are watched while the context is open and grad mode is on."""
+        """Watch the layers while the context is open and grad mode is on."""
         hooks = [layer.register_forward_hook(self._remember) for layer in self.layers]
         try:
             yield
@@ -85,16 +85,8 @@ class Watch:
 
     def backward(self, value: Tensor, others: Sequence[Tensor] = ()) -> tuple[Tensor | None, ...]:
         """
-        Runs the backward pass of a forward pass that was watched, and forgets it.
-
-        Args:
-            value (`torch.Tensor` of shape `()`):
-                What is differentiated.
-            others (`Sequence[torch.Tensor]`, *optional*):
-                Tensors whose gradients are wanted beside.
-
-        Returns:
-            `tuple`: The gradients of `others`, `None` for those that have no part in the value.
+        Run the backward pass of a watched forward pass, and forget it. Return the gradients of `others`, `None` where
+        unused.
         """
         first_outputs, self._first_outputs, self._calls = self._first_outputs, [], 0
         gradients = torch.autograd.grad(value, [*first_outputs, *others], allow_unused=True)
@@ -103,7 +95,7 @@ class Watch:
 
 class SampleGradients:
     """
-    Sums up, for each sample of a batch, the gradient of its log-probability over the steps of its trajectory.
+    Sums, for each sample of a batch, of the gradient of its log-probability over the steps of its trajectory.
 
     Args:
         layers (`Mapping[torch.nn.Module, int]`):
@@ -114,7 +106,7 @@ class SampleGradients:
 
     Attributes:
         watch ([`Watch`]):
-            Is to be watching while the denoiser runs.
+            Has to be watching while the denoiser runs.
         sums (`list[torch.Tensor]`):
             A tensor of shape `(B, *weight.shape)` for each weight of [`trained_weights`], float32.
     """
@@ -133,12 +125,8 @@ class SampleGradients:
 
     def add(self, log_probs: Tensor) -> None:
         """
-        Adds the gradients of a step's log-probabilities.
-
-        Args:
-            log_probs (`torch.Tensor` of shape `(B,)`):
-                log π_θ of the step's actions. A sample's depends on its own rows only, so one backward pass of their
-                sum serves all.
+        Add the gradients of a step's log-probabilities, `(B,)`. Those of a sample depend on its own rows only, so one
+        backward pass of their sum serves all.
         """
         self.watch.backward(log_probs.sum())
 
@@ -150,13 +138,13 @@ class SampleGradients:
 
 
 def trained_weights(layers: Iterable[TrainedLayer]) -> list[nn.Parameter]:
-    """The parameters of the layers that require a gradient."""
+    """Return the parameters of the layers that require a gradient."""
     return [weight for layer in layers for weight in layer.parameters(recurse=False) if weight.requires_grad]
 
 
 def weight_gradients(layer: TrainedLayer, inputs: Tensor, grad: Tensor) -> dict[Tensor, Tensor]:
     """
-    What each row of a batch contributes to the gradient of a layer's weight and bias.
+    Compute the contribution of each row of a batch to the gradient of a layer's weight and bias.
 
     Args:
         layer (`torch.nn.Linear` or `torch.nn.Conv2d`):
@@ -213,10 +201,10 @@ def _padding(layer: nn.Conv2d) -> tuple[int, ...]:
 
 def trained_layers(denoiser: nn.Module) -> list[TrainedLayer]:
     """
-    The layers that hold what is trained in a denoiser.
+    Return the layers that hold the trained weights of a denoiser.
 
     Raises:
-        `ValueError`: If a trained parameter belongs to something else than a linear layer or a plain convolution.
+        `ValueError`: If a trained parameter belongs to a layer that is neither linear nor a plain convolution.
     """
     layers = []
     for name, module in denoiser.named_modules():
@@ -235,21 +223,21 @@ def _has_known_gradient(module: nn.Module) -> bool:
 
 
 def reached_rows(grad: Tensor) -> Tensor:
-    """`(R,)`: on which rows of `(R, ...)` a gradient is anything but 0."""
-    return grad.flatten(1).ne(0).any(1)  # on none if a row has no elements
+    """Return which rows of an `(R, ...)` gradient are not 0, `(R,)`."""
+    return grad.flatten(1).ne(0).any(1)  # none if a row has no elements
 
 
 def row_layout(of_first: Tensor, of_second: Tensor) -> int:
     """
-    How many rows in a row belong to one sample, told from a batch of two.
+    Infer from a batch of two how many rows in a row belong to one sample.
 
     The rows of sample b are k·B·n + b·n + (0, ..., n − 1): for k = 0 without guidance, for k = 0, 1 with it, with n
     rows for each, such as the frames of a video.
 
     Args:
         of_first, of_second (`torch.Tensor` of shape `(R,)`, bool):
-            The rows that the gradient of each sample's log-probability reaches. It vanishes on the rows of the other,
-            and may on some of its own: keys of an empty negative prompt, all alike, get none.
+            Rows that the gradient of each sample's log-probability reaches. It vanishes on the rows of the other
+            sample, and may on some of its own: keys of an empty negative prompt, all alike, get none.
 
     Returns:
         `int`: The smallest n that fits.
@@ -262,4 +250,4 @@ def row_layout(of_first: Tensor, of_second: Tensor) -> int:
         is_second = torch.arange(rows, device=of_first.device) // inner % 2 == 1
         if rows % (2 * inner) == 0 and not (of_first & is_second).any() and not (of_second & ~is_second).any():
             return inner
-    raise ValueError("which rows of its layers belong to which sample can't be told")
+    raise ValueError("which rows of its layers belong to which sample can't be determined")

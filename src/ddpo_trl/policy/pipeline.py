@@ -195,15 +195,8 @@ def policy_copy(
     """
     Return a shallow copy of a pipeline that steps as a policy.
 
-    Args:
-        pipeline ([`~diffusers.DiffusionPipeline`]):
-            The pipeline, which is left as it is.
-        denoiser (`str`):
-            Name of the component that is trained.
-        scheduler ([`~ddpo_trl.policy.schedulers.PolicyScheduler`]):
-            The copy's scheduler, and that of the part that has the denoiser.
-        offload (`bool`):
-            Whether text encoders stay off the GPU while they have nothing to encode.
+    `scheduler` becomes the scheduler of the copy and of the part that has the component named `denoiser`. With
+    `offload`, text encoders stay off the GPU while they have nothing to encode.
     """
     twin: Any = quiet_copy(pipeline)
     twin.scheduler = scheduler

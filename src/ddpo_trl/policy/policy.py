@@ -127,7 +127,7 @@ class Policy(nn.Module):
                 f"Nothing is trainable: no parameter of pipeline.{self.denoiser_name} requires a gradient. Set "
                 "`requires_grad_(True)` on what you want to train, or use_lora=True."
             )
-        # FSDP shards by these blocks: one at a time is whole.
+        # FSDP shards by these blocks and gathers one at a time.
         self._no_split_modules = present_classes(self.denoiser, self.denoiser._no_split_modules or ())
         self.runner = PipelineRunner(pipeline, self.denoiser_name, self.scheduler, config, adapter is not None)
         self.policy_pipeline = self.runner.policy_pipeline
@@ -155,7 +155,7 @@ class Policy(nn.Module):
             if missing := [name for name in self.input_names if name not in known]:
                 raise ValueError(
                     f"pipeline_inputs names {missing[0]!r}, but the metadata of a prompt is {entries!r}. Return it "
-                    "beside each prompt, as a dict, or as a column of the dataset."
+                    "with each prompt, as a dict, or as a column of the dataset."
                 )
         inputs = {name: [entries[name] for entries in metadata] for name in self.input_names}
         return Context(prompts=tuple(prompts), seeds=tuple(seeds), inputs=inputs)
@@ -178,7 +178,7 @@ class Policy(nn.Module):
         steps = len(self.scheduler.stds)
         windowed = self.settings.sde_window_size is not None
         self.scheduler.check_noise(self.settings.steps_in_range(steps) if windowed else range(steps))
-        encoder = vars(self.policy_pipeline).get("encode_prompt")
+        encoder = vars(self.runner.policy_pipeline).get("encode_prompt")
         embedding_bytes = 0 if encoder is None else encoder.largest
         return Schedule(self.scheduler.stds, latents.nbytes // len(context), embedding_bytes)
 

@@ -17,7 +17,7 @@ from ddpo_trl.policy.fingerprint import Fingerprint
 @dataclass(frozen=True, kw_only=True)
 class Context:
     """
-    What a batch of samples is made from: c of the Markov decision process, and the seeds.
+    Conditioning of a batch of samples, c of the Markov decision process, and the seeds.
 
     Args:
         prompts (`Sequence[str]` of length `B`):
@@ -36,7 +36,7 @@ class Context:
         return len(self.prompts)
 
     def rows(self, rows: Sequence[int]) -> "Context":
-        """The samples with these indices, in this order."""
+        """Return the samples with these indices, in this order."""
         return Context(
             prompts=[self.prompts[row] for row in rows],
             seeds=[self.seeds[row] for row in rows],
@@ -44,7 +44,7 @@ class Context:
         )
 
     def singles(self) -> list["Context"]:
-        """Each sample as a context of its own."""
+        """Return each sample as a context of its own."""
         return [self.rows([row]) for row in range(len(self))]
 
 
@@ -67,20 +67,12 @@ class Step:
     log_probs: Tensor
 
     def to(self, device: torch.device | str) -> "Step":
-        """The same step on another device."""
+        """Return the step on another device."""
         return Step(**{name: tensor.to(device) for name, tensor in vars(self).items()})
 
 
 def steps_to(steps: Mapping[int, Step], device: torch.device | str) -> dict[int, Step]:
-    """
-    Recorded steps on another device. The action of one step is the state of the next, one tensor, and stays one.
-
-    Args:
-        steps (`Mapping[int, Step]`):
-            By the index of the step.
-        device (`torch.device` or `str`):
-            Where to.
-    """
+    """Move recorded steps to a device. The action of one step is the state of the next, one tensor, and stays one."""
     moved: dict[int, Tensor] = {}
 
     def move(tensor: Tensor) -> Tensor:
@@ -96,7 +88,7 @@ def steps_to(steps: Mapping[int, Step], device: torch.device | str) -> dict[int,
 @dataclass(frozen=True, kw_only=True)
 class Gradients:
     """
-    What one pass keeps of a batch instead of its transitions.
+    Per-sample gradients of a batch, kept in one pass instead of its transitions.
 
     Args:
         log_probs (`torch.Tensor` of shape `(B, T)`):
@@ -113,17 +105,17 @@ class Gradients:
 @dataclass(frozen=True, kw_only=True)
 class SampledBatch:
     """
-    The trajectories of the samples that were drawn at once.
+    Trajectories of the samples that were drawn at once.
 
     Args:
         context ([`Context`] of length `B`):
-            What they were made from.
+            Prompts, seeds and inputs of the samples.
         images (`torch.Tensor` of shape `(B, 3, H, W)`, or `(B, F, 3, H, W)` for video):
-            What the pipeline made, float32 in [0, 1]; in a rollout, on the CPU.
+            Output of the pipeline, float32 in [0, 1]; in a rollout, on the CPU.
         steps (`Mapping[int, Step]`):
             The recorded transitions, by the index of their step in the sampler's schedule (0 is the noisiest).
         fingerprint ([`Fingerprint`], *optional*):
-            Under which they were sampled.
+            Settings, weights and embeddings under which they were sampled.
         gradients ([`Gradients`], *optional*):
             In one pass only; `steps` is empty then.
         finite_steps (`torch.Tensor` of shape `(B,)`, *optional*), steps_run (`int`):
@@ -141,13 +133,7 @@ class SampledBatch:
     @classmethod
     def joined(cls, context: Context, parts: Sequence["SampledBatch"]) -> "SampledBatch":
         """
-        Join the samples of several calls of the pipeline to one batch.
-
-        Args:
-            context ([`Context`] of length `B`):
-                What all of them were made from.
-            parts (`Sequence[SampledBatch]`):
-                Their batches, in order.
+        Join the samples of several calls of the pipeline, in order, to one batch.
 
         Raises:
             `ValueError`: If the samples have different sizes or numbers of steps.
@@ -186,12 +172,7 @@ class SampledBatch:
 
 
 def join_samples(parts: Sequence[Tensor]) -> Tensor:
-    """
-    Join the samples of several calls to one tensor.
-
-    Raises:
-        `ValueError`: If they have different sizes.
-    """
+    """Join the samples of several calls to one tensor. Raise a `ValueError` if they have different sizes."""
     if len(sizes := {tuple(part.shape[1:]) for part in parts}) > 1:
         raise ValueError(
             f"The samples of a batch have different sizes, {' and '.join(map(str, sorted(sizes)))}: give the pipeline "

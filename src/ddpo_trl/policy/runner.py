@@ -18,12 +18,13 @@ from ddpo_trl.policy.pipeline import policy_copy, quiet_copy, with_denoiser
 from ddpo_trl.policy.records import Context, join_samples
 from ddpo_trl.policy.schedulers import (
     BeforeSteps,
-    Numbered,
     PolicyScheduler,
     Replay,
     Sampling,
+    StartingFrom,
     StepReplayed,
     learn_layout,
+    numbered,
 )
 from ddpo_trl.policy.values import is_setting
 
@@ -97,18 +98,8 @@ class PipelineRunner:
 
     def visit(self, pipeline: DiffusionPipeline, replay: Replay, context: Context) -> Replay:
         """
-        Run a pipeline up to the step to replay, in as many calls as it needs.
-
-        Args:
-            pipeline ([`~diffusers.DiffusionPipeline`]):
-                The policy pipeline, or that of [`PipelineRunner.reference`].
-            replay ([`~ddpo_trl.policy.schedulers.Replay`]):
-                The step; receives its state, mean and standard deviation.
-            context ([`~ddpo_trl.policy.records.Context`] of length `B`):
-                Prompts, seeds and inputs of the samples.
-
-        Returns:
-            [`~ddpo_trl.policy.schedulers.Replay`]: `replay` itself.
+        Run a pipeline up to the step to replay, in as many calls as it needs, and return `replay` with the step's
+        state, mean and standard deviation.
 
         Raises:
             `RuntimeError`: If the pipeline runs no step of its scheduler.
@@ -153,14 +144,11 @@ class PipelineRunner:
         return first
 
     def _learn_layout(self, call: Context) -> None:
-        def visit(replay: Replay) -> Tensor:
-            latents = self.run_to(self.policy_pipeline, replay, call).latents
-            assert latents is not None, "the first step was run before"
-            return latents
-
-        first, lowest = visit(Replay(0)), Numbered(place=0)
-        digits = [visit(lowest), *(visit(Numbered(place)) for place in range(1, lowest.places))]
-        self.scheduler.layout = learn_layout(len(call), lowest.elements, first, digits)
+        own = Replay(0)
+        visits = [self.run_to(self.policy_pipeline, own, call)]
+        visits += [self.run_to(self.policy_pipeline, StartingFrom(digit), call) for digit in numbered(own.prepared)]
+        first, *digits = [visit.latents for visit in visits if visit.latents is not None]
+        self.scheduler.layout = learn_layout(len(call), own.prepared.numel(), first, digits)
 
     def _first_call(self, context: Context, replay: Replay) -> Replay:
         self.denoiser.eval()  # an adapter that was just added is in training mode, with its dropout
@@ -180,13 +168,8 @@ class PipelineRunner:
     @torch.no_grad()
     def encode(self, contexts: Iterable[Context], device: torch.device) -> None:
         """
-        Encode prompts beforehand, as many as the cache keeps, so that offloaded text encoders are moved once.
-
-        Args:
-            contexts (`Iterable[~ddpo_trl.policy.records.Context]`):
-                The batches.
-            device (`torch.device`):
-                Where the pipeline is going to run.
+        Encode prompts for `device` beforehand, as many as the cache keeps, so that offloaded text encoders are moved
+        once.
         """
         encoder: PromptEncoder = self.policy_pipeline.encode_prompt
         with encoder.ahead(torch.empty(0, device=device).device):

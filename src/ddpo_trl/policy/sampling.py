@@ -76,16 +76,8 @@ def differentiate(runner: PipelineRunner, context: Context, step: int, take: Cal
     """
     Sample as [`sample_with_gradients`] does up to one step, and leave: no image is made.
 
-    Args:
-        runner ([`~ddpo_trl.policy.runner.PipelineRunner`]):
-            The policy's.
-        context ([`~ddpo_trl.policy.records.Context`] of length `B`):
-            Prompts, seeds and inputs of a single call: one of `runner.calls.split`.
-        step (`int`):
-            Index of a step in the sampler's schedule.
-        take (`Callable[[torch.Tensor], None]`):
-            Receives the log-probabilities of the step's actions, `(B,)`, with their graph. It is not called if the
-            pipeline ends before the step.
+    `context` is that of a single call, one of `runner.calls.split`. `take` receives the log-probabilities of the
+    step's actions, `(B,)`, with their graph; it is not called if the pipeline ends before the step.
     """
 
     def take_and_leave(index: int, log_probs: Tensor) -> None:

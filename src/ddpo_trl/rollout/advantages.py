@@ -17,22 +17,19 @@ from ddpo_trl.prompts import PromptKeyFunction, PromptPair, prompt_keys
 from ddpo_trl.rewards.scoring import RewardScorer
 
 
-# Keeps the quotient finite when all rewards but a few are equal; far below any reward difference that matters.
+# Keeps the quotient finite when nearly all rewards are equal; far below any reward difference that matters.
 DELTA = 1e-6
 
 # Rewards whose range is below this share of their magnitude are equal: far above the rounding of float64 sums (1e-16),
-# and below that of float32 (6e-8), so that rewards which a float32 model tells apart stay different.
+# and below that of float32 (6e-8), so that rewards which differ in float32 stay different.
 EQUAL = 1e-8
 
-# (N,) rewards and N keys, which say what is compared with what, to (N,) advantages
+# (N,) rewards and N keys, which define the samples that are compared with each other, to (N,) advantages
 Normalizer = Callable[[Tensor, Sequence[Hashable]], Tensor]
-
-# (N,) rewards and N keys to the sets of rewards that define a mean and a standard deviation each
-Populations = Callable[[Tensor, Sequence[Hashable]], list[Tensor]]
 
 
 def all_equal(rewards: Tensor) -> bool:
-    """Whether `(M,)` rewards carry no information, because there is no difference, or none but rounding."""
+    """Return whether all `(M,)` rewards are equal, except for rounding."""
     if not len(rewards):
         return True
     return bool(rewards.max() - rewards.min() <= EQUAL * rewards.abs().max())
@@ -61,13 +58,13 @@ def standardize(rewards: Tensor, population: Tensor | None = None) -> Tensor:
 
 
 def normalize_by_batch(rewards: Tensor, keys: Sequence[Hashable]) -> Tensor:
-    """Standardizes over all samples of the round; `keys` play no part."""
+    """Standardize over all samples of the round; `keys` are not used."""
     return standardize(rewards)
 
 
 def normalize_by_group(rewards: Tensor, keys: Sequence[Hashable]) -> Tensor:
     """
-    Standardizes over the samples of the round that share a key, by which each draw of a prompt is one group (GRPO,
+    Standardize over the samples of the round that share a key, by which each draw of a prompt is one group (GRPO,
     https://huggingface.co/papers/2402.03300).
     """
     advantages = torch.zeros_like(rewards, dtype=torch.float64)
@@ -76,33 +73,18 @@ def normalize_by_group(rewards: Tensor, keys: Sequence[Hashable]) -> Tensor:
     return advantages
 
 
-def whole_round(rewards: Tensor, keys: Sequence[Hashable]) -> list[Tensor]:
-    """The one population of [`normalize_by_batch`]."""
-    return [rewards]
-
-
 def groups(rewards: Tensor, keys: Sequence[Hashable]) -> list[Tensor]:
-    """The populations of [`normalize_by_group`]."""
+    """Return the rewards of each group of [`normalize_by_group`]."""
     return [rewards[indices] for indices in indices_by_key(keys).values()]
 
 
 def fraction_without_spread(populations: Sequence[Tensor]) -> float:
-    """Share of the populations that give only zero advantages."""
+    """Share of the populations whose advantages are all zero."""
     return sum(map(all_equal, populations)) / max(len(populations), 1)
 
 
 def normalize_valid(normalizer: Normalizer, rewards: Tensor, keys: Sequence[Hashable]) -> Tensor:
-    """
-    The advantages of those rewards that are valid, as if there were no others; zero for the others.
-
-    Args:
-        normalizer (`Callable`):
-            Gets to see the valid rewards only.
-        rewards (`torch.Tensor` of shape `(N,)`):
-            NaN where not valid.
-        keys (`Sequence` of length `N`):
-            What the normalizer compares by.
-    """
+    """Normalize the `(N,)` rewards that are valid (not NaN) as if there were no others; 0 for the others."""
     valid = ~rewards.isnan()
     advantages = torch.zeros_like(rewards, dtype=torch.float64)
     advantages[valid] = normalizer(rewards[valid], select(keys, valid))
@@ -120,15 +102,7 @@ def keep_raw(rewards: Tensor, keys: Sequence[Hashable]) -> Tensor:
 
 
 def shuffled(normalizer: Normalizer, generator: torch.Generator) -> Normalizer:
-    """
-    Hands the rewards of a round to `normalizer` in random order: the control that must not learn.
-
-    Args:
-        normalizer (`Callable`):
-            What turns the shuffled rewards into advantages.
-        generator (`torch.Generator`):
-            Draws the permutations; the same on all processes.
-    """
+    """Return a control that must not learn: `normalizer` gets the rewards of a round in random order."""
 
     def normalize(rewards: Tensor, keys: Sequence[Hashable]) -> Tensor:
         return normalizer(rewards[torch.randperm(len(rewards), generator=generator)], keys)
@@ -138,17 +112,17 @@ def shuffled(normalizer: Normalizer, generator: torch.Generator) -> Normalizer:
 
 class PromptStatistics:
     """
-    Standardizes with running statistics per prompt, section 5.2 of https://huggingface.co/papers/2305.13301.
+    Standardize with running statistics per prompt, section 5.2 of https://huggingface.co/papers/2305.13301.
 
     Every key, a prompt with what belongs to it, keeps its last `buffer_size` rewards, those of the current round
-    included. One with fewer than `min_count` of them is standardized with the mean and standard deviation of the
-    round instead.
+    included. A key with fewer than `min_count` rewards is standardized with the mean and standard deviation of the
+    round.
 
     Args:
         buffer_size (`int`):
-            How many rewards of a key are remembered.
+            Number of rewards that are remembered per key.
         min_count (`int`):
-            From how many on they are used.
+            Number of rewards that a key needs before its own statistics are used.
     """
 
     def __init__(self, buffer_size: int, min_count: int):
@@ -171,18 +145,18 @@ class PromptStatistics:
         return torch.tensor(remembered, dtype=torch.float64) if len(remembered) >= self.min_count else rewards
 
     def state_dict(self) -> dict[Any, list[float]]:
-        """The remembered rewards by key, JSON-serializable where the keys are strings, for a checkpoint."""
+        """Return the remembered rewards by key, JSON-serializable if the keys are strings."""
         return {key: list(rewards) for key, rewards in self.rewards.items()}
 
     def load_state_dict(self, state: dict[Any, list[float]]) -> None:
-        """Replaces the remembered rewards by those of [`state_dict`]."""
+        """Replace the remembered rewards by those of [`state_dict`]."""
         self.rewards.clear()
         for key, rewards in state.items():
             self.rewards[key].extend(rewards)
 
 
 def indices_by_key(keys: Sequence[Hashable]) -> dict[Any, list[int]]:
-    """Positions of each distinct key, in the order of first appearance."""
+    """Return the positions of each distinct key, in the order of first appearance."""
     positions: dict[Any, list[int]] = {}
     for index, key in enumerate(keys):
         positions.setdefault(key, []).append(index)
@@ -191,16 +165,8 @@ def indices_by_key(keys: Sequence[Hashable]) -> dict[Any, list[int]]:
 
 class Advantages:
     """
-    Rewards of a round to advantages, by `advantage_normalization`, `multi_objective_aggregation` and
-    `advantage_clip`.
-
-    Args:
-        config ([`DDPOConfig`]):
-            Settings.
-        scorer ([`~ddpo_trl.rewards.scoring.RewardScorer`]):
-            Reward functions and their weighted sum.
-        prompt_key_fn (`Callable`):
-            Name of the task of a prompt and its metadata, for `"prompt"`.
+    Advantages of a round, as `advantage_normalization`, `multi_objective_aggregation` and `advantage_clip` define
+    them.
 
     Attributes:
         normalize (`Callable`):
@@ -219,7 +185,7 @@ class Advantages:
             self.normalize: Normalizer = normalize_by_batch
         else:
             self.normalize = self._normalizer()
-        self._populations = [self._populations_of(each) for each in self.normalize_each or [self.normalize]]
+        self._normalizers = self.normalize_each or [self.normalize]  # before the control replaces one
 
     def _normalizer(self) -> Normalizer:
         config = self.config
@@ -235,20 +201,20 @@ class Advantages:
             case _:
                 return normalize_by_batch
 
-    def _populations_of(self, normalizer: Normalizer) -> Populations:
+    def _populations(self, normalizer: Normalizer, rewards: Tensor, keys: Sequence[Hashable]) -> list[Tensor]:
         if isinstance(normalizer, PromptStatistics):
-            return normalizer.populations
-        return groups if self.config.advantage_normalization == "group" else whole_round
+            return normalizer.populations(rewards, keys)
+        return groups(rewards, keys) if self.config.advantage_normalization == "group" else [rewards]
 
     def keys(self, pairs: Sequence[PromptPair]) -> Sequence[Hashable]:
-        """Keys by which the samples of a round are compared: the task of their prompt, or the draw of it."""
+        """Return the keys by which samples are compared: the task of their prompt, or the draw of it."""
         if self.config.advantage_normalization == "prompt":
             return prompt_keys(pairs, self.prompt_key_fn)
         return [index // self.config.num_images_per_prompt for index in range(len(pairs))]
 
     def __call__(self, rewards: Tensor, totals: Tensor, keys: Sequence[Hashable]) -> Tensor:
         """
-        Advantages of the samples of all processes.
+        Compute the advantages of the samples of all processes: `(N,)`, float64; 0 for dropped samples.
 
         Args:
             rewards (`torch.Tensor` of shape `(N, F)`):
@@ -257,9 +223,6 @@ class Advantages:
                 Their weighted sum; NaN for samples that are dropped.
             keys (`Sequence` of length `N`):
                 See [`~Advantages.keys`].
-
-        Returns:
-            `torch.Tensor` of shape `(N,)`, float64; 0 for dropped samples.
         """
         if self.normalize_each:
             dropped = totals.isnan()  # a sample dropped for one function has no part in the statistics of the others
@@ -274,11 +237,10 @@ class Advantages:
 
     def fraction_without_spread(self, rewards: Tensor, totals: Tensor, keys: Sequence[Hashable]) -> float:
         """Share of the compared sets of valid rewards that give only zero advantages; shapes as for a call."""
+        columns = rewards.T if self.normalize_each else [totals]
         shares = [
-            fraction_without_spread(populations(column[applies], select(keys, applies)))
-            for populations, column in zip(
-                self._populations, rewards.T if self.normalize_each else [totals], strict=True
-            )
+            fraction_without_spread(self._populations(normalizer, column[applies], select(keys, applies)))
+            for normalizer, column in zip(self._normalizers, columns, strict=True)
             if (applies := ~column.isnan()).any()
         ]
         return sum(shares) / max(len(shares), 1)
@@ -289,10 +251,10 @@ class Advantages:
         return [each for each in [self.normalize, *self.normalize_each] if isinstance(each, PromptStatistics)]
 
     def state_dict(self) -> list[dict[Any, list[float]]]:
-        """Remembered rewards, for a checkpoint."""
+        """Return the remembered rewards, for a checkpoint."""
         return [statistics.state_dict() for statistics in self.statistics]
 
     def load_state_dict(self, state: Sequence[dict[Any, list[float]]]) -> None:
-        """Replaces the remembered rewards by those of [`~Advantages.state_dict`]."""
+        """Replace the remembered rewards by those of [`~Advantages.state_dict`]."""
         for statistics, own in zip(self.statistics, state, strict=True):
             statistics.load_state_dict(own)

@@ -1,4 +1,4 @@
-"""The end of a round, where alone a run is evaluated, saved and stopped: what is asked for earlier waits for it."""
+"""End of a round, the only time at which a run is evaluated, saved and stopped: earlier requests wait for it."""
 
 import os
 import signal
@@ -18,7 +18,7 @@ from ddpo_trl.distributed import on_any_process
 
 logger = logging.get_logger(__name__)
 
-# What callbacks can ask for that would cut a round in two, in words.
+# Requests of callbacks that would interrupt a round, as messages name them.
 REQUESTS = {
     "should_evaluate": "an evaluation",
     "should_save": "a checkpoint",
@@ -29,17 +29,9 @@ REQUESTS = {
 
 class StopSignals:
     """
-    Signals after which a run finishes its round, is saved and ends.
+    Signals, by name, after which a run finishes its round, is saved and ends.
 
-    Further ones change nothing: launchers repeat what the cluster has already sent to each process.
-
-    Args:
-        names (`Sequence[str]`):
-            Such as `"SIGTERM"`.
-
-    Attributes:
-        received (`bool`):
-            Whether one has come since training began.
+    Repeated signals change nothing: launchers send them again to each process after the cluster has.
     """
 
     def __init__(self, names: Sequence[str]):
@@ -49,7 +41,7 @@ class StopSignals:
 
     @contextmanager
     def handled(self) -> Iterator[None]:
-        """Listens to them, and afterwards gives them back to whom they belonged."""
+        """Handle the signals while the context is open, and restore the previous handlers afterwards."""
         self.received = False
         self._process = os.getpid()
         if threading.current_thread() is not threading.main_thread():  # Python allows handlers there only
@@ -63,7 +55,7 @@ class StopSignals:
                 signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() != self._process:  # a process that a reward function has forked: it is to end as ever
+        if os.getpid() != self._process:  # forked by a reward function: it ends as without this handler
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         elif not self.received:
@@ -73,15 +65,10 @@ class StopSignals:
 
 class RoundCallbacks(CallbackHandler):
     """
-    Trainer's callbacks, whose requests wait for the end of the round: the rollout is not part of a checkpoint.
+    Callback handler of the Trainer that postpones requests to the end of the round: a rollout is not part of a
+    checkpoint.
 
-    It stands behind all callbacks, those that are added later too.
-
-    Args:
-        handler ([`~transformers.trainer_callback.CallbackHandler`]):
-            The one whose place it takes.
-        updates_per_round (`int`):
-            Optimizer steps of a round.
+    As the handler, it acts after all callbacks, including those that are added later.
 
     Attributes:
         inside (`bool`):
@@ -103,8 +90,8 @@ class RoundCallbacks(CallbackHandler):
     def call_event(
         self, event: str, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        """Calls all callbacks, and keeps what they ask for inside a round until its end."""
-        if event == "on_train_begin":  # what is left of a run that failed
+        """Call all callbacks, and postpone what they request inside a round."""
+        if event == "on_train_begin":  # requests that remain from a run that failed
             self.saved_at = None
             self._waiting.clear()
             vars(control).update(dict.fromkeys(REQUESTS, False))
@@ -124,7 +111,7 @@ class RoundCallbacks(CallbackHandler):
 
     @contextmanager
     def holding(self) -> Iterator[None]:
-        """Keeps what callbacks ask for, on one process maybe, until all have come to [`RoundCallbacks.release`]."""
+        """Hold requests, possibly of one process only, until all processes reach [`RoundCallbacks.release`]."""
         self._holding = True
         try:
             yield
@@ -132,38 +119,30 @@ class RoundCallbacks(CallbackHandler):
             self._holding = False
 
     def release(self, control: TrainerControl) -> None:
-        """Gives back the requests that waited."""
+        """Restore the requests that were postponed."""
         vars(control).update(dict.fromkeys(self._waiting, True))
         self._waiting.clear()
 
     def _postpone(self, control: TrainerControl, event: str, round: int | None) -> None:
-        """Takes the requests back until the round is over; says so of new ones if a round is named."""
+        """Take requests back until the round is over; warn of new ones if a round is given."""
         asked = {name for name in REQUESTS if vars(control)[name]}
         vars(control).update(dict.fromkeys(asked, False))
         for name in sorted(asked - self._waiting):
             if round is not None:
                 logger.warning(
                     f"A callback asked for {REQUESTS[name]} inside round {round} ({event}). It comes when the round "
-                    "is over: a run can't be resumed from within a round."
+                    "is over: a run can't be resumed from the middle of a round."
                 )
         self._waiting |= asked
 
 
 class RoundSchedule(TrainerCallback):
     """
-    Thins out the evaluations of `eval_strategy="epoch"` and the checkpoints of `save_strategy="epoch"` to one every so
-    many rounds. The last round has both in any case: [`end_round`] sees to that.
+    Reduce the evaluations of `eval_strategy="epoch"` and the checkpoints of `save_strategy="epoch"` to one every
+    `eval_rounds` and `save_rounds`. [`end_round`] adds both for the last round.
 
-    Trainer's own `"steps"` can't do it: it evaluates before the round is logged, so that a checkpoint saved as the
-    best would lack its own round.
-
-    Args:
-        eval_rounds (`int`):
-            Rounds from one evaluation to the next.
-        save_rounds (`int`):
-            Rounds from one checkpoint to the next.
-        updates_per_round (`int`):
-            Optimizer steps of a round.
+    Trainer's own `"steps"` evaluates before the round is logged, so that a checkpoint saved as the best would lack its
+    own round.
     """
 
     def __init__(self, eval_rounds: int, save_rounds: int, updates_per_round: int):
@@ -183,21 +162,11 @@ class RoundSchedule(TrainerCallback):
 
 def end_round(trainer: Trainer, rounds: RoundCallbacks, signals: StopSignals, act: Callable[[], None]) -> None:
     """
-    Logs, evaluates and saves what was asked for, on all processes alike, and lets training go on or end.
+    Log, evaluate and save what was requested, on all processes alike, and let training continue or end.
 
     The last round of a run is evaluated and saved whichever callback ended it, and whenever it did so: while the round
-    was logged, evaluated or saved. Not so after a signal: that round is saved and, since the run is to be resumed,
-    evaluated only if its turn has come.
-
-    Args:
-        trainer ([`~transformers.Trainer`]):
-            Its `control` holds the requests. All processes have to call it.
-        rounds ([`RoundCallbacks`]):
-            Its callbacks.
-        signals ([`StopSignals`]):
-            Those received.
-        act (`Callable`):
-            Logs, evaluates and saves as `control` says.
+    was logged, evaluated or saved. After a signal the round is saved and, since the run is going to be resumed,
+    evaluated only if it is due. All processes have to call it.
     """
     evaluate, save = trainer.control.should_evaluate, trainer.control.should_save
     trainer.control.should_evaluate = trainer.control.should_save = False
@@ -223,10 +192,8 @@ def end_round(trainer: Trainer, rounds: RoundCallbacks, signals: StopSignals, ac
 
 def agree(trainer: Trainer, signals: StopSignals) -> bool:
     """
-    Makes the requests of one process those of all, and adds what belongs to the last round. All have to call it.
-
-    Returns:
-        `bool`: Whether a signal ends the run.
+    Share the requests of one process with all, and add those of the last round. Return whether a signal ends the run.
+    All processes have to call it.
     """
     control, args = trainer.control, trainer.args
     evaluate, save, stop, signalled = on_any_process(

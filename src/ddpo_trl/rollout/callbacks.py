@@ -15,12 +15,8 @@ class RoundProgress(TrainerCallback):
     Progress bars: images of the round sampled, micro-batches of the run trained on, images of an evaluation. A line
     per round stays.
 
-    It takes the place of Trainer's own progress bar. The sampling bar is driven by the rollout loader, because Trainer
-    has no event for sampling, and that of an evaluation by the evaluator.
-
-    Args:
-        disable (`bool`):
-            Whether to show nothing (`disable_tqdm`, or a process that is not the first).
+    It replaces Trainer's own progress bar. The rollout loader drives the sampling bar, because Trainer has no event
+    for sampling, and the evaluator that of an evaluation.
     """
 
     def __init__(self, disable: bool):
@@ -29,14 +25,14 @@ class RoundProgress(TrainerCallback):
         self._training: tqdm | None = None
 
     def sampling_begins(self, round: int, samples: int) -> None:
-        """A round starts to sample `samples` images on this process."""
+        """Show that `samples` images of a round are going to be sampled on this process."""
         if self._sampling is None:
             self._sampling = tqdm(total=samples, unit="image", position=1, leave=False, disable=self.disable)
         self._sampling.reset(samples)
         self._sampling.set_description(f"Sampling, round {round + 1}")
 
     def sampled(self, samples: int, rewards: Sequence[Tensor]) -> None:
-        """`samples` more images were sampled; `rewards` are those known by now, of the whole round."""
+        """Show `samples` more images; `rewards` are those of the whole round that are known by now."""
         if self._sampling is None:
             return
         if rewards:
@@ -44,7 +40,7 @@ class RoundProgress(TrainerCallback):
         self._sampling.update(samples)
 
     def evaluation(self, images: int) -> tqdm:
-        """A bar, to be used as a context, for an evaluation of so many images on this process."""
+        """Return a bar, to be used as a context, for an evaluation of `images` images on this process."""
         return tqdm(total=images, unit="image", desc="Evaluation", leave=False, disable=self.disable)
 
     def on_train_begin(
@@ -65,7 +61,7 @@ class RoundProgress(TrainerCallback):
         if self._training is not None:
             self._training.update()
 
-    # The last micro-batch of an optimizer step ends a step and no substep.
+    # The last micro-batch of an optimizer step ends a step, not a substep.
     on_step_end = on_substep_end
 
     def on_log(
@@ -95,14 +91,14 @@ class RoundProgress(TrainerCallback):
 
 
 class TrainingClock(TrainerCallback):
-    """Measures the time that rounds spend in training, without sampling, evaluation and saving."""
+    """Clock of the time that rounds spend in training, without sampling, evaluation and saving."""
 
     def __init__(self) -> None:
         self._since: float | None = None
         self._seconds = 0.0
 
     def start(self) -> None:
-        """Start: the images of a round are scored."""
+        """Start the clock when the images of a round are scored."""
         self._since = time.perf_counter()
 
     def take(self) -> float:

@@ -1,4 +1,4 @@
-"""The rollout loader: what `transformers.Trainer` takes for a data loader makes one rollout per epoch."""
+"""The rollout loader: data loader of `transformers.Trainer` that makes one rollout per epoch."""
 
 import dataclasses
 import logging
@@ -29,58 +29,13 @@ from ddpo_trl.seeding import Stream, derived_seed, generator, randomness_lent
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True)
-class MicroBatch:
-    """
-    Which transitions of the current rollout make up a micro-batch.
-
-    It crosses the Trainer as the plain dict `vars(micro_batch)`. Indices and not tensors cross, because the Trainer
-    prefetches all micro-batches of an optimizer step, and their tensors would be a second copy of the rollout.
-
-    Args:
-        samples (`list[int]`):
-            Indices of samples on this process.
-        step (`int`, *optional*):
-            Index of the denoising step; `None` for all, in one pass.
-        on_policy (`bool`):
-            Whether it belongs to the first optimizer step after sampling.
-    """
-
-    samples: list[int]
-    step: int | None
-    on_policy: bool
-
-
 @dataclass(kw_only=True)
 class RolloutLoader:
     """
-    Makes a rollout whenever it is iterated over, then yields its micro-batches.
+    Make a rollout per iteration, then yield its micro-batches.
 
-    Args:
-        policy ([`~ddpo_trl.policy.policy.Policy`]):
-            Samples.
-        prompts ([`~ddpo_trl.prompts.PromptSource`]):
-            The prompts of each round.
-        scorer ([`~ddpo_trl.rewards.scoring.RewardScorer`]):
-            The rewards.
-        advantages ([`~ddpo_trl.rollout.advantages.Advantages`]):
-            Rewards of all processes to advantages.
-        drop_invalid (`bool`):
-            Whether samples without a valid reward are dropped; otherwise they are an error.
-        plan ([`~ddpo_trl.rollout.plan.BatchPlan`]):
-            The sizes.
-        gradient_layers (`Mapping[torch.nn.Module, int]`):
-            In one pass, the layers that are trained; see [`~ddpo_trl.update.one_pass.choose_passes`].
-        seed (`int`):
-            Seed of the run.
-        accelerator ([`~accelerate.Accelerator`]):
-            The Trainer's.
-        progress ([`~ddpo_trl.rollout.callbacks.RoundProgress`]):
-            Shows how far sampling is.
-        before_sampling (`Callable[[], None]`):
-            Called when a round begins, so that the rollout before makes way for the next.
-        on_rollout (`Callable[[Rollout], None]`):
-            Receives every finished rollout before its micro-batches are yielded.
+    `before_sampling` is called when a round begins, so that the previous rollout makes way for the next; `on_rollout`
+    receives every finished rollout before its micro-batches are yielded.
     """
 
     policy: Policy
@@ -102,14 +57,13 @@ class RolloutLoader:
         return self.plan.micro_batches_per_round
 
     def set_epoch(self, epoch: int) -> None:
-        """The Trainer's announcement of the epoch, which is the round."""
+        """Receive the epoch, which is the round, from the Trainer."""
         self.round = epoch
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         self.before_sampling()
         self.on_rollout(self._collect())
-        for micro_batch in self._micro_batches():
-            yield vars(micro_batch)
+        yield from self._micro_batches()
 
     def _collect(self) -> Rollout:
         pairs = self._draw_prompts()
@@ -140,7 +94,7 @@ class RolloutLoader:
         )
 
     def _draw_prompts(self) -> list[PromptPair]:
-        """The pairs of all samples of all processes: those of the first, where the others might draw differently."""
+        """Pairs of all samples of all processes: those of the first, where the others might draw differently."""
         pairs = self.prompts.draw(self.round, self.plan.prompts_per_round)
         if self.accelerator.num_processes > 1 and not self.prompts.alike_on_all_processes:
             pairs = broadcast_object_list(pairs)
@@ -154,7 +108,7 @@ class RolloutLoader:
         pending: list[PendingRewards] = []
         self.progress.sampling_begins(self.round, len(pairs))
         firsts = range(0, len(pairs), size)
-        if self.policy.settings.offload_text_encoders:  # which come for a round at once, and not for every batch
+        if self.policy.settings.offload_text_encoders:  # moved once per round instead of once per batch
             with self.accelerator.autocast():
                 contexts = (self._context(pairs[first : first + size], first) for first in firsts)
                 self.policy.runner.encode(contexts, self.policy.denoiser.device)
@@ -170,9 +124,9 @@ class RolloutLoader:
             pending.append(
                 self.scorer.submit(batch.images, context.prompts, metadata, when, batch.finite_steps, batch.steps_run)
             )
-            # The reward functions have them where they were made; then what is shown of them is all that is wanted.
+            # Reward functions have them on the device; from here on they are only shown.
             batches.append(dataclasses.replace(batch, images=batch.images.cpu()))
-            del batch  # its images are not to stay on the device while the next batch is sampled
+            del batch  # so that its images do not stay on the device while the next batch is sampled
             if not self.has_scored:  # a faulty reward function ends the run now, and not after a whole round
                 first_problem(pending, raises=not self.drop_invalid)
                 self.has_scored = True
@@ -190,12 +144,12 @@ class RolloutLoader:
         return self.policy.context(prompts, metadata, seeds)
 
     def _own_share(self, values: Any) -> Any:
-        """The part of a sequence over all processes' samples that belongs to this process."""
+        """Part of a sequence over all processes' samples that belongs to this process."""
         first = self.accelerator.process_index * self.plan.samples_per_process
         return values[first : first + self.plan.samples_per_process]
 
     def _check_invalid(self, totals: Tensor, problem: str | None) -> None:
-        """Warns of dropped samples; raises, on all processes alike, if they are more than half of the round."""
+        """Warn of dropped samples; raise, on all processes alike, if they are more than half of the round."""
         invalid, count = int(totals.isnan().sum()), len(totals)
         dropped = f"{invalid} of {count} samples of round {self.round} have no valid reward"
         if 2 * invalid > count:
@@ -219,11 +173,17 @@ class RolloutLoader:
                 metrics[f"rewards/{name}/std"] = column[applies].std(correction=0).item()
         return metrics
 
-    def _micro_batches(self) -> Iterator[MicroBatch]:
-        """Shuffles the samples in every pass and gives each micro-batch of samples its own random order of steps."""
+    def _micro_batches(self) -> Iterator[dict[str, Any]]:
+        """
+        Shuffle the samples in every pass and give each micro-batch of samples its own random order of steps.
+
+        Yields the arguments of [`~ddpo_trl.rollout.records.Rollout.transition`]: indices and not tensors, because the
+        Trainer prefetches all micro-batches of an optimizer step, and their tensors would be a second copy of the
+        rollout.
+        """
         plan = self.plan
-        if plan.one_pass:  # all is done but to weigh the gradients
-            yield MicroBatch(samples=list(range(plan.samples_per_process)), step=None, on_policy=True)
+        if plan.one_pass:  # only the weighting of the gradients is left, which needs no transition
+            yield {}
             return
         recorded_steps = plan.trained_steps(self.round, self.seed)
         random = generator(self.seed, Stream.MICRO_BATCHES, self.round, self.accelerator.process_index)
@@ -233,8 +193,8 @@ class RolloutLoader:
                 for samples in mini_batch.split(plan.per_device_train_batch_size):
                     steps = torch.randperm(len(recorded_steps), generator=random)
                     for step in steps[: plan.transitions_per_sample].tolist():
-                        yield MicroBatch(
-                            samples=samples.tolist(),
-                            step=recorded_steps[step],
-                            on_policy=ppo_epoch == 0 and index == 0,
-                        )
+                        yield {
+                            "samples": samples.tolist(),
+                            "step": recorded_steps[step],
+                            "on_policy": ppo_epoch == 0 and index == 0,
+                        }

@@ -10,26 +10,24 @@ from torch import Tensor
 
 class Metrics:
     """
-    Figures collected since the last log.
-
-    Means over micro-batches, rounds and processes, except for a deviation (the largest) and times (the sum over the
-    rounds of the log).
+    Figures collected since the last log: means over micro-batches, rounds and processes, except the deviation
+    (maximum) and times (sum over the rounds of the log).
     """
 
     def __init__(self) -> None:
         self._values: defaultdict[str, list[Tensor | float]] = defaultdict(list)
 
     def add(self, values: Mapping[str, Tensor | float]) -> None:
-        """Adds figures by name: numbers, or tensors without gradient of shape `()`."""
+        """Add figures by name: numbers, or tensors without gradient of shape `()`."""
         for name, value in values.items():
             self._values[name].append(value)
 
     def clear(self) -> None:
-        """Forgets what was not logged."""
+        """Forget what was not logged."""
         self._values.clear()
 
     def take(self, accelerator: Accelerator) -> dict[str, float]:
-        """Combines the figures and forgets them. All processes have to call it."""
+        """Combine the figures and forget them. All processes have to call it."""
         metrics = {}
         for name, values in self._values.items():
             local = torch.tensor([float(value) for value in values], device=accelerator.device)

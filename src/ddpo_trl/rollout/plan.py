@@ -13,7 +13,7 @@ from ddpo_trl.seeding import Stream, generator
 @dataclass(frozen=True, kw_only=True)
 class BatchPlan:
     """
-    How many samples, micro-batches and optimizer steps a round has.
+    Number of samples, micro-batches and optimizer steps of a round.
 
     Args:
         num_processes (`int`):
@@ -29,25 +29,25 @@ class BatchPlan:
         trainable_steps (`tuple[int, ...]`):
             Indices of the denoising steps that may be trained on.
         window_size (`int`, *optional*):
-            How many of them, in a row, get noise and are trained on in a round: the SDE window. `None` for all, and
-            noise in every step.
+            Number of them, in a row, that get noise and are trained on in a round: the SDE window. `None` for all,
+            and noise in every step.
         window_strategy (`"fixed"`, `"progressive"` or `"random"`):
-            Where the window is: at the first of them; moving on by one every `window_interval` rounds, and from the
+            Position of the window: at the first of them; moving on by one every `window_interval` rounds, and from the
             last position back to the first; or anywhere, drawn again in each round.
         window_interval (`int`):
             Rounds between two moves of a progressive window.
         timestep_fraction (`float`):
             Share of them that each sample is trained on.
         stds (`tuple[float, ...]`):
-            σ_t of every step of the sampler; what `"std"` weighs by.
+            σ_t of every step of the sampler; the weights of `"std"`.
         transition_weighting (`"uniform"` or `"std"`):
-            Whether all transitions weigh alike in the objective, or in proportion to σ_t.
+            Whether all transitions have the same weight in the objective, or one in proportion to σ_t.
         state_bytes (`int`):
             Memory of one sample's state x_t.
         one_pass (`bool`):
             Whether gradients are taken while sampling.
         one_pass_disabled_reason (`str`, *optional*):
-            Why not.
+            Reason for two passes.
         gradient_bytes (`int`):
             Memory of one sample's gradient.
         image_bytes, embedding_bytes (`int`):
@@ -82,7 +82,7 @@ class BatchPlan:
         unit = self.num_mini_batches * self.per_device_train_batch_size
         if self.samples_per_process % unit:
             raise ValueError(
-                f"A process samples {self.samples_per_process} images a round (per_device_sample_batch_size x "
+                f"A process samples {self.samples_per_process} images per round (per_device_sample_batch_size x "
                 f"num_sample_batches), which don't divide into num_mini_batches x per_device_train_batch_size = "
                 f"{unit}. Change one of the four so that they do.\n{self}"
             )
@@ -114,7 +114,7 @@ class BatchPlan:
         return max(1, round(steps * self.timestep_fraction))
 
     def weights(self, round: int, seed: int) -> dict[int, float]:
-        """The weight in the objective of each step that a round trains on, by index: see [`BatchPlan.weight`]."""
+        """Return the weight in the objective of each step that a round trains on, see [`BatchPlan.weight`]."""
         return {step: self.weight(step) for step in self.trained_steps(round, seed)}
 
     def weight(self, step: int) -> float:
@@ -197,20 +197,20 @@ class BatchPlan:
         return math.ceil(total_episodes / self.samples_per_round)
 
     def rows(self) -> list[tuple[str, str]]:
-        """The plan as `(what, how)` lines."""
+        """Return the plan as `(name, description)` lines."""
         return [
             (
-                "reward queries a round",
+                "reward queries per round",
                 f"{self.samples_per_round} = {self.num_processes} processes x {self.num_sample_batches} batches x "
                 f"{self.per_device_sample_batch_size} images",
             ),
             (
-                "prompts a round",
+                "prompts per round",
                 f"{self.samples_per_round / self.num_images_per_prompt:g} x {self.num_images_per_prompt} images each",
             ),
             (
                 "transitions trained",
-                f"{self.transitions_per_sample} a sample, of {len(self.trainable_steps)} that may be (steps "
+                f"{self.transitions_per_sample} per sample, of {len(self.trainable_steps)} that may be (steps "
                 f"{self.trainable_steps[0]} to {self.trainable_steps[-1]})",
             ),
             ("weights of the transitions", self._weights_in_words),
@@ -219,11 +219,11 @@ class BatchPlan:
                 "all" if self.window_size is None else f"{self.window_size} in a row, {self.window_strategy}",
             ),
             (
-                "optimizer steps a round",
+                "optimizer steps per round",
                 f"{self.updates_per_round} = {self.num_ppo_epochs} passes x {self.num_mini_batches} mini-batches",
             ),
             (
-                "samples an optimizer step",
+                "samples per optimizer step",
                 f"{self.samples_per_process / self.num_mini_batches * self.num_processes:g}, in micro-batches of "
                 f"{self._samples_at_once} on each process",
             ),
@@ -251,7 +251,7 @@ class BatchPlan:
         return [
             ("passes", f"two: sampling and training{because}"),
             (
-                "micro-batches an optimizer step",
+                "micro-batches per optimizer step",
                 f"{self.micro_batches_per_update} (the derived gradient_accumulation_steps)",
             ),
             ("memory of the recorded steps", memory),
@@ -260,12 +260,12 @@ class BatchPlan:
     @property
     def _weights_in_words(self) -> str:
         if self.transition_weighting == "uniform":
-            return "all alike"
+            return "all equal"
         first, last = (self.weight(step) for step in (self.trainable_steps[0], self.trainable_steps[-1]))
         return f"by σ, {first:.3g} for the first to {last:.3g} for the last"
 
     def __str__(self) -> str:
-        return "\n".join(f"  {what:<32} {how}" for what, how in self.rows())
+        return "\n".join(f"  {name:<32} {description}" for name, description in self.rows())
 
     def __repr__(self) -> str:
         return f"Batch plan\n{self}"
@@ -273,18 +273,16 @@ class BatchPlan:
 
 def plan_batches(config: DDPOConfig, stds: list[float], state_bytes: int = 0, embedding_bytes: int = 0) -> BatchPlan:
     """
-    The plan of a run.
+    Make the plan of a run.
 
     Args:
         config ([`DDPOConfig`]):
-            Its settings.
+            Settings.
         stds (`list[float]`):
             σ_t of each step of the sampler, from noise to image. Steps with σ_t = 0 are deterministic and never
             trained on.
-        state_bytes (`int`, *optional*, defaults to `0`):
-            Memory of one sample's state x_t.
-        embedding_bytes (`int`, *optional*, defaults to `0`):
-            Memory of what one sample's prompts are encoded to.
+        state_bytes, embedding_bytes (`int`, *optional*, default to `0`):
+            Memory of one sample's state x_t, and of the embeddings of its prompts.
 
     Raises:
         `ValueError`: If no step can be trained on, or the sizes do not divide.

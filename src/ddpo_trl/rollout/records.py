@@ -55,16 +55,14 @@ class Transition:
         return 1.0 if self.valid is None else len(self.valid) / len(self.context)
 
     def counted(self, values: Tensor) -> Tensor:
-        """
-        Return those of `(B,)` values that belong to valid rewards; all if there are none, which then count 0 times.
-        """
+        """Return the `(B,)` values of the valid rows; all of them if no row is valid."""
         return values[list(self.valid)] if self.valid else values
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rollout:
     """
-    The samples of one round on one process, with what their rewards say about them.
+    Samples of one round on one process, with their rewards and advantages.
 
     Args:
         round (`int`):
@@ -107,7 +105,7 @@ class Rollout:
         return (~self.rewards.isnan()).nonzero().flatten().tolist()
 
     def origin(self, sample: int) -> SampledBatch:
-        """The batch in which a sample was drawn."""
+        """Return the batch in which a sample was drawn."""
         return self.batches[sample // len(self.batches[0].context)]
 
     def transition(self, samples: Sequence[int], step: int, on_policy: bool) -> Transition:
@@ -115,7 +113,8 @@ class Rollout:
         Collect step `step` of the samples with the given indices into one micro-batch, on the advantages' device.
 
         A sample without a valid reward may hold NaN, and 0 · NaN is NaN. A valid sample is run instead, so that the
-        size of the micro-batch stays; or zeros, if this process has no valid one. `valid` says which rows count.
+        size of the micro-batch stays; or zeros, if this process has no valid one. `Transition.valid` lists the rows
+        that count.
         """
         device = self.advantages.device
         valid = None

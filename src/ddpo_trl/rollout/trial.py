@@ -23,15 +23,15 @@ MAX_PROMPTS_AHEAD = 1024
 
 
 def preview(prompts: PromptSource, count: int) -> list[PromptPair]:
-    """The first prompts of a run that starts at round 0: those of the first process, on all. All have to call it."""
+    """Return the first prompts of a run, those of the first process on all. All processes have to call it."""
     pairs = prompts.preview(count)
     return pairs if prompts.alike_on_all_processes else broadcast_object_list(pairs)
 
 
 def trial_samples(policy: Policy, prompts: PromptSource) -> Context:
     """
-    Samples tried at construction: two, unless all batches have one. With `pipeline_inputs` they are different ones,
-    which show whether a sample depends on those next to it.
+    Return samples to try at construction: two, unless all batches have one. With `pipeline_inputs` they differ, which
+    shows whether a sample depends on those next to it.
     """
     settings = policy.settings
     size = min(TRIAL_SAMPLES, max(settings.per_device_sample_batch_size, settings.per_device_train_batch_size))
@@ -42,7 +42,7 @@ def trial_samples(policy: Policy, prompts: PromptSource) -> Context:
 
 
 def known_prompts(policy: Policy, prompts: PromptSource, eval_prompts: Sequence[PromptPair]) -> Iterator[Context]:
-    """Batches of the prompts that are known before training begins, those of the first rounds first."""
+    """Yield batches of the prompts that are known before training begins, those of the first rounds first."""
     pairs = preview(prompts, 1)
     if isinstance(prompts, ShuffledPrompts) and not policy.input_names:  # these may be large
         pairs = preview(prompts, min(len(prompts.pairs), MAX_PROMPTS_AHEAD))
@@ -65,24 +65,16 @@ def trial_image(policy: Policy, pair: PromptPair) -> Tensor:
     seed = derived_seed(policy.settings.seed, Stream.EVALUATION, 0)
     image = policy.sample(policy.context([prompt], [metadata], [seed]), max_steps=1).images
     if not finite_rows(image).all():
-        raise image_problem("trial at construction", 0, prompt, None, 1)
+        raise image_problem("check at construction", 0, prompt, None, 1)
     return image
 
 
 def try_reward_functions(scorers: Sequence[RewardScorer], image: Tensor, pair: PromptPair, size: int) -> None:
     """
-    Score an image, so that a faulty reward function is refused at construction. Where batches have more than one
-    image, it is scored together with a darker copy: a function that works for one image may not work for two.
+    Score an image with the training and held-out rewards, so that a faulty reward function is refused at construction.
 
-    Args:
-        scorers (`Sequence[RewardScorer]`):
-            Training and held-out rewards.
-        image (`torch.Tensor` of shape `(1, 3, H, W)` or `(1, F, 3, H, W)`):
-            The image, float32 in [0, 1].
-        pair (`tuple[str, Any]`):
-            Prompt and metadata.
-        size (`int`):
-            Number of images, 1 or 2.
+    With `size` 2 the image is scored together with a darker copy: a function that works for one image may fail for
+    two.
 
     Raises:
         `ValueError` or `TypeError`: If a reward is not valid, whatever `on_invalid_reward` is.
@@ -91,6 +83,6 @@ def try_reward_functions(scorers: Sequence[RewardScorer], image: Tensor, pair: P
     images = torch.cat([image, image / 2])[:size]
     with randomness_untouched(image.device):
         scores = [
-            scorer.submit(images, [prompt] * size, [metadata] * size, "trial at construction") for scorer in scorers
+            scorer.submit(images, [prompt] * size, [metadata] * size, "check at construction") for scorer in scorers
         ]
         first_problem(scores, raises=True)

@@ -27,7 +27,7 @@ NO_COUNTERPART = {
 class TRLConfig:
     """
     TRL 0.23's `DDPOConfig`: the same names and defaults, for [`~transformers.HfArgumentParser`] and for scripts that
-    set its attributes. `docs/migration.md` tells what each became.
+    set its attributes. `docs/migration.md` lists the counterpart of each.
 
     Args:
         output_dir (`str`, *optional*):
@@ -79,7 +79,7 @@ class TRLConfig:
     push_to_hub: bool = False
 
     def given(self) -> dict[str, Any]:
-        """The fields that have another value than TRL's default."""
+        """Return the fields whose value is not TRL's default."""
         default = TRLConfig()
         return {name: value for name, value in vars(self).items() if value != vars(default)[name]}
 
@@ -125,7 +125,7 @@ def convert_config(**old: Any) -> DDPOConfig:
 
 
 def check_names(names: Collection[str], ours: Collection[str]) -> None:
-    """Raises a `ValueError` for the first name that is neither TRL's nor among `ours`, and suggests the nearest."""
+    """Raise a `ValueError` for the first name that is neither TRL's nor among `ours`, with the most similar name."""
     for name in names:
         if name in NAMES or name in ours:
             continue
@@ -136,7 +136,7 @@ def check_names(names: Collection[str], ours: Collection[str]) -> None:
 
 def converted(old: TRLConfig) -> dict[str, Any]:
     """
-    Keyword arguments of our `DDPOConfig` that do what TRL's did.
+    Return the keyword arguments of our `DDPOConfig` that do what TRL's did.
 
     Raises:
         `ValueError`: If `mixed_precision` is unknown, or the batch sizes do not divide, which TRL refused as well.
@@ -191,7 +191,7 @@ def converted(old: TRLConfig) -> dict[str, Any]:
 
 def updates_per_inner_epoch(old: TRLConfig) -> int:
     """
-    Optimizer steps of one pass over the samples of an epoch.
+    Return the number of optimizer steps of one pass over the samples of an epoch.
 
     TRL accumulated gradients over `train_gradient_accumulation_steps` micro-batches times all trained timesteps, so it
     made one step for every `train_batch_size` · `train_gradient_accumulation_steps` samples of a process.
@@ -207,12 +207,14 @@ def updates_per_inner_epoch(old: TRLConfig) -> int:
 
 
 def whole_steps(fraction: float, steps: int) -> float:
-    """The fraction that trains on as many timesteps as TRL, which rounded them down where we round to the nearest."""
+    """
+    Return the fraction that trains on as many timesteps as TRL, which rounded down where we round to the nearest.
+    """
     return int(steps * fraction) / steps or fraction
 
 
 def without_counterpart(given: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """The given names whose value has no effect here, each with what to do instead."""
+    """Yield the given names whose value has no effect here, each with a remedy."""
     old = TRLConfig(**given)
     for name, remedy in NO_COUNTERPART.items():
         if name in given:

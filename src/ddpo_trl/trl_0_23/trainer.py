@@ -18,13 +18,13 @@ from ddpo_trl.trl_0_23.config import TRLConfig as DDPOConfig
 from ddpo_trl.trl_0_23.config import convert_config
 
 
-# [images, prompts, metadata, rewards, what the reward function returned beside them] of each batch of an epoch; the
-# number of optimizer steps made; an accelerate tracker.
+# [images, prompts, metadata, rewards, info of the reward function] of each batch of an epoch; the number of optimizer
+# steps made; an accelerate tracker.
 ImageSamplesHook = Callable[[list[list[Any]], int, GeneralTracker], Any]
 
 
 def our_settings(config: DDPOConfig, use_lora: bool, with_hook: bool) -> OurConfig:
-    """The settings under their new names, without those of the trackers, which the trainer below starts as TRL did."""
+    """Convert the settings, except those of the trackers, which the trainer below starts as TRL did."""
     own: dict[str, Any] = {"use_lora": use_lora}
     if with_hook:
         own["log_images_rounds"] = 0  # wandb refuses the hook's steps once other images have been logged in between
@@ -88,11 +88,11 @@ class DDPOTrainer(trainer.DDPOTrainer):
 
     def train(self, epochs: int | None = None) -> Any:  # type: ignore[override]
         """
-        Trains, from the checkpoint in `config.resume_from` if there is one.
+        Train, from the checkpoint in `config.resume_from` if it is set.
 
         Args:
             epochs (`int`, *optional*):
-                Rounds in all, `config.num_epochs` by default.
+                Number of rounds in total, `config.num_epochs` by default.
         """
         if epochs is not None:
             self.args.num_train_epochs = epochs
@@ -100,7 +100,7 @@ class DDPOTrainer(trainer.DDPOTrainer):
         return super().train(resume and (checkpoints.last_checkpoint(resume) or resume))
 
     def _recording(self, reward_function: RewardFunction) -> RewardFunction:
-        """The same function, which leaves what it saw and returned to the hook."""
+        """Return the function, recording its arguments and results for the hook."""
 
         def recorded(images: torch.Tensor, prompts: tuple[str, ...], metadata: tuple[Any, ...]) -> Any:
             rewards, info = reward_function(images.clone(), prompts, metadata)
@@ -111,7 +111,7 @@ class DDPOTrainer(trainer.DDPOTrainer):
         return recorded
 
     def _start_trackers(self, config: DDPOConfig) -> None:
-        """By accelerate, as TRL did. Trainer's own callback for wandb goes on in the run that is open then."""
+        """Start accelerate's trackers, as TRL did. Trainer's own callback for wandb continues the open run."""
         project = {"project_dir": self.args.output_dir, **config.project_kwargs}
         self.accelerator.project_configuration = ProjectConfiguration(**project)
         self.accelerator.log_with = filter_trackers(config.log_with, self.accelerator.logging_dir)
@@ -119,7 +119,7 @@ class DDPOTrainer(trainer.DDPOTrainer):
 
     def _start_updates(self, rollout: Rollout) -> None:
         super()._start_updates(rollout)
-        # Among them are the trial at construction, and what an evaluation scored.
+        # Including calls at construction and those of an evaluation.
         scored = {id(row[1]): row for row in self._scored}  # by the very prompts, since images are on the CPU by now
         self._scored.clear()
         if self.image_samples_hook is not None and self.is_world_process_zero():

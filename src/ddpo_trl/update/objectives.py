@@ -1,7 +1,4 @@
-"""The two policy-gradient objectives of DDPO, as losses over a micro-batch of transitions.
-
-They return what to minimize and what to log; they never log, gather or hold state.
-"""
+"""The two policy-gradient objectives of DDPO: pure functions of a micro-batch of transitions."""
 
 import math
 from dataclasses import dataclass
@@ -15,7 +12,7 @@ from ddpo_trl.config import DDPOConfig
 @dataclass(frozen=True, kw_only=True)
 class Objective:
     """
-    What an objective returns: the scalar to minimize and detached statistics to log.
+    Result of an objective: the scalar to minimize and detached statistics to log.
 
     Args:
         loss (`torch.Tensor` of shape `()`):
@@ -78,7 +75,7 @@ def importance_sampling(log_probs: Tensor, old_log_probs: Tensor, advantages: Te
 
 
 def objective(config: DDPOConfig, log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor) -> Objective:
-    """The objective that `loss_type` names; shapes as for [`importance_sampling`]."""
+    """Compute the objective that `loss_type` names; shapes as for [`importance_sampling`]."""
     if config.loss_type == "sf":
         return score_function(log_probs, advantages)
     return importance_sampling(log_probs, old_log_probs, advantages, config.cliprange)

@@ -36,7 +36,7 @@ from ddpo_trl.rollout.trial import TRIAL_SAMPLES
 # A wrong layout of the rows is off by the size of the gradient itself; bfloat16 rounds by a few percent.
 TOLERANCE = 0.05
 
-# What the gradients may take of the memory that is free when training starts.
+# Share of the memory that is free when training starts which the gradients may take.
 MEMORY_SHARE = 0.5
 
 
@@ -44,18 +44,12 @@ def choose_passes(
     config: DDPOConfig, policy: Policy, trial: Context, plan: BatchPlan
 ) -> tuple[BatchPlan, dict[TrainedLayer, int]]:
     """
-    Decides between one pass and two, on all processes alike: if one of them can't take one pass, none does. All have
-    to call it.
+    Choose between one pass and two, on all processes alike: if one of them can't take one pass, none does. All
+    processes have to call it.
 
     Args:
-        config ([`DDPOConfig`]):
-            `one_pass` and what may stand against it.
-        policy ([`~ddpo_trl.policy.policy.Policy`]):
-            Tried on a step, to tell the gradients of single samples apart.
         trial ([`~ddpo_trl.policy.records.Context`]):
-            Samples for it: 2, or 1 if that is the batch size.
-        plan ([`~ddpo_trl.rollout.plan.BatchPlan`]):
-            The sizes.
+            Two samples, of which a step is differentiated; one if that is the batch size.
 
     Returns:
         The plan with the decision, and the layers to watch in one pass, see [`~Policy.sample_with_gradients`].
@@ -80,7 +74,7 @@ def choose_passes(
 def _try_one_pass(
     config: DDPOConfig, policy: Policy, trial: Context, plan: BatchPlan
 ) -> tuple[dict[TrainedLayer, int], str | None]:
-    """The layers to watch; or why this process can't take one pass."""
+    """Return the layers to watch, or the reason why this process can't take one pass."""
     try:
         check_memory(plan.rollout_bytes, torch.device("cpu") if config.offload_rollout else config.device)
         return layers_of_samples(policy, trial, plan.trainable_steps[0]), None
@@ -88,7 +82,7 @@ def _try_one_pass(
         return {}, str(error)
     except torch.OutOfMemoryError as error:
         message, _, _ = str(error).partition(". GPU")
-    # Only now is the error gone, and with it the frames that hold the tensors.
+    # Only here are the error and its frames, which hold the tensors, released.
     gc.collect()
     if torch.accelerator.is_available():
         torch.accelerator.empty_cache()
@@ -104,15 +98,7 @@ def autocast(config: DDPOConfig) -> AbstractContextManager[None]:
 
 
 def check_memory(needed: int, device: torch.device) -> None:
-    """
-    Raises a `ValueError` if the gradients of a round would not fit.
-
-    Args:
-        needed (`int`):
-            Bytes.
-        device (`torch.device`):
-            Where they are kept.
-    """
+    """Raise a `ValueError` if the gradients of a round, of `needed` bytes on `device`, would not fit."""
     free = free_memory(device)
     if needed > MEMORY_SHARE * free:
         remedy = "; offload_rollout=True keeps them in CPU memory" if device.type != "cpu" else ""
@@ -123,7 +109,7 @@ def check_memory(needed: int, device: torch.device) -> None:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that this process may still use: of the host's memory its share among the processes there."""
+    """Return the bytes that this process may still use; of the host's memory, its share among the processes there."""
     if device.type == "cuda":
         # What torch's allocator holds and does not use is this process's too.
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -135,19 +121,19 @@ def free_memory(device: torch.device) -> int:
 
 def layers_of_samples(policy: Policy, trial: Context, step: int) -> dict[TrainedLayer, int]:
     """
-    The layers to watch, each with its layout of rows, found by differentiating a step of two samples, one after the
+    Find the layers to watch, each with its layout of rows, by differentiating a step of two samples, one after the
     other. All rows of a single sample are its own.
 
     Args:
         policy ([`~ddpo_trl.policy.policy.Policy`]):
             The policy.
         trial ([`~ddpo_trl.policy.records.Context`]):
-            Two samples, or one if there is never more than one in a batch.
+            Two samples, or one if batches never have more.
         step (`int`):
             Index of a denoising step that is trained on.
 
     Raises:
-        `ValueError`: If gradients can't be told apart by sample.
+        `ValueError`: If the gradients of single samples can't be separated.
     """
     layers = trained_layers(policy.denoiser)
     trial = policy.calls.split(trial)[0]
@@ -166,15 +152,9 @@ def layers_of_samples(policy: Policy, trial: Context, step: int) -> dict[Trained
 
 class _Differentiated(NamedTuple):
     """
-    What came of differentiating the log-probability of one sample of a batch.
-
-    Args:
-        rows (`dict[int, tuple[torch.nn.Module, torch.Tensor]]`):
-            By the number of a layer's call, the layer and the rows of its outputs that the gradient reaches.
-        missed (`float`):
-            Squared distance of what the rows' products add up to from PyTorch's gradient of the weights.
-        size (`float`):
-            Squared norm of that.
+    Gradient of the log-probability of one sample of a batch: by the number of a layer's call, the layer and the rows
+    of its outputs that the gradient reaches; the squared distance between the sum of the rows' products and PyTorch's
+    gradient of the weights; and the squared norm of that gradient.
     """
 
     rows: dict[int, tuple[TrainedLayer, Tensor]]
@@ -216,7 +196,9 @@ def _squared(tensors: Sequence[Tensor]) -> float:
 
 @contextmanager
 def _shaken(weights: Sequence[torch.nn.Parameter]) -> Iterator[None]:
-    """Other weights while the context is open: at LoRA's start one factor is 0, and no gradient reaches the other."""
+    """
+    Perturb the weights while the context is open: LoRA starts with one factor at 0, which blocks the other's gradient.
+    """
     kept = [weight.detach().clone() for weight in weights]
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -232,16 +214,16 @@ def _shaken(weights: Sequence[torch.nn.Parameter]) -> Iterator[None]:
 
 def policy_gradient(batches: Sequence[SampledBatch], advantages: Tensor) -> list[Tensor]:
     """
-    The gradient of the loss −mean(A · log π) over all samples and steps, from the gradients that were kept.
+    Compute the gradient of the loss −mean(A · log π) over all samples and steps from the per-sample gradients.
 
     g = −Σ_i A_i Σ_t w_t ∇log π(a_it | s_it) / (N·T): eq. 6 of https://huggingface.co/papers/2305.13301, averaged as
-    [`~ddpo_trl.update.objectives.score_function`] averages. The gradients are given back to memory.
+    [`~ddpo_trl.update.objectives.score_function`] averages. The per-sample gradients are released.
 
     Args:
         batches (`Sequence[SampledBatch]`):
-            Those of a round on this process.
+            Batches of a round on this process.
         advantages (`torch.Tensor` of shape `(N,)`):
-            Of all their samples.
+            Advantages of all their samples.
 
     Returns:
         `list[torch.Tensor]`: one of each trained parameter's shape.

@@ -1,4 +1,4 @@
-"""Optimizers: those that users give, and how one goes on from a checkpoint with what was changed since."""
+"""Optimizers: checks of the user's, and resuming from a checkpoint with hyperparameters that have changed since."""
 
 import json
 import types
@@ -16,20 +16,20 @@ BY_CLASS = "give its class, or a function of parameters, by optimizer_cls_and_kw
 
 def check_given(optimizers: Any, policy: nn.Module, evaluates: bool) -> None:
     """
-    Refuses what would train nothing, or follow no schedule.
+    Refuse an optimizer that would leave weights untrained, or a schedule that would never act.
 
     Args:
         optimizers (`Any`):
-            What the user gave: should be a pair of an optimizer and its schedule, each of which may be `None`.
+            Argument of the trainer; should be a pair of an optimizer and its schedule, each of which may be `None`.
         policy (`torch.nn.Module`):
-            With the weights that are to be trained.
+            Policy with the weights to train.
         evaluates (`bool`):
             Whether the run is evaluated.
 
     Raises:
-        `TypeError`: If it is something else.
-        `ValueError`: If the optimizer leaves out weights that are to be trained, or the schedule is another one's or
-            waits for evaluations that do not come.
+        `TypeError`: If it is not such a pair.
+        `ValueError`: If the optimizer lacks weights to train, or the schedule belongs to another optimizer or waits
+            for evaluations that never happen.
     """
     if not (isinstance(optimizers, tuple | list) and len(optimizers) == 2):
         raise TypeError(f"optimizers is {type(optimizers).__name__}; give a pair (optimizer, lr_scheduler or None).")
@@ -65,7 +65,7 @@ def check_given(optimizers: Any, policy: nn.Module, evaluates: bool) -> None:
 
 
 def as_factory(given: tuple[Any, dict[str, Any]] | None) -> tuple[Any, dict[str, Any]] | None:
-    """`optimizer_cls_and_kwargs` for Trainer, which knows classes, and factories of functions of a model."""
+    """Return `optimizer_cls_and_kwargs` for Trainer, which takes classes, and factories of functions of a model."""
     if given is None or not isinstance(given[0], types.FunctionType):
         return given
     function, kwargs = given
@@ -77,11 +77,6 @@ def as_factory(given: tuple[Any, dict[str, Any]] | None) -> tuple[Any, dict[str,
     return (lambda: of_model), kwargs
 
 
-def unwrapped(optimizer: Optimizer) -> Optimizer:
-    """The user's or Trainer's optimizer, without accelerate's wrapper."""
-    return optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
-
-
 def hyperparameters(optimizer: Optimizer) -> list[dict[str, Any]]:
     """Hyperparameters of each group, with the initial (`initial_lr`) instead of the current learning rate."""
     return [
@@ -91,7 +86,7 @@ def hyperparameters(optimizer: Optimizer) -> list[dict[str, Any]]:
 
 
 def as_json(value: Any) -> Any:
-    """A hyperparameter as it is read back from JSON."""
+    """Return a hyperparameter as it is read back from JSON."""
     if isinstance(value, Tensor):
         return value.item()
     return json.loads(json.dumps(value, default=str))
@@ -99,15 +94,16 @@ def as_json(value: Any) -> Any:
 
 def record(optimizer: Optimizer, scheduler: LRScheduler, groups: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Describe the optimizer for `run.json`; `groups` are the [`hyperparameters`] at the start."""
+    own = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
     return {
-        "optimizer": type(unwrapped(optimizer)).__name__,
+        "optimizer": type(own).__name__,
         "lr_scheduler": type(scheduler).__name__,
         "groups": [{name: as_json(value) for name, value in group.items()} for group in groups],
     }
 
 
 def check_same(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
-    """Raises a `ValueError` if the class of the optimizer or of its schedule is another one ([`record`])."""
+    """Raise a `ValueError` if the class of the optimizer or of its schedule has changed since [`record`]."""
     for name, argument in (("optimizer", "optimizers"), ("lr_scheduler", "lr_scheduler_type")):
         if saved[name] != current[name]:
             raise ValueError(
@@ -123,19 +119,19 @@ def keep_changed(
     saved: Sequence[Mapping[str, Any]],
 ) -> list[str]:
     """
-    After a checkpoint was loaded, with its hyperparameters, sets those that the user has changed since.
+    Set the hyperparameters that the user has changed since a checkpoint that was just loaded.
 
     Args:
         optimizer ([`~torch.optim.Optimizer`]), scheduler ([`~torch.optim.lr_scheduler.LRScheduler`]):
-            With the checkpoint's state.
+            Both with the checkpoint's state.
         groups (`Sequence[dict]`):
-            [`hyperparameters`] before that.
+            [`hyperparameters`] before loading.
         saved (`Sequence[Mapping]`):
-            The same of the run that wrote the checkpoint, from its `run.json`. What is equal there keeps the
-            checkpoint's value: a callback may have moved it.
+            Those of the run that wrote the checkpoint, from its `run.json`. What is equal there keeps the checkpoint's
+            value: a callback may have moved it.
 
     Returns:
-        `list[str]`: The changes, in words.
+        `list[str]`: A sentence for each change.
     """
     changed = []
     rates = [as_json(group["lr"]) for group in optimizer.param_groups]
@@ -158,7 +154,7 @@ def keep_changed(
 
 
 def set_rates(optimizer: Optimizer, scheduler: LRScheduler, rates: Sequence[float]) -> None:
-    """Sets the learning rates of the next step; nothing is written if they are those already."""
+    """Set the learning rates of the next step; nothing is written if they are unchanged."""
     if [as_json(group["lr"]) for group in optimizer.param_groups] == list(rates):
         return
     for group, rate in zip(optimizer.param_groups, rates, strict=True):

@@ -7,14 +7,10 @@ from torch import Tensor
 
 class TargetKL:
     """
-    Watches the divergence of each update and says when a round's updates are over.
+    Divergence of each update, and the end of a round's updates once it exceeds `target`.
 
-    As in most implementations of PPO the update that finds it too large is itself not made. The target is the limit;
+    As in most implementations of PPO, the update that exceeds the target is itself skipped. The target is the limit;
     Stable-Baselines3 stops at 1.5 times its own.
-
-    Args:
-        target (`float`):
-            The largest divergence with which an update is still made.
 
     Attributes:
         reached (`bool`):
@@ -27,16 +23,16 @@ class TargetKL:
         self._divergences: list[Tensor] = []
 
     def begin_round(self) -> None:
-        """Updates are made again."""
+        """Allow updates again."""
         self.reached = False
         self._divergences.clear()  # of an update that failed
 
     def add(self, divergence: Tensor) -> None:
-        """The divergence of one micro-batch, a scalar."""
+        """Add the divergence of one micro-batch, a scalar."""
         self._divergences.append(divergence)
 
     def end_update(self, accelerator: Accelerator) -> None:
-        """Decides, on all processes alike, whether the update whose micro-batches were added is to be made."""
+        """Decide, on all processes alike, whether the update whose micro-batches were added is made."""
         if self.reached:
             return
         divergence = torch.stack(self._divergences).mean()

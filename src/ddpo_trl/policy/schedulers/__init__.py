@@ -5,14 +5,14 @@ from ddpo_trl.policy.schedulers.actions import (
     BeforeSteps,
     DifferentiatedSampling,
     NoGradient,
-    Numbered,
     Replay,
     Sampling,
+    StartingFrom,
     StepReplayed,
 )
 from ddpo_trl.policy.schedulers.base import PolicyScheduler
 from ddpo_trl.policy.schedulers.convert import policy_scheduler
-from ddpo_trl.policy.schedulers.layout import learn_layout
+from ddpo_trl.policy.schedulers.layout import learn_layout, numbered
 
 
 __all__ = [
@@ -20,11 +20,12 @@ __all__ = [
     "BeforeSteps",
     "DifferentiatedSampling",
     "NoGradient",
-    "Numbered",
     "PolicyScheduler",
     "Replay",
     "Sampling",
+    "StartingFrom",
     "StepReplayed",
     "learn_layout",
+    "numbered",
     "policy_scheduler",
 ]

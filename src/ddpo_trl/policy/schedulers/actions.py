@@ -1,4 +1,4 @@
-"""Where the actions of a policy scheduler come from: drawn from the policy, or recorded ones replayed."""
+"""Sources of a policy scheduler's actions: drawn from the policy, or recorded ones replayed."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sequence
@@ -11,11 +11,11 @@ from torch import Tensor
 from ddpo_trl.finite import finite_rows
 from ddpo_trl.policy.gaussian import Reduction, log_prob
 from ddpo_trl.policy.records import Step
-from ddpo_trl.policy.schedulers.layout import StateLayout, numbered
+from ddpo_trl.policy.schedulers.layout import StateLayout
 
 
 class StepReplayed(Exception):
-    """Leaves a pipeline's `__call__` after the one step that was wanted: nothing behind it has to run."""
+    """Exit from a pipeline's `__call__` after the one step that was wanted."""
 
 
 class NoGradient(RuntimeError):
@@ -23,41 +23,28 @@ class NoGradient(RuntimeError):
 
 
 class ActionSource(ABC):
-    """Where the action x_{t-1} of a step comes from. Steps are counted from the first that the pipeline runs."""
+    """Source of the action x_{t-1} of each step. Steps are counted from the first that the pipeline runs."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
-        """Raises a `ValueError`: pipelines copy their scheduler to step something else with it."""
+        """Raise a `ValueError`: pipelines copy their scheduler to denoise another trajectory with it."""
         raise ValueError(
             "The pipeline copies its scheduler within its __call__, to denoise a second trajectory with it (the audio "
             "of a video, the views of a panorama). A policy has one trajectory: what the copy steps would be neither "
             "recorded nor replayed. Use a pipeline of the same model that steps a single trajectory."
         )
 
-    def begin(self) -> None:  # noqa: B027 (nothing, as a rule)
-        """The pipeline starts a schedule."""
+    def begin(self) -> None:  # noqa: B027 (optional)
+        """Called when the pipeline starts a schedule."""
 
     @abstractmethod
     def schedule(self, timesteps: Tensor, skipped: int) -> Tensor:
         """
-        The timesteps that the pipeline gets to see.
-
-        Args:
-            timesteps (`torch.Tensor` of shape `(T,)`):
-                The full schedule.
-            skipped (`int`):
-                How many of them the pipeline leaves out at the start (image-to-image with a strength below 1).
+        Return the timesteps that the pipeline runs, given the full schedule `(T,)` and the number of steps that the
+        pipeline skips at the start (image-to-image with a strength below 1).
         """
 
     def first_latents(self, prepared: Tensor, layout: StateLayout) -> Tensor:
-        """
-        What the pipeline gets for its first latents.
-
-        Args:
-            prepared (`torch.Tensor`):
-                What its `prepare_latents` returned.
-            layout ([`~ddpo_trl.policy.schedulers.layout.StateLayout`]):
-                Where the state is in it.
-        """
+        """Return the first latents of the pipeline, given those that its `prepare_latents` returned."""
         return prepared
 
     @property
@@ -67,7 +54,7 @@ class ActionSource(ABC):
 
     @abstractmethod
     def index(self, visits: int) -> int:
-        """Index of the step that the pipeline runs after `visits` others."""
+        """Return the index of the step that the pipeline runs after `visits` others."""
 
     @abstractmethod
     def is_stochastic(self, index: int) -> bool:
@@ -76,8 +63,8 @@ class ActionSource(ABC):
     @abstractmethod
     def next_latents(self, index: int, latents: Tensor, mean: Tensor, std: float) -> Tensor:
         """
-        The action of step `index` in state `latents`, `(B, ...)` in their dtype, under N(mean, std² I); `std` is 0 on
-        a deterministic step.
+        Return the action of step `index` in state `latents`, `(B, ...)` in their dtype, under N(mean, std² I); `std`
+        is 0 on a deterministic step.
 
         Raises:
             [`StepReplayed`]: If no further step is wanted.
@@ -86,7 +73,7 @@ class ActionSource(ABC):
 
 class Sampling(ActionSource):
     """
-    Draws every action from the policy and records the steps in `record`.
+    Draw every action from the policy and record the steps in `record`.
 
     Args:
         generators (`Sequence[torch.Generator]` of length `B`):
@@ -98,11 +85,11 @@ class Sampling(ActionSource):
         stochastic (`Collection[int]`, *optional*):
             Indices of the steps that get noise, all by default: the SDE window.
         max_steps (`int`, *optional*):
-            How many steps to run, all by default.
+            Number of steps to run, all by default.
 
     Attributes:
         steps (`dict[int, Step]`):
-            What was recorded, by step index.
+            Recorded steps, by index.
         steps_run (`int`):
             Number of steps that were run.
         finite_steps (`torch.Tensor` of shape `(B,)`, *optional*):
@@ -149,7 +136,7 @@ class Sampling(ActionSource):
         return self.stochastic is None or index in self.stochastic
 
     def draw(self, latents: Tensor, mean: Tensor, std: float) -> Tensor:
-        """An action of N(mean, std² I), in the dtype of `latents`."""
+        """Draw an action of N(mean, std² I), in the dtype of `latents`."""
         action = mean
         if std > 0:
             action = mean + std * randn_tensor(mean.shape, generator=self.generators, device=mean.device)
@@ -174,20 +161,20 @@ class Sampling(ActionSource):
 
 class DifferentiatedSampling(Sampling):
     """
-    Draws as [`Sampling`] does, and hands over the log-probabilities of the steps in `record` with their graph.
+    Draw as [`Sampling`] does, and pass on the log-probabilities of the steps in `record` with their graph.
 
     Grad mode is on while the network runs for such a step, and off otherwise.
 
     Args:
         on_log_probs (`Callable[[int, torch.Tensor], None]`):
-            Called within each recorded step with its index and its log-probabilities, `(B,)`. The graph is let go of
+            Called within each recorded step with its index and its log-probabilities, `(B,)`. The graph is released
             afterwards.
         **kwargs:
-            Those of [`Sampling`].
+            Arguments of [`Sampling`].
 
     Attributes:
         log_probs (`dict[int, torch.Tensor]`):
-            Those of the recorded steps that were run, by step index: `(B,)` each, without graph.
+            Log-probabilities of the recorded steps that were run, by index: `(B,)` each, without graph.
     """
 
     def __init__(self, on_log_probs: Callable[[int, Tensor], None], **kwargs: Any):
@@ -207,7 +194,7 @@ class DifferentiatedSampling(Sampling):
                 raise NoGradient(
                     f"No gradient reaches the trained network at step {index}: the pipeline may run another one there "
                     "(leave such steps out with train_timestep_range), or this one without gradients, or its adapter "
-                    "is fused or switched off. `ddpo-trl doctor` tells which."
+                    "is fused or switched off. `ddpo-trl doctor` reports which."
                 )
             self.on_log_probs(index, log_probs)
             self.log_probs[index] = log_probs.detach()
@@ -226,8 +213,10 @@ class Replay(ActionSource):
             Recorded x_t; the pipeline's own first latents by default.
 
     Attributes:
+        prepared (`torch.Tensor`):
+            Latents that the pipeline prepared.
         latents (`torch.Tensor` of shape `(B, ...)`, *optional*):
-            The x_t with which the step was run; `None` if it was not.
+            State x_t with which the step was run; `None` if it was not.
         mean (`torch.Tensor` of shape `(B, ...)`):
             μ_θ(x_t), float32, with gradient if grad mode is on.
         std (`float`):
@@ -237,6 +226,7 @@ class Replay(ActionSource):
     def __init__(self, step: int, state: Tensor | None = None):
         self.step = step
         self.state = state
+        self.prepared: Tensor
         self.latents: Tensor | None = None
         self.mean: Tensor
         self.std: float
@@ -247,6 +237,7 @@ class Replay(ActionSource):
         return timesteps.roll(-self.step)
 
     def first_latents(self, prepared: Tensor, layout: StateLayout) -> Tensor:
+        self.prepared = prepared
         return prepared if self.state is None else layout.put(prepared, self.state)
 
     @property
@@ -264,29 +255,19 @@ class Replay(ActionSource):
         raise StepReplayed
 
 
-class Numbered(Replay):
-    """
-    Runs the first step with numbers for latents, to see where they arrive.
+class StartingFrom(Replay):
+    """Run the first step from other latents than the pipeline's own, to see where they arrive."""
 
-    Args:
-        place (`int`):
-            The digit that they stand for, see [`~ddpo_trl.policy.schedulers.layout.numbered`].
-    """
-
-    def __init__(self, place: int):
+    def __init__(self, start: Tensor):
         super().__init__(step=0)
-        self.place = place
-        self.places = 1
-        self.elements = 0
+        self.start = start
 
     def first_latents(self, prepared: Tensor, layout: StateLayout) -> Tensor:
-        digits = list(numbered(prepared))
-        self.places, self.elements = len(digits), prepared.numel()
-        return digits[self.place]
+        return self.start
 
 
 class BeforeSteps(Replay):
-    """Has the pipeline leave when it asks for its timesteps: by then prompts are encoded, and nothing has been run."""
+    """Leave when the pipeline asks for its timesteps: by then prompts are encoded, and no step has been run."""
 
     def __init__(self) -> None:
         super().__init__(step=0)

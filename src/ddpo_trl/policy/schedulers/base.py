@@ -4,6 +4,8 @@ One method gives the mean and standard deviation of a step; what differs between
 action comes from. So the two cannot drift apart.
 """
 
+import functools
+import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator
@@ -19,19 +21,19 @@ from ddpo_trl.policy.schedulers.layout import WHOLE, StateLayout, is_whole
 
 class PolicyScheduler(ABC):
     """
-    What every policy scheduler adds to the diffusers scheduler that it inherits from as well.
+    Mixin that turns the diffusers scheduler it is combined with into a policy.
 
-    Within [`~PolicyScheduler.acting`], `set_timesteps` shows the pipeline the steps that the action source wants and
-    `step` asks it for the next latents.
+    Within [`~PolicyScheduler.acting`], `set_timesteps` gives the pipeline the steps that the action source wants and
+    `step` asks the source for the next latents.
 
     Attributes:
         source (`ActionSource`, *optional*):
-            Where actions come from.
+            Source of the actions.
         stds (`list[float]`):
             Standard deviation of each step of the last schedule, if all get noise. It is known as soon as a pipeline
             has run a step, because pipelines choose timesteps by image size and strength.
         layout (`StateLayout`, *optional*):
-            Where the state is in what `prepare_latents` returns, as soon as it is known.
+            Position of the state in the result of `prepare_latents`, as soon as it is known.
     """
 
     source: ActionSource | None = None
@@ -79,8 +81,8 @@ class PolicyScheduler(ABC):
 
     def check_noise(self, steps: Collection[int]) -> None:
         """
-        Checks that the steps that get noise can hold it. With more, the images have more noise than the denoiser
-        was trained to see: it is another sampler than the one that is asked for.
+        Check that the steps that get noise can hold it. With more, the images have more noise than the denoiser was
+        trained on: the sampler would not be the requested one.
 
         Args:
             steps (`Collection[int]`):
@@ -104,7 +106,7 @@ class PolicyScheduler(ABC):
 
     @contextmanager
     def acting(self, source: ActionSource) -> Iterator[None]:
-        """Takes the actions of all steps from `source` while the context is open."""
+        """Take the actions of all steps from `source` while the context is open."""
         self.source = source
         try:
             yield
@@ -112,7 +114,7 @@ class PolicyScheduler(ABC):
             self.source = self._prepared = None
 
     def first_latents(self, prepared: Tensor) -> Tensor:
-        """The latents with which the pipeline is to start, given those that its `prepare_latents` returned."""
+        """Return the latents with which the pipeline starts, given those that its `prepare_latents` returned."""
         latents = self._source.first_latents(prepared, self.layout or WHOLE)
         # Recorded states are contiguous, an encoded image is not, and with other strides kernels round differently.
         latents = latents.contiguous()
@@ -121,11 +123,11 @@ class PolicyScheduler(ABC):
         return latents
 
     def set_begin_index(self, begin_index: int = 0) -> None:
-        """Pipelines that don't start from pure noise tell here how many steps they leave out."""
+        """Receive the number of steps that a pipeline skips because it does not start from pure noise."""
         self._begin_index = self._skipped = begin_index
 
     def begin_schedule(self) -> None:
-        """Last step of every `set_timesteps`: the source chooses among the timesteps of the full schedule."""
+        """Let the source choose among the timesteps of the full schedule: last step of every `set_timesteps`."""
         self._source.begin()
         self._begin_index = self._step_index = None
         self._visits = 0
@@ -178,10 +180,8 @@ class PolicyScheduler(ABC):
 
     def _position(self, timestep: Any) -> int:
         """
-        Position of a timestep in the schedule that the pipeline sees.
-
-        Raises:
-            `ValueError`: If it is not part of the schedule.
+        Return the position of a timestep in the schedule that the pipeline sees. Raise a `ValueError` if it is not
+        part of it.
         """
         if isinstance(timestep, Tensor) and shares_memory(timestep, self.timesteps):  # nothing is read from a GPU
             return int(timestep.storage_offset() - self.timesteps.storage_offset())
@@ -202,8 +202,39 @@ class PolicyScheduler(ABC):
         return self.source
 
 
+@functools.cache
+def policy_class(policy: Any, base: Any) -> Any:
+    """
+    Return the class of a policy over the timesteps and settings of a diffusers scheduler class.
+
+    A class and not a wrapper, because pipelines ask for their scheduler's type, config and signatures.
+
+    Args:
+        policy (`type`):
+            Subclass of [`PolicyScheduler`].
+        base (`type`):
+            Class of the diffusers scheduler.
+    """
+    signature = inspect.signature(base.set_timesteps)
+
+    @functools.wraps(base.set_timesteps)  # pipelines read its signature
+    def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> None:
+        arguments = signature.bind(self, *args, **kwargs)
+        device = arguments.arguments.get("device")
+        arguments.arguments["device"] = "cpu"  # the schedule is read as numbers: a GPU would have to wait
+        base.set_timesteps(*arguments.args, **arguments.kwargs)
+        self.begin_schedule()
+        self.timesteps = self.timesteps.to(device)
+
+    return type(
+        f"{base.__name__.removesuffix('Scheduler')}PolicyScheduler",
+        (policy, base),
+        {"__doc__": policy.__doc__, "set_timesteps": set_timesteps},
+    )
+
+
 def by_sample(tensor: Tensor, samples: int) -> Tensor:
-    """A tensor with one row for each sample, of one that may have a row for each frame of each sample."""
+    """Reshape a tensor that may have a row per frame to one row per sample."""
     return tensor if len(tensor) == samples else tensor.reshape(samples, -1, *tensor.shape[1:])
 
 
@@ -213,6 +244,6 @@ def shares_memory(view: Tensor, tensor: Tensor) -> bool:
 
 
 def rounded_down(value: float) -> float:
-    """A positive number with three significant digits, not above what it was."""
+    """Round a positive number down to three significant digits."""
     unit = 10.0 ** (math.floor(math.log10(value)) - 2)
     return math.floor(value / unit) * unit

@@ -1,97 +1,73 @@
-"""From a pipeline's scheduler to the policy scheduler of the same diffusion."""
+"""Conversion of a pipeline's scheduler to the policy scheduler of the same diffusion."""
 
 import copy
 from typing import Any
 
-from diffusers import (
-    CogVideoXDDIMScheduler,
-    CogVideoXDPMScheduler,
-    DDIMParallelScheduler,
-    DDIMScheduler,
-    DDPMParallelScheduler,
-    DDPMScheduler,
-    DEISMultistepScheduler,
-    DPMSolverMultistepScheduler,
-    DPMSolverSinglestepScheduler,
-    EulerAncestralDiscreteScheduler,
-    EulerDiscreteScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    FlowMatchHeunDiscreteScheduler,
-    FlowMatchLCMScheduler,
-    HeunDiscreteScheduler,
-    KDPM2AncestralDiscreteScheduler,
-    KDPM2DiscreteScheduler,
-    LCMScheduler,
-    LMSDiscreteScheduler,
-    PNDMScheduler,
-    SASolverScheduler,
-    SchedulerMixin,
-    TCDScheduler,
-    UniPCMultistepScheduler,
-)
+import diffusers
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, SchedulerMixin
 
-from ddpo_trl.policy.schedulers.base import PolicyScheduler
-from ddpo_trl.policy.schedulers.ddim import ddim_policy_class
-from ddpo_trl.policy.schedulers.flow_match import SdeType, flow_match_policy_class
+from ddpo_trl.policy.schedulers.base import PolicyScheduler, policy_class
+from ddpo_trl.policy.schedulers.ddim import DDIMPolicyScheduler
+from ddpo_trl.policy.schedulers.flow_match import FlowMatchPolicyScheduler, SdeType
 
 
 # They hold ᾱ_t of a variance-preserving diffusion, which is all that DDIM's transition needs.
 VARIANCE_PRESERVING_SCHEDULERS = (
-    CogVideoXDDIMScheduler,
-    CogVideoXDPMScheduler,
-    DDIMParallelScheduler,
+    diffusers.CogVideoXDDIMScheduler,
+    diffusers.CogVideoXDPMScheduler,
+    diffusers.DDIMParallelScheduler,
     DDIMScheduler,
-    DDPMParallelScheduler,
-    DDPMScheduler,
-    DEISMultistepScheduler,
-    DPMSolverMultistepScheduler,
-    DPMSolverSinglestepScheduler,
-    EulerAncestralDiscreteScheduler,
-    EulerDiscreteScheduler,
-    HeunDiscreteScheduler,
-    KDPM2AncestralDiscreteScheduler,
-    KDPM2DiscreteScheduler,
-    LCMScheduler,
-    LMSDiscreteScheduler,
-    PNDMScheduler,
-    SASolverScheduler,
-    TCDScheduler,
-    UniPCMultistepScheduler,
+    diffusers.DDPMParallelScheduler,
+    diffusers.DDPMScheduler,
+    diffusers.DEISMultistepScheduler,
+    diffusers.DPMSolverMultistepScheduler,
+    diffusers.DPMSolverSinglestepScheduler,
+    diffusers.EulerAncestralDiscreteScheduler,
+    diffusers.EulerDiscreteScheduler,
+    diffusers.HeunDiscreteScheduler,
+    diffusers.KDPM2AncestralDiscreteScheduler,
+    diffusers.KDPM2DiscreteScheduler,
+    diffusers.LCMScheduler,
+    diffusers.LMSDiscreteScheduler,
+    diffusers.PNDMScheduler,
+    diffusers.SASolverScheduler,
+    diffusers.TCDScheduler,
+    diffusers.UniPCMultistepScheduler,
 )
 # Their models are distilled for their own timesteps.
-DISTILLED_SCHEDULERS = (LCMScheduler, TCDScheduler)
+DISTILLED_SCHEDULERS = (diffusers.LCMScheduler, diffusers.TCDScheduler)
 DDIM_BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 
 # Their schedules have one `sigmas` value per step, between 0 and 1, if they are set to flow matching.
 FLOW_MATCHING_SCHEDULERS = (
-    DEISMultistepScheduler,
-    DPMSolverMultistepScheduler,
-    DPMSolverSinglestepScheduler,
+    diffusers.DEISMultistepScheduler,
+    diffusers.DPMSolverMultistepScheduler,
+    diffusers.DPMSolverSinglestepScheduler,
     FlowMatchEulerDiscreteScheduler,
-    SASolverScheduler,
-    UniPCMultistepScheduler,
+    diffusers.SASolverScheduler,
+    diffusers.UniPCMultistepScheduler,
 )
 
 # The same flow with a second-order or a consistency step; Euler's schedule takes their config.
-FLOW_MATCHING_LIKE_EULER = (FlowMatchHeunDiscreteScheduler, FlowMatchLCMScheduler)
+FLOW_MATCHING_LIKE_EULER = (diffusers.FlowMatchHeunDiscreteScheduler, diffusers.FlowMatchLCMScheduler)
 
 
 def policy_scheduler(
     scheduler: SchedulerMixin, eta: float, noise_level: float = 0.7, sde_type: SdeType = "sde"
 ) -> PolicyScheduler:
     """
-    Turns a pipeline's scheduler into the policy scheduler of the same diffusion.
+    Convert a pipeline's scheduler to the policy scheduler of the same diffusion.
 
     Args:
         scheduler ([`~diffusers.SchedulerMixin`]):
-            The pipeline's own scheduler. It is left as it is.
+            The pipeline's own scheduler. It is not changed.
         eta (`float`):
             η of the DDIM family, > 0.
         noise_level (`float`, *optional*, defaults to `0.7`):
             Its counterpart for flow matching, > 0.
         sde_type (`"sde"` or `"cps"`, *optional*, defaults to `"sde"`):
-            How flow matching becomes stochastic.
+            Stochastic form of flow matching.
 
     Raises:
         `ValueError`: If the scheduler describes neither a variance-preserving diffusion nor flow matching, or clips
@@ -104,7 +80,7 @@ def policy_scheduler(
 
 
 def refuse_clipping(scheduler: SchedulerMixin) -> None:
-    """Raises a `ValueError` for a scheduler whose steps are no Gaussians because it clips the predicted image."""
+    """Raise a `ValueError` for a scheduler that clips the predicted image: its steps are not Gaussian."""
     for option in ("clip_sample", "thresholding"):
         if scheduler.config.get(option, False):
             raise ValueError(
@@ -123,10 +99,7 @@ def is_flow_matching(scheduler: SchedulerMixin) -> bool:
 
 def flow_match_policy(scheduler: SchedulerMixin, noise_level: float, sde_type: SdeType) -> PolicyScheduler:
     """
-    The flow matching policy over the scheduler's own schedule.
-
-    Raises:
-        `ValueError`: If the model does not predict the velocity.
+    Build the policy over the flow matching schedule. Raise a `ValueError` if the model does not predict the velocity.
     """
     prediction_type = scheduler.config.get("prediction_type", "flow_prediction")
     if prediction_type != "flow_prediction":
@@ -135,8 +108,8 @@ def flow_match_policy(scheduler: SchedulerMixin, noise_level: float, sde_type: S
             "matching policy needs 'flow_prediction'."
         )
     euler_like = isinstance(scheduler, FLOW_MATCHING_LIKE_EULER)
-    policy_class = flow_match_policy_class(FlowMatchEulerDiscreteScheduler if euler_like else scheduler.__class__)
-    policy = policy_class.from_config(own_settings(scheduler))
+    base = FlowMatchEulerDiscreteScheduler if euler_like else scheduler.__class__
+    policy = policy_class(FlowMatchPolicyScheduler, base).from_config(own_settings(scheduler))
     if not euler_like:
         vars(policy).update(copy.deepcopy(vars(scheduler)))  # what was set on it later, such as its shift
     policy.noise_level = noise_level
@@ -146,10 +119,7 @@ def flow_match_policy(scheduler: SchedulerMixin, noise_level: float, sde_type: S
 
 def ddim_policy(scheduler: SchedulerMixin, eta: float) -> PolicyScheduler:
     """
-    The DDIM policy with the scheduler's own ᾱ_t.
-
-    Raises:
-        `ValueError`: If it has none, or the model predicts something else.
+    Build the DDIM policy with the scheduler's own ᾱ_t. Raise a `ValueError` if the model predicts something else.
     """
     name = type(scheduler).__name__
     if not isinstance(scheduler, VARIANCE_PRESERVING_SCHEDULERS):
@@ -174,9 +144,8 @@ def ddim_policy(scheduler: SchedulerMixin, eta: float) -> PolicyScheduler:
     settings.pop("snr_shift_scale", None)  # CogVideoX's, which is in its ᾱ_t
     if settings["beta_schedule"] not in DDIM_BETA_SCHEDULES:  # its ᾱ_t are taken over all the same
         settings["beta_schedule"] = "linear"
-    base: Any = scheduler.__class__ if isinstance(scheduler, DISTILLED_SCHEDULERS) else DDIMScheduler
-    policy_class = ddim_policy_class(base)
-    policy = policy_class.from_config(settings, clip_sample=False)
+    base = scheduler.__class__ if isinstance(scheduler, DISTILLED_SCHEDULERS) else DDIMScheduler
+    policy = policy_class(DDIMPolicyScheduler, base).from_config(settings, clip_sample=False)
     policy.eta = eta
     policy.alphas_cumprod = scheduler.alphas_cumprod
     if not policy.config.set_alpha_to_one:
@@ -186,9 +155,10 @@ def ddim_policy(scheduler: SchedulerMixin, eta: float) -> PolicyScheduler:
 
 def own_settings(scheduler: SchedulerMixin) -> dict[str, Any]:
     """
-    A scheduler's config with its class's defaults as if they were given.
+    Return a scheduler's config with its class's defaults as if they were given.
 
     They are part of its diffusion (Heun's betas are not DDIM's), but `from_config` would replace those in
-    `_use_default_values` by the defaults of the class it builds. `clip_sample` other classes lack, and DDIM's is True.
+    `_use_default_values` by the defaults of the class it builds. Other classes have no `clip_sample`, and DDIM's is
+    True.
     """
     return {key: value for key, value in scheduler.config.items() if key != "_use_default_values"}

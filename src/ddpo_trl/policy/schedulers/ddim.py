@@ -1,7 +1,6 @@
 """DDIM with η > 0: the policy of every variance-preserving diffusion."""
 
 import functools
-import inspect
 import math
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -43,8 +42,7 @@ class DDIMPolicyScheduler(PolicyScheduler):
     """
     DDIM with η > 0 as a policy, for every variance-preserving diffusion: epsilon, v and sample prediction.
 
-    Build it with [`~ddpo_trl.policy.schedulers.policy_scheduler`], which checks the config; concrete classes come from
-    [`ddim_policy_class`].
+    Build it with [`~ddpo_trl.policy.schedulers.policy_scheduler`], which checks the config.
 
     Attributes:
         eta (`float`):
@@ -98,7 +96,9 @@ class DDIMPolicyScheduler(PolicyScheduler):
     def step(
         self, model_output: Tensor, timestep: Any, sample: Tensor, generator: Any = None, return_dict: bool = True
     ) -> DDIMSchedulerOutput | tuple[Tensor, Tensor]:
-        """The next latents, and the image predicted in this step: some pipelines decode it after the last one."""
+        """
+        Return the next latents, and the image predicted in this step: some pipelines decode it after the last one.
+        """
         (next_latents,) = super().step(model_output, timestep, sample, generator, return_dict=False)
         predicted = self._predicted_original.to(sample.dtype)
         if return_dict:
@@ -106,7 +106,7 @@ class DDIMPolicyScheduler(PolicyScheduler):
         return next_latents, predicted
 
     def _prediction(self, model_output: Tensor, latents: Tensor, c: DDIMCoefficients) -> tuple[Tensor, Tensor]:
-        """x_0 and the noise in x_t, as the model predicts them."""
+        """Return x_0 and the noise in x_t, as the model predicts them."""
         if model_output.shape[1] == 2 * latents.shape[1]:  # a learned variance too, which DDIM does not use
             model_output = model_output.chunk(2, dim=1)[0]
         match self.config.prediction_type:
@@ -119,14 +119,14 @@ class DDIMPolicyScheduler(PolicyScheduler):
 
     @property
     def sigmas(self) -> NoReturn:
-        """Raises a `ValueError`: the state of a policy is not scaled as the states of schedulers with `sigmas` are."""
+        """Raise a `ValueError`: states of schedulers with `sigmas` have another scale than those of this policy."""
         raise ValueError(
             "The pipeline computes with the noise levels of its scheduler (`scheduler.sigmas`), as models with EDM's "
             "preconditioning do. It can't be a policy of the DDIM family, whose states have another scale."
         )
 
     def _coefficients_at(self, timestep: int, next_timestep: int, eta: float) -> DDIMCoefficients:
-        # float32 tensors up to the last line, in diffusers' order: η = 0 then is DDIMScheduler.step to the bit.
+        # float32 tensors up to the last line, in diffusers' order: with η = 0 bitwise identical to DDIMScheduler.step.
         alpha = self.alphas_cumprod[timestep]
         next_alpha = self.alphas_cumprod[next_timestep] if next_timestep >= 0 else self.final_alpha_cumprod
         std = eta * ((1 - next_alpha) / (1 - alpha) * (1 - alpha / next_alpha)) ** 0.5
@@ -141,28 +141,3 @@ class DDIMPolicyScheduler(PolicyScheduler):
             std=float(std),
             largest_eta=math.sqrt((1 - float(alpha)) / drawn) if drawn > 0 else math.inf,
         )
-
-
-@functools.cache
-def ddim_policy_class(base: Any) -> Any:
-    """
-    The policy scheduler class over the timesteps of `base`: DDIM's, or those that a model was distilled for.
-
-    A class and not a wrapper, because pipelines ask for their scheduler's type, config and signatures.
-    """
-    signature = inspect.signature(base.set_timesteps)
-
-    @functools.wraps(base.set_timesteps)  # pipelines read its signature
-    def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> None:
-        arguments = signature.bind(self, *args, **kwargs)
-        device = arguments.arguments.get("device")
-        arguments.arguments["device"] = "cpu"  # timesteps are read as numbers: a GPU would have to wait
-        base.set_timesteps(*arguments.args, **arguments.kwargs)
-        self.begin_schedule()
-        self.timesteps = self.timesteps.to(device)
-
-    return type(
-        f"{base.__name__.removesuffix('Scheduler')}PolicyScheduler",
-        (DDIMPolicyScheduler, base),
-        {"__doc__": DDIMPolicyScheduler.__doc__, "set_timesteps": set_timesteps},
-    )

@@ -9,8 +9,6 @@ to σ' < σ. Both forms are Gaussian and become the ODE's Euler step x + (σ' �
   predicted: Gaussian data of variance s² come out with s² (1 + cos(a π / 2)) / 2, however many steps there are.
 """
 
-import functools
-import inspect
 import math
 from typing import Any, Literal
 
@@ -112,8 +110,7 @@ class FlowMatchPolicyScheduler(PolicyScheduler):
     Flow matching as a policy over the schedule of any diffusers scheduler that has `sigmas`: the timesteps, shifts and
     custom sigmas stay that scheduler's own, and only its step is replaced.
 
-    Build it with [`~ddpo_trl.policy.schedulers.policy_scheduler`]; concrete classes come from
-    [`flow_match_policy_class`].
+    Build it with [`~ddpo_trl.policy.schedulers.policy_scheduler`].
 
     Attributes:
         noise_level (`float`):
@@ -205,27 +202,3 @@ class FlowMatchPolicyScheduler(PolicyScheduler):
     def _is_inverted(self) -> bool:
         """Return whether the schedule runs from 0 to 1 and the velocity towards the image, as Mochi's do."""
         return self.config.get("invert_sigmas", False)
-
-
-@functools.cache
-def flow_match_policy_class(base: Any) -> Any:
-    """
-    The policy scheduler class over the schedule of `base`.
-
-    A class and not a wrapper, because pipelines ask for their scheduler's type, config and signatures.
-    """
-    signature = inspect.signature(base.set_timesteps)
-
-    @functools.wraps(base.set_timesteps)  # pipelines read its signature
-    def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> None:
-        arguments = signature.bind(self, *args, **kwargs)
-        device = arguments.arguments.pop("device", None)  # sigmas are read as numbers: a GPU would have to wait
-        base.set_timesteps(*arguments.args, **arguments.kwargs)
-        self.begin_schedule()
-        self.timesteps = self.timesteps.to(device)
-
-    return type(
-        f"{base.__name__.removesuffix('Scheduler')}PolicyScheduler",
-        (FlowMatchPolicyScheduler, base),
-        {"__doc__": FlowMatchPolicyScheduler.__doc__, "set_timesteps": set_timesteps},
-    )

@@ -1,4 +1,4 @@
-"""Where the state of a policy is in the tensor that a pipeline's `prepare_latents` returns.
+"""Position of the policy's state in the tensor that a pipeline's `prepare_latents` returns.
 
 As a rule it is that tensor. But image-to-video pipelines keep the frames that they are given, others unpack or permute
 the latents before each step: a recorded state has to be written back into the elements it came from.
@@ -18,7 +18,7 @@ BASE = 256  # integers up to here are exact in bfloat16
 @dataclass(frozen=True, kw_only=True)
 class StateLayout:
     """
-    Where the elements of a state come from.
+    Origin of the elements of a state.
 
     Args:
         source (`torch.Tensor` of shape `(n,)`, *optional*):
@@ -32,13 +32,8 @@ class StateLayout:
 
     def put(self, prepared: Tensor, state: Tensor) -> Tensor:
         """
-        Latents that lead to a state.
-
-        Args:
-            prepared (`torch.Tensor`):
-                The first latents, of which those elements are kept that the state does not hold.
-            state (`torch.Tensor` of shape `(B, ...)`):
-                The recorded state.
+        Return the latents that lead to a recorded state, `(B, ...)`. Elements of `prepared` that the state does not
+        hold are kept.
         """
         if self.source is None or self.state is None:
             return state
@@ -57,7 +52,7 @@ def is_whole(prepared: Tensor, state: Tensor) -> bool:
 
 
 def numbered(prepared: Tensor) -> Iterator[Tensor]:
-    """Tensors like `prepared`, which together number its elements from 1: each holds one digit, the lowest first."""
+    """Yield tensors like `prepared` that number its elements from 1: each holds one digit, the lowest first."""
     numbers = torch.arange(1, prepared.numel() + 1, device=prepared.device)
     for _ in range(max(1, math.ceil(math.log(prepared.numel() + 1, BASE)))):
         yield (numbers % BASE).view(prepared.shape).to(prepared.dtype)
@@ -76,7 +71,7 @@ def learn_layout(batch_size: int, elements: int, first: Tensor, digits: Sequence
         first (`torch.Tensor`):
             State of the first step.
         digits (`Sequence[torch.Tensor]`):
-            The same, where the pipeline was given the tensors of [`numbered`].
+            State of the first step when the pipeline starts from each tensor of [`numbered`].
 
     Raises:
         `ValueError`: If some elements are neither those of the first latents nor independent of them.
