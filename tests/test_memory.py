@@ -118,7 +118,8 @@ def test_the_trial_at_construction_has_no_more_samples_than_a_batch(make_config,
     pipeline.unet.register_forward_pre_hook(noted)
     pipeline.vae.decoder.register_forward_pre_hook(lambda module, inputs: decoded.append(len(inputs[0])))
     sizes = {"per_device_sample_batch_size": batch_size, "per_device_train_batch_size": batch_size}
-    trainer = DDPOTrainer(make_config(one_pass=None, bf16=True, **sizes), reward, PROMPTS, pipeline)
+    config = make_config(one_pass=None, bf16=True, try_reward_fn=True, **sizes)
+    trainer = DDPOTrainer(config, reward, PROMPTS, pipeline)
     assert trainer.plan.one_pass
     assert max(rows) == 2 * min(batch_size, 2)  # with guidance
     assert scored == [min(batch_size, 2)] and decoded == [1]

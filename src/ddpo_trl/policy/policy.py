@@ -240,7 +240,7 @@ class Policy(nn.Module):
             max_steps (`int`, *optional*):
                 Number of steps after which denoising stops; all by default.
         """
-        calls = self.calls.split(context)
+        calls = self.runner.calls.split(context)
         return SampledBatch.joined(
             context, [sample(self.runner, call, record, stochastic, max_steps) for call in calls]
         )
@@ -266,7 +266,7 @@ class Policy(nn.Module):
             stochastic (`Collection[int]`, *optional*):
                 Indices of the steps that get noise, all by default.
         """
-        calls = self.calls.split(context)
+        calls = self.runner.calls.split(context)
         return SampledBatch.joined(
             context, [sample_with_gradients(self.runner, call, weights, layers, stochastic) for call in calls]
         )
@@ -283,7 +283,9 @@ class Policy(nn.Module):
         Returns:
             `torch.Tensor` of shape `(B, 3, H, W)`, or `(B, F, 3, H, W)` for video, float32 in [0, 1].
         """
-        images = [self.runner.run_to_images(self.pipeline, call, seeded(call)) for call in self.calls.split(context)]
+        images = [
+            self.runner.run_to_images(self.pipeline, call, seeded(call)) for call in self.runner.calls.split(context)
+        ]
         return join_samples(images)
 
     def forward(
@@ -308,7 +310,7 @@ class Policy(nn.Module):
         if with_reference:  # first, so that no graph is held meanwhile
             with torch.no_grad(), self.runner.reference() as pipeline:
                 reference_mean = self.runner.visit(pipeline, Replay(step, latents), context).mean
-        replay = self.runner.visit(self.policy_pipeline, Replay(step, latents), context)
+        replay = self.runner.visit(self.runner.policy_pipeline, Replay(step, latents), context)
         reduction = self.settings.log_prob_reduction
         if with_reference:
             kl = kl_divergence(replay.mean, reference_mean, replay.std, reduction)

@@ -16,16 +16,9 @@ from ddpo_trl.policy.embeddings import OnlyInPlace, PromptEncoder
 from ddpo_trl.policy.fingerprint import Fingerprint, adapter_switches, settings_in_use, weight_sums
 from ddpo_trl.policy.pipeline import policy_copy, quiet_copy, with_denoiser
 from ddpo_trl.policy.records import Context, join_samples
-from ddpo_trl.policy.schedulers import (
-    BeforeSteps,
-    PolicyScheduler,
-    Replay,
-    Sampling,
-    StartingFrom,
-    StepReplayed,
-    learn_layout,
-    numbered,
-)
+from ddpo_trl.policy.schedulers import PolicyScheduler, Replay, Sampling, StepReplayed
+from ddpo_trl.policy.schedulers.actions import BeforeSteps, StartingFrom
+from ddpo_trl.policy.schedulers.layout import learn_layout, numbered
 from ddpo_trl.policy.values import is_setting
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from ddpo_trl.policy.per_sample_gradients import SampleGradients, TrainedLayer
 from ddpo_trl.policy.records import Context, Gradients, SampledBatch, Step, steps_to
 from ddpo_trl.policy.runner import PipelineRunner, seeded
-from ddpo_trl.policy.schedulers import DifferentiatedSampling, Sampling, StepReplayed
+from ddpo_trl.policy.schedulers.actions import DifferentiatedSampling, Sampling, StepReplayed
 
 
 def sample(

@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -86,9 +87,21 @@ class Rollout:
     advantages: Tensor
     metrics: dict[str, float] = field(default_factory=dict)
 
+    @functools.cached_property
+    def context(self) -> Context:
+        """Prompts, seeds and inputs of all samples."""
+        contexts = [batch.context for batch in self.batches]
+        return Context(
+            prompts=list(chain.from_iterable(each.prompts for each in contexts)),
+            seeds=list(chain.from_iterable(each.seeds for each in contexts)),
+            inputs={
+                name: list(chain.from_iterable(each.inputs[name] for each in contexts)) for name in contexts[0].inputs
+            },
+        )
+
     @property
     def prompts(self) -> list[str]:
-        return [prompt for batch in self.batches for prompt in batch.context.prompts]
+        return list(self.context.prompts)
 
     @property
     def images(self) -> Tensor:
@@ -126,23 +139,15 @@ class Rollout:
             values = torch.stack(list(rows)).to(device)
             return values if self.valid else torch.zeros_like(values)
 
-        places = [divmod(sample, len(self.batches[0].context)) for sample in samples]
-        recorded = [(self.batches[batch].steps[step], row) for batch, row in places]
-        contexts = [(self.batches[batch].context, row) for batch, row in places]
+        size = len(self.batches[0].context)
+        recorded = [(self.origin(sample).steps[step], sample % size) for sample in samples]
         return Transition(
             step=step,
             latents=batched([step.latents[row] for step, row in recorded]),
             next_latents=batched([step.next_latents[row] for step, row in recorded]),
             log_probs=batched([step.log_probs[row] for step, row in recorded]),
             advantages=self.advantages[list(samples)],
-            context=Context(
-                prompts=[context.prompts[row] for context, row in contexts],
-                seeds=[context.seeds[row] for context, row in contexts],
-                inputs={
-                    name: [context.inputs[name][row] for context, row in contexts]
-                    for name in self.batches[0].context.inputs
-                },
-            ),
+            context=self.context.rows(samples),
             on_policy=on_policy,
             samples=samples,
             valid=valid,

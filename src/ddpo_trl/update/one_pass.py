@@ -28,7 +28,7 @@ from ddpo_trl.policy.per_sample_gradients import (
 from ddpo_trl.policy.policy import Policy
 from ddpo_trl.policy.records import Context, SampledBatch
 from ddpo_trl.policy.sampling import differentiate
-from ddpo_trl.policy.schedulers import NoGradient
+from ddpo_trl.policy.schedulers.actions import NoGradient
 from ddpo_trl.rollout.plan import BatchPlan
 from ddpo_trl.rollout.trial import TRIAL_SAMPLES
 
@@ -136,7 +136,7 @@ def layers_of_samples(policy: Policy, trial: Context, step: int) -> dict[Trained
         `ValueError`: If the gradients of single samples can't be separated.
     """
     layers = trained_layers(policy.denoiser)
-    trial = policy.calls.split(trial)[0]
+    trial = policy.runner.calls.split(trial)[0]
     with _shaken(trained_weights(layers)):
         tries = [_differentiated(policy, trial, step, layers, sample) for sample in range(len(trial))]
     if not sum(each.missed for each in tries) <= TOLERANCE**2 * sum(each.size for each in tries):
