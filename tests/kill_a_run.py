@@ -38,7 +38,7 @@ PASSES = {"one pass": 1, "two passes": 2}
 EVENTS: dict[str, tuple[str, str]] = {
     "sampling": ("ddpo_trl.policy.policy", "Policy.sample"),
     "sampling with gradients": ("ddpo_trl.policy.policy", "Policy.sample_with_gradients"),
-    "weighting gradients": ("ddpo_trl.trainer", "DDPOTrainer._weigh_gradients"),
+    "weighting gradients": ("ddpo_trl.trainer", "DDPOTrainer._weight_gradients"),
     "scoring": ("ddpo_trl.rewards.scoring", "score"),
     "training": ("ddpo_trl.trainer", "DDPOTrainer.compute_loss"),
     "saving weights": ("ddpo_trl.policy.policy", "Policy.save"),
