@@ -285,7 +285,7 @@ def test_the_plan_states_the_memory_of_a_round(make_config, settings):
 def test_the_plan_counts_what_is_held_once_a_round_is_sampled(make_config, monkeypatch, one_pass):
     """All tensors that are alive then and were not at the start, whoever holds them."""
     trainer = DDPOTrainer(make_config(one_pass=one_pass), brightness, PROMPTS, tiny_pipeline())
-    encoder = trainer._policy.policy_pipeline.encode_prompt
+    encoder = trainer._policy.runner.policy_pipeline.encode_prompt
     encoder._cache = EmbeddingCache()  # without the first prompt of the trial
     encoder._present.clear()
     before = set(storages())

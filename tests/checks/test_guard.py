@@ -122,7 +122,7 @@ def change_guidance(trainer: DDPOTrainer) -> None:
 
 
 def change_option(trainer: DDPOTrainer) -> None:
-    trainer._policy.pipeline_kwargs["guidance_rescale"] = 1.0
+    trainer._policy.runner.pipeline_kwargs["guidance_rescale"] = 1.0
 
 
 def change_noise(trainer: DDPOTrainer) -> None:
@@ -254,7 +254,7 @@ NOT_FOUND = (
 
 
 def exchange_embeddings(trainer: DDPOTrainer) -> None:
-    encoder = trainer._policy.policy_pipeline.encode_prompt
+    encoder = trainer._policy.runner.policy_pipeline.encode_prompt
     entries = encoder._cache._entries
     entries.update(zip(list(entries), list(entries.values())[::-1], strict=True))
     encoder._present.clear()
@@ -294,7 +294,7 @@ def round_transitions_in_sampling(trainer: DDPOTrainer) -> None:
 
 
 def cast_latents(trainer: DDPOTrainer) -> None:
-    pipeline = trainer._policy.policy_pipeline
+    pipeline = trainer._policy.runner.policy_pipeline
     prepare_latents = pipeline.prepare_latents
     pipeline.prepare_latents = lambda *args, **kwargs: prepare_latents(*args, **kwargs).bfloat16().float()
 

@@ -255,7 +255,7 @@ def images_without_cache(policy: Policy, case: Case, prompts: Sequence[str] = PR
 def cached_prompts_are_the_pipelines_own(case: Case) -> str | None:
     """Without noise, images are those the pipeline makes without a cache from all prompts at once."""
     policy = make_policy(case)
-    if "encode_prompt" not in dir(policy.policy_pipeline):
+    if "encode_prompt" not in dir(policy.runner.policy_pipeline):
         return f"{NOT_APPLICABLE}: nothing is cached"
     if case.draws:
         return f"{NOT_APPLICABLE}: the pipeline draws from torch's global generator"
@@ -274,7 +274,7 @@ def without_noise_it_is_the_own_sampler(case: Case) -> str | None:
     ours = policy.sample(samples, stochastic=()).images
     plain = with_scheduler(policy.pipeline, own_sampler(policy.pipeline.scheduler))
     with torch.no_grad():
-        calls = [policy.runner.run_to_images(plain, call, seeded(call)) for call in policy.calls.split(samples)]
+        calls = [policy.runner.run_to_images(plain, call, seeded(call)) for call in policy.runner.calls.split(samples)]
     assert (ours - torch.cat(calls)).abs().max() < ROUNDING  # not 0: CogVideoX's computes in float64
     return None
 
@@ -318,7 +318,7 @@ class NoiseOnlyDDIM(DDIMScheduler):
 def prompts_are_encoded_once(case: Case) -> str | None:
     """Sampling the same prompts again, and replay, run no text encoder."""
     policy = make_policy(case)
-    if "encode_prompt" not in dir(policy.policy_pipeline):
+    if "encode_prompt" not in dir(policy.runner.policy_pipeline):
         return f"{NOT_APPLICABLE}: the prior runs in every replay, for it draws its embeddings with the sample's seed"
     with counted_encodings(policy.pipeline) as calls:
         batch = policy.sample(context(policy, case), record=range(STEPS))
@@ -389,7 +389,7 @@ def the_same_prompt_twice_is_right(case: Case) -> str | None:
     if case.draws:
         return f"{NOT_APPLICABLE}: the pipeline draws from torch's global generator"
     policy = make_policy(case)
-    if "encode_prompt" not in dir(policy.policy_pipeline):
+    if "encode_prompt" not in dir(policy.runner.policy_pipeline):
         return f"{NOT_APPLICABLE}: nothing is cached"
     prompts = [PROMPTS[1]] * 2
     ours = policy.sample(policy.context(prompts, metadata(case), seeds=[1, 2]), stochastic=()).images

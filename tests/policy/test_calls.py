@@ -33,8 +33,8 @@ def policy_of(pipeline, make_config, **settings):
 def test_a_batch_that_a_pipeline_takes_is_one_call(make_config):
     policy = policy_of(stable_diffusion_img2img(0), make_config, pipeline_inputs=["image"])
     context = policy.context(PROMPTS, [{"image": image} for image in images(2)], SEEDS)
-    assert policy.calls.split(context) == [context]
-    assert policy.calls.one_by_one_reason is None
+    assert policy.runner.calls.split(context) == [context]
+    assert policy.runner.calls.one_by_one_reason is None
 
 
 def test_a_list_that_a_pipeline_reads_as_inputs_of_all_samples_becomes_one_call_per_sample(make_config):
@@ -43,8 +43,10 @@ def test_a_list_that_a_pipeline_reads_as_inputs_of_all_samples_becomes_one_call_
     assert case.make_inputs is not None
     image, _ = case.make_inputs(2)["image"]
     context = policy.context(PROMPTS, [{"image": image}] * 2, SEEDS)  # the same for both: this does not hide it
-    assert [list(call.prompts) for call in policy.calls.split(context)] == [["a cat"], ["two dogs"]]
-    assert policy.calls.one_by_one_reason == "in a batch it makes another sample from image than from each alone"
+    assert [list(call.prompts) for call in policy.runner.calls.split(context)] == [["a cat"], ["two dogs"]]
+    assert (
+        policy.runner.calls.one_by_one_reason == "in a batch it makes another sample from image than from each alone"
+    )
 
 
 def test_images_of_samples_that_are_made_one_by_one_are_those_of_batches_of_one(make_config):
@@ -95,7 +97,7 @@ def test_an_input_that_leaves_samples_as_they_are_is_reported(
     settings = {"guidance_scale": guidance_scale, "pipeline_inputs": ["guidance_rescale"]}
     policy = policy_of(stable_diffusion(0), make_config, **settings)
     policy.probe_schedule(policy.context(PROMPTS, [{"guidance_rescale": value} for value in values], SEEDS))
-    assert policy.calls.without_effect == without_effect
+    assert policy.runner.calls.without_effect == without_effect
     reported = [line for line in warnings if "'guidance_rescale', but with another value of it a sample is" in line]
     assert len(reported) == len(without_effect)
 
@@ -109,7 +111,7 @@ def test_a_mask_that_acts_behind_the_step_has_an_effect(make_config):
     inputs = case.make_inputs(2)
     metadata = [{name: values[row] for name, values in inputs.items()} for row in range(2)]
     policy.probe_schedule(policy.context(PROMPTS, metadata, SEEDS))
-    assert policy.calls.without_effect == []
+    assert policy.runner.calls.without_effect == []
 
 
 def calls_of(run, network=None):
@@ -229,7 +231,7 @@ def test_attention_processors_are_put_back_after_an_error_too():
 def test_a_safety_checker_that_a_pipeline_insists_on_stays(make_config):
     """Cosmos refuses to run without."""
     pipeline = cosmos_2(0)
-    assert policy_of(pipeline, make_config).policy_pipeline.safety_checker is pipeline.safety_checker
+    assert policy_of(pipeline, make_config).runner.policy_pipeline.safety_checker is pipeline.safety_checker
 
 
 # ---- What comes out ----

@@ -298,7 +298,7 @@ def test_the_policy_runs_on_the_device_of_its_denoiser_without_a_search_for_it(m
     for index, step in batch.steps.items():
         policy(index, step.latents, step.next_latents, CONTEXT)
     pipeline.to("meta")
-    assert policy.policy_pipeline._execution_device == torch.device("meta")
+    assert policy.runner.policy_pipeline._execution_device == torch.device("meta")
 
 
 def test_dropout_stays_off_while_trainer_trains(make_config):
@@ -315,12 +315,12 @@ def test_the_reference_is_the_pipeline_without_its_adapter(make_config):
     _, kl = policy(**arguments, with_reference=True)
     assert (kl > 0).all()
     # KL of two Gaussians, from the means of both policies, by torch's own formula
-    mean = policy.runner.visit(policy.policy_pipeline, Replay(1, step.latents), CONTEXT).mean
+    mean = policy.runner.visit(policy.runner.policy_pipeline, Replay(1, step.latents), CONTEXT).mean
     reference = make_policy(plain, make_config())
     for name, parameter in reference.named_parameters():
         if "lora_B" in name:
             torch.nn.init.zeros_(parameter)
-    replay = reference.runner.visit(reference.policy_pipeline, Replay(1, step.latents), CONTEXT)
+    replay = reference.runner.visit(reference.runner.policy_pipeline, Replay(1, step.latents), CONTEXT)
     normals = [torch.distributions.Normal(m, replay.std) for m in (mean, replay.mean)]
     expected = torch.distributions.kl_divergence(*normals).flatten(1).mean(1)
     assert torch.allclose(kl, expected, rtol=1e-4, atol=1e-9)

@@ -28,7 +28,7 @@ def randomness(mismatch: Mismatch) -> str | None:
         return None
     networks = [
         name
-        for name, network in mismatch.policy.policy_pipeline.components.items()
+        for name, network in mismatch.policy.runner.policy_pipeline.components.items()
         if isinstance(network, nn.Module) and any(module.training for module in network.modules())
     ]
     in_training = f" ({', '.join(networks)} in training mode)" if networks else ""

@@ -178,10 +178,10 @@ def _examine(
     report.scheduler = f"{type(pipeline.scheduler).__name__} as {type(policy.scheduler).__name__}"
     context = policy.context(prompts, metadata, seeds=range(len(prompts)))
     report.stds = policy.probe_schedule(context).stds
-    if policy.calls.one_by_one_reason is not None:
-        report.notes.append(f"one call of the pipeline per sample: {policy.calls.one_by_one_reason}")
-    if policy.calls.without_effect:
-        names = ", ".join(policy.calls.without_effect)
+    if policy.runner.calls.one_by_one_reason is not None:
+        report.notes.append(f"one call of the pipeline per sample: {policy.runner.calls.one_by_one_reason}")
+    if policy.runner.calls.without_effect:
+        names = ", ".join(policy.runner.calls.without_effect)
         report.notes.append(f"with another value of {names} a sample is the same after one step")
     trained = config.steps_in_range(len(report.stds))
     batch = policy.sample(context, record=trained)

@@ -130,10 +130,7 @@ class Policy(nn.Module):
         # FSDP shards by these blocks and gathers one at a time.
         self._no_split_modules = present_classes(self.denoiser, self.denoiser._no_split_modules or ())
         self.runner = PipelineRunner(pipeline, self.denoiser_name, self.scheduler, config, adapter is not None)
-        self.policy_pipeline = self.runner.policy_pipeline
         self.pipeline: Any = self.runner.pipeline
-        self.pipeline_kwargs = self.runner.pipeline_kwargs
-        self.calls = self.runner.calls
 
     def context(self, prompts: Sequence[str], metadata: Sequence[Any], seeds: Sequence[int]) -> Context:
         """
