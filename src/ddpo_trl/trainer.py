@@ -88,14 +88,13 @@ class DDPOTrainer(SavingTrainer):
             Settings. It is copied: a config can serve several trainers.
         reward_fn (`Callable` or `list[Callable]`):
             See [`~ddpo_trl.rewards.function.RewardFunction`]. Several are added up, weighted by
-            `config.reward_weights`. Called once at construction, on an image made with a single denoising step and,
-            unless batches have one image, a darker copy of it: so a wrong signature or return value is refused before
-            time is spent.
+            `config.reward_weights`. The signature is checked at construction, and the return value with the first
+            batch, or at construction with `config.try_reward_fn`.
         prompt_fn (`Callable`, `datasets.Dataset` or `list[str]`):
             A function that returns `(prompt, metadata)`; a dataset with a `prompt` column, whose other columns are the
             metadata; or a list of strings.
         pipeline ([`~diffusers.DiffusionPipeline`], `str` or `os.PathLike`):
-            A text-to-image or text-to-video pipeline, or the Hub id or folder to load it from (safetensors only). Its
+            A text-to-image or text-to-video pipeline, the Hub id or folder to load it from (safetensors only), or `"emoji"`. Its
             LoRA adapter is trained; if it has none, one is added. The pipeline is moved to the training device; its
             scheduler is left alone. `ddpo-trl doctor` and [`~ddpo_trl.check_pipeline`] report whether it can be
             trained.

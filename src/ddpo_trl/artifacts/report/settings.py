@@ -5,6 +5,7 @@ import json
 from typing import Any, NamedTuple
 
 from ddpo_trl.config import DDPOConfig
+from ddpo_trl.settings import default_of
 
 
 # Settings that TrainingArguments fills in, so that they differ from their defaults in every run.
@@ -34,9 +35,7 @@ def setting(name: str, value: Any) -> Setting:
     if name not in FIELDS:
         return Setting(name, plain(value), "unknown", "", chosen=True)
     field = FIELDS[name]
-    factory = field.default_factory
-    default = field.default if factory is dataclasses.MISSING else factory()
-    default = json.loads(json.dumps(default, default=str))  # as the value was read
+    default = json.loads(json.dumps(default_of(field), default=str))  # as the value was read
     unset = default in (None, "", "none") and not value  # TrainingArguments turns some of them into False or []
     chosen = value != default and not unset and name not in FILLED_IN
     return Setting(name, plain(value), plain(default), field.metadata["help"] if name in OWN_NAMES else "", chosen)
