@@ -94,9 +94,9 @@ class DDPOTrainer(SavingTrainer):
             A function that returns `(prompt, metadata)`; a dataset with a `prompt` column, whose other columns are the
             metadata; or a list of strings.
         pipeline ([`~diffusers.DiffusionPipeline`], `str` or `os.PathLike`):
-            A text-to-image or text-to-video pipeline, the Hub id or folder to load it from (safetensors only), or `"emoji"`. Its
-            LoRA adapter is trained; if it has none, one is added. The pipeline is moved to the training device; its
-            scheduler is left alone. `ddpo-trl doctor` and [`~ddpo_trl.check_pipeline`] report whether it can be
+            A text-to-image or text-to-video pipeline, the Hub id or folder to load it from (safetensors only), or
+            `"emoji"`, the embedded one. Its LoRA adapter is trained; if it has none, one is added. The pipeline is
+            moved to the training device; its scheduler is left alone. `ddpo-trl doctor` and [`~ddpo_trl.check_pipeline`] report whether it can be
             trained.
         peft_config ([`~peft.PeftConfig`], *optional*):
             The adapter to add, r = 4 on all attention projections by default.
