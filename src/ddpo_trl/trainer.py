@@ -96,8 +96,8 @@ class DDPOTrainer(SavingTrainer):
         pipeline ([`~diffusers.DiffusionPipeline`], `str` or `os.PathLike`):
             A text-to-image or text-to-video pipeline, the Hub id or folder to load it from (safetensors only), or
             `"emoji"`, the embedded one. Its LoRA adapter is trained; if it has none, one is added. The pipeline is
-            moved to the training device; its scheduler is left alone. `ddpo-trl doctor` and [`~ddpo_trl.check_pipeline`] report whether it can be
-            trained.
+            moved to the training device; its scheduler is left alone. `ddpo-trl doctor` and
+            [`~ddpo_trl.check_pipeline`] report whether it can be trained.
         peft_config ([`~peft.PeftConfig`], *optional*):
             The adapter to add, r = 4 on all attention projections by default.
         eval_prompts (`datasets.Dataset` or `list[str]`, *optional*):
