@@ -1,12 +1,14 @@
 """
-Defaults by measurement, on the embedded pipeline: `python benchmarks/defaults.py`; resumable, into `outputs/defaults`.
+Comparison of default values on the embedded pipeline: `python benchmarks/defaults.py`.
 
-What is compared, written down before the runs: one update per round or four, at two learning rates; then advantages by
-round or by prompt. Each with three seeds, 512 reward queries in 4 rounds of 128, IS, the reward `emoji_alignment`. The
-figure is the gain of the evaluation reward on 256 images of fixed prompts and seeds, per 1000 queries and per CPU
-minute of training (`time.process_time`, which other work on the machine hardly changes), with the lowest and the
-highest seed. A value becomes the default if its lowest seed is better than today's highest per CPU minute, or if its
-mean is better both per query and per CPU minute.
+Runs are kept in outputs/defaults, so the command is resumable.
+
+The comparison was fixed before the runs: one or four updates per round, at two learning rates; then advantages by
+round or by prompt. Each setting has three seeds, 512 reward queries in 4 rounds of 128, IS, and the reward
+`emoji_alignment`. The result is the gain of the evaluation reward on 256 images of fixed prompts and seeds, per 1000
+queries and per CPU minute of training (`time.process_time`, which other work on the machine hardly changes), with the
+lowest and the highest seed. A value becomes the default if its lowest seed is better than the current default's
+highest per CPU minute, or if its mean is better both per query and per CPU minute.
 """
 
 import argparse
@@ -46,7 +48,7 @@ def folder(flags: Sequence[str], seed: int) -> Path:
 
 
 def figures(flags: Sequence[str]) -> dict[str, list[float]]:
-    """Gains of the seeds, per 1000 queries and per CPU minute, and the change of the share that is recognized."""
+    """Return the gain per 1000 queries and per CPU minute, and the change of the recognized share, for each seed."""
     found: dict[str, list[float]] = {"query": [], "minute": [], "recognized": []}
     for seed in SEEDS:
         summary: dict[str, Any] = json.loads((folder(flags, seed) / "summary.json").read_text())
@@ -58,7 +60,7 @@ def figures(flags: Sequence[str]) -> dict[str, list[float]]:
 
 
 def shown(values: Sequence[float], digits: int) -> str:
-    """Mean, lowest and highest value."""
+    """Format the mean, the lowest and the highest value."""
     mean = sum(values) / len(values)
     return f"{mean:+.{digits}f} ({min(values):+.{digits}f} to {max(values):+.{digits}f})"
 
