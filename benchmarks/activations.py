@@ -1,9 +1,9 @@
 """
 Memory of one training step, counted on networks without weights: `python benchmarks/activations.py`.
 
-Denoisers of the published sizes are made on the meta device of PyTorch, in bfloat16 with a float32 adapter, and run
-forwards once. What autograd keeps for the backward pass is summed up. Attention keeps what a fused kernel would:
-queries, keys, values and the result.
+Denoisers of the published sizes are created on PyTorch's meta device, in bfloat16 with a float32 adapter, and run one
+forward pass. The tensors that autograd saves for the backward pass are summed up. Attention saves what a fused kernel
+would: queries, keys, values and the result.
 """
 
 from collections.abc import Callable
@@ -45,7 +45,7 @@ def sdxl_inputs(batch: int) -> dict[str, Any]:
 
 
 def flux_inputs(batch: int) -> dict[str, Any]:
-    """512 x 512: 32 x 32 packed latents, and 512 tokens of text."""
+    """Inputs for 512 x 512 images: 32 x 32 packed latents and 512 text tokens."""
     return {
         "hidden_states": torch.empty(batch, 1024, 64),
         "encoder_hidden_states": torch.empty(batch, 512, 4096),
@@ -65,7 +65,7 @@ NETWORKS: dict[str, tuple[Callable[[], Any], Callable[[int], dict[str, Any]], in
 
 
 class FusedAttention(torch.autograd.Function):
-    """Computes nothing, and keeps what a fused attention keeps."""
+    """Compute nothing, and save what fused attention saves."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -79,7 +79,7 @@ class FusedAttention(torch.autograd.Function):
 
 
 def add_adapter(network: nn.Module, rank: int) -> int:
-    """A float32 adapter on the frozen network; the number of its parameters."""
+    """Add a float32 adapter to the frozen network, and return its number of parameters."""
     network.requires_grad_(False)
     inject_adapter_in_model(LoraConfig(r=rank, target_modules=attention_projections(network)), network)
     count = 0
@@ -92,7 +92,7 @@ def add_adapter(network: nn.Module, rank: int) -> int:
 
 
 def kept_bytes(network: nn.Module, inputs: dict[str, Any]) -> int:
-    """What autograd keeps of a forward pass, each storage once, without the weights."""
+    """Return the bytes that autograd saves in a forward pass, each storage counted once, without the weights."""
     weights = {parameter.untyped_storage()._cdata for parameter in network.parameters()}
     kept: dict[int, Tensor] = {}
 

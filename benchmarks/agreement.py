@@ -1,8 +1,8 @@
 """
-Checks that both sides of a comparison do the same work. Where they do not, a figure means nothing: it is an error.
+Checks that both sides of a comparison do the same work. If they do not, the comparison is an error.
 
-TRL's trainer makes a round in its own environment, and keeps its inputs, its trajectories and its gradient. The same
-inputs and the gradient on the same trajectories are then computed by ddpo_trl.
+TRL's trainer runs a round in its own environment, and saves its inputs, trajectories and gradient. ddpo_trl then
+computes the same inputs, and the gradient on the same trajectories.
 """
 
 import argparse
@@ -22,22 +22,21 @@ from rounds import PROMPTS, Child
 from sides import CASES, Case, our_trainer, pipeline_folder, save_pipeline, their_trainer
 
 
-# Largest difference that rounding explains, relative to the size, in float32. Measured: 0 for embeddings and images,
+# Largest difference that rounding explains in float32, relative to the norm. Measured: 0 for embeddings and images,
 # 1e-6 for gradients.
 ROUNDING = 1e-5
-
 
 # Size of the rounds whose gradients are compared.
 CHECKED = {name: case._replace(batch_size=4, batches=2, steps=3) for name, case in CASES.items()}
 
 
 class Disagreement(ValueError):
-    """The two sides do not do the same work."""
+    """Raised if the two sides do not do the same work."""
 
 
 def require_equal(what: str, ours: Any, theirs: Any) -> None:
     """
-    Check a number or a name.
+    Check that a number or a name is the same on both sides.
 
     Raises:
         [`Disagreement`]: If they differ.
@@ -48,7 +47,7 @@ def require_equal(what: str, ours: Any, theirs: Any) -> None:
 
 def require_close(what: str, ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> float:
     """
-    Check tensors.
+    Check that tensors are the same on both sides, within rounding.
 
     Args:
         what (`str`):
@@ -57,7 +56,7 @@ def require_close(what: str, ours: Mapping[str, Tensor], theirs: Mapping[str, Te
             Tensors by name.
 
     Returns:
-        `float`: L2 distance of all tensors together, relative to the size of `theirs`.
+        `float`: L2 distance of all tensors together, relative to the norm of `theirs`.
 
     Raises:
         [`Disagreement`]: If names or shapes differ, a value is not finite, all are 0, or the distance is larger than
@@ -71,8 +70,8 @@ def require_close(what: str, ours: Mapping[str, Tensor], theirs: Mapping[str, Te
     relative = difference / size if size else math.inf
     if not relative <= ROUNDING:
         raise Disagreement(
-            f"The comparison is not valid: the two sides' {what} differ by {relative:.1e} of their size, and rounding "
-            f"explains {ROUNDING:.0e}."
+            f"The comparison is not valid: the two sides' {what} differ by {relative:.1e} relative to their "
+            f"norm, and rounding explains at most {ROUNDING:.0e}."
         )
     return relative
 
@@ -87,17 +86,17 @@ def norm(tensors: Iterable[Tensor]) -> float:
 
 class TheirRound(NamedTuple):
     """
-    A round of TRL's trainer.
+    Inputs and results of a round of TRL's trainer.
 
     Args:
         torch, threads (`str`, `int`):
-            Version of PyTorch, and number of its threads.
+            Version of PyTorch and its number of threads.
         embeddings (`dict[str, torch.Tensor]`):
-            Embedding of each prompt, and of the empty one.
+            Embedding of each prompt, including the empty one.
         image (`torch.Tensor`):
-            The first trajectory's first latents, decoded.
+            Decoded first latents of the first trajectory.
         weights, gradients (`dict[str, torch.Tensor]`):
-            Trained weights by name, and the gradient of the round.
+            Trained weights and the gradient of the round, by name.
         timesteps (`list[int]`):
             Timesteps of the sampler.
         samples (`list[dict[str, torch.Tensor]]`):
@@ -115,7 +114,7 @@ class TheirRound(NamedTuple):
 
 
 def their_round(case: str) -> TheirRound:
-    """Make a round in TRL's environment."""
+    """Run a round in TRL's environment."""
     trainer = their_trainer(case, CHECKED[case], learning_rate=0.0, max_grad_norm=1e9)
     trainer.prompt_fn = lambda: (PROMPTS[0], {})  # samples are shuffled before training
     weights = {name: p for name, p in trainer.sd_pipeline.unet.named_parameters() if p.requires_grad}
@@ -148,7 +147,7 @@ def their_round(case: str) -> TheirRound:
 
 
 def shake(weights: Mapping[str, Tensor]) -> None:
-    """Move the adapter from its start, where one factor is 0 and the other gets no gradient."""
+    """Move the adapter away from its initialization, where one factor is 0 and the other gets no gradient."""
     random = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, weight in weights.items():
@@ -182,10 +181,10 @@ def decoded(vae: Any, samples: list[dict[str, Tensor]]) -> Tensor:
 
 def check_sides(case: str) -> dict[str, float]:
     """
-    Write the pipeline of a case, and check everything that must hold before the sides are compared.
+    Save the pipeline of a case, and check everything that must hold before the sides are compared.
 
     Returns:
-        `dict[str, float]`: The differences, relative to the size.
+        `dict[str, float]`: Relative differences by name.
 
     Raises:
         [`Disagreement`]: If the sides do not do the same work.
@@ -201,7 +200,7 @@ def check_sides(case: str) -> dict[str, float]:
 
 
 def against_theirs(case: str, theirs: TheirRound) -> dict[str, float]:
-    """Differences from TRL's round; the inputs first."""
+    """Compute the differences from TRL's round, inputs first."""
     require_equal("the version of torch", str(torch.__version__), theirs.torch)
     require_equal("the number of threads", torch.get_num_threads(), theirs.threads)
     ours = our_trainer(case, CHECKED[case], rounds=1, one_pass=False)
@@ -225,7 +224,7 @@ def against_theirs(case: str, theirs: TheirRound) -> dict[str, float]:
 
 def replay(policy: Any, sizes: Case, theirs: TheirRound) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """
-    Add up the gradient of the score function on TRL's trajectories.
+    Accumulate the gradient of the score function on TRL's trajectories.
 
     Returns:
         `tuple`: Log-probabilities of ddpo_trl and of TRL, by batch and step.
@@ -247,13 +246,13 @@ def replay(policy: Any, sizes: Case, theirs: TheirRound) -> tuple[dict[str, Tens
 
 
 def one_pass_difference(case: str) -> float:
-    """Difference of the gradient that one pass takes from that of two passes."""
+    """Compute the difference between the gradients of one pass and of two passes."""
     gradients = {one_pass: our_gradient(case, one_pass) for one_pass in (True, False)}
     return require_close("gradients (one pass and two passes of ddpo_trl)", gradients[True], gradients[False])
 
 
 def our_gradient(case: str, one_pass: bool) -> dict[str, Tensor]:
-    """Gradient of a round, by weight."""
+    """Compute the gradient of one round, by weight name."""
     gradients: dict[str, Tensor] = {}
 
     class Keep(TrainerCallback):
@@ -268,7 +267,7 @@ def our_gradient(case: str, one_pass: bool) -> dict[str, Tensor]:
 
 
 def main() -> None:
-    """Keep a round of TRL's, in its environment."""
+    """Save a round of TRL's trainer; runs in TRL's environment."""
     parser = argparse.ArgumentParser()
     parser.add_argument("case", choices=list(CASES))
     parser.add_argument("kept", type=Path)

@@ -1,8 +1,8 @@
 """
-How far the images of a round depend on the sample batch size: `python benchmarks/batch_sizes.py`.
+Dependence of a round's images on the sample batch size: `python benchmarks/batch_sizes.py`.
 
-The noise is the same to the bit, so what is left is rounding: other sizes are computed by other kernels. Each row is
-the largest and the mean absolute difference of pixels, in [0, 1], to the batch size of the first column.
+The noise is bitwise identical, so all differences are rounding: other batch sizes use other kernels. Each row has the
+largest and the mean absolute difference between the pixels, in [0, 1], of the two batch sizes in the second column.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from rounds import PROMPTS, quiet_config
 
 
 def images(policy: Policy, count: int, batch_size: int) -> Tensor:
-    """Those of the first round of a run with seed 42."""
+    """Sample the images of the first round of a run with seed 42."""
     seeds = [derived_seed(42, Stream.SAMPLE, 0, index) for index in range(count)]
     prompts = [PROMPTS[index % len(PROMPTS)] for index in range(count)]
     batches = []

@@ -1,16 +1,17 @@
 """
-Rounds of ours and of TRL 0.23.1's DDPOTrainer side by side, and the floor under both: `make bench`.
+Speed and memory of a round, compared with TRL 0.23.1's DDPOTrainer and with the denoiser alone: `make bench`.
 
-Each side has a process of its own and waits for its turn: rounds are interleaved, so that other load on the machine
-affects all alike, and ratios are those of neighboring rounds. All train a LoRA adapter of rank 4 on the same pipeline:
-the same number of images, denoising steps and samples per micro-batch, guidance in sampling and training, one update
-per round, float32, the same torch and threads. TRL 0.23.1, the last release with this trainer, gets a virtual
-environment of its own, with the transformers 4 and diffusers of its time (benchmarks/trl-0.23.1.txt). The floor is the
-denoiser alone: as many bare forward passes as sampling takes, as many forward and backward passes as training takes.
+Each side runs in its own process and waits for its turn: rounds are interleaved, so that other load on the machine
+affects all sides equally, and ratios are those of neighboring rounds. All sides train a LoRA adapter of rank 4 on the
+same pipeline, with the same number of images, denoising steps and samples per micro-batch, guidance in sampling and
+training, one update per round, float32, and the same version of torch and number of threads. TRL 0.23.1, the last
+release with this trainer, gets its own virtual environment, with transformers 4 and a diffusers release of the same
+age (benchmarks/trl-0.23.1.txt). The floor is the denoiser alone: as many forward passes as sampling needs, and as many
+forward and backward passes as training needs.
 
-Before anything is timed, both sides must have the same prompt embeddings, images, log-probabilities and gradients on
-the same trajectories; while it is timed, every round must take its number of denoised samples and updates. Where one
-does not hold, the command fails. Writes outputs/bench.json; a dated copy stands in benchmarks/.
+Before timing, both sides must have the same prompt embeddings, images, log-probabilities and gradients on the same
+trajectories; every timed round must have the expected number of denoised samples and updates. Otherwise the command
+fails. Writes outputs/bench.json; a dated copy is in benchmarks/.
 """
 
 import argparse
@@ -34,19 +35,19 @@ from rounds import PROMPTS, ROOT, Child, machine, resident_bytes
 from sides import CASES, Case, load, our_trainer, their_trainer
 
 
-SESSIONS = 2  # times that the processes of all sides are started
+SESSIONS = 2  # number of times that the processes of all sides are started
 
 
-# ---- A side's process: a round on request ----
+# ---- Process of a side: one round per request ----
 
 
 class Turns:
     """
-    A side's end of the conversation with `measure`: it waits for its turn, and answers with what its round took.
+    Connection of a side to `measure`: waits for a request, and answers with the figures of a round.
 
     Args:
         answers (`TextIO`):
-            Where answers are written.
+            Stream for the answers.
     """
 
     def __init__(self, answers: TextIO):
@@ -54,7 +55,7 @@ class Turns:
         self.resident = self.denoised = self.updates = 0
 
     def ready(self, denoiser: torch.nn.Module) -> None:
-        """Start counting samples through the denoiser and optimizer steps, and report that the side is ready."""
+        """Start counting denoised samples and optimizer steps, and report that the side is ready."""
 
         def count_samples(module: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
             self.denoised += len(inputs[0])
@@ -68,7 +69,7 @@ class Turns:
         self.answer({})
 
     def wait(self) -> None:
-        """Wait for the next turn; end this process if nobody asks for one."""
+        """Wait for the next request; exit at the end of the input."""
         if not sys.stdin.readline():
             raise SystemExit
         self.denoised = self.updates = 0
@@ -119,7 +120,7 @@ def run_theirs(case: str, sizes: Case, rounds: int, turns: Turns) -> None:
 
 
 def run_floor(case: str, sizes: Case, rounds: int, turns: Turns) -> None:
-    """The denoiser with its adapter alone, on batches doubled by guidance."""
+    """Run only the denoiser with its adapter, on batches doubled by guidance."""
     from ddpo_trl.policy.lora import add_adapter
 
     pipeline = load(case)
@@ -153,7 +154,7 @@ RUNS: dict[str, Callable[[str, Case, int, Turns], None]] = {
 
 
 def work_of_a_round(run: str, sizes: Case) -> dict[str, int]:
-    """Samples through the denoiser, which guidance doubles, and optimizer steps."""
+    """Compute the expected number of denoised samples (doubled by guidance) and of optimizer steps per round."""
     passes = 1 if run == "one pass" else 2
     samples = 2 * sizes.batch_size * sizes.batches * sizes.steps
     return {"denoised": passes * samples, "updates": 0 if run == "floor" else 1}
@@ -161,10 +162,10 @@ def work_of_a_round(run: str, sizes: Case) -> dict[str, int]:
 
 def require_work(run: str, sizes: Case, answer: dict[str, float]) -> None:
     """
-    Take the counts out of an answer, and check them.
+    Remove the counts from an answer, and check them.
 
     Raises:
-        [`~agreement.Disagreement`]: If the round did other work than it is timed for.
+        [`~agreement.Disagreement`]: If the round did not do the expected work.
     """
     for name, count in work_of_a_round(run, sizes).items():
         if (found := answer.pop(name)) != count:
@@ -172,7 +173,7 @@ def require_work(run: str, sizes: Case, answer: dict[str, float]) -> None:
 
 
 def command(case: str, sizes: Case, run: str, rounds: int) -> list[str]:
-    """Command line of the process of a side."""
+    """Command line for the process of a side."""
     python = python_of(TRL) if run == "TRL 0.23.1" else sys.executable
     return [python, __file__, "--case", case, "--sizes", json.dumps(sizes), "--run", run, "--rounds", str(rounds)]
 
@@ -182,21 +183,21 @@ def command(case: str, sizes: Case, run: str, rounds: int) -> list[str]:
 
 def measure(case: str, sizes: Case, repeats: int) -> dict[str, dict[str, list[float]]]:
     """
-    Time rounds of all sides in turns.
+    Time interleaved rounds of all sides.
 
     Args:
         case (`str`):
             Key of `CASES`.
         sizes ([`~sides.Case`]):
-            Size of a round.
+            Size of each round.
         repeats (`int`):
-            Rounds of each process that count. Processes are started more than once, as some are slower than others.
+            Timed rounds per process. Processes are started more than once, because some are slower than others.
 
     Returns:
-        `dict`: Figures of all rounds, by side and name.
+        `dict`: Figures of all timed rounds, by side and name.
 
     Raises:
-        [`~agreement.Disagreement`]: If a round does not do the work that it is timed for.
+        [`~agreement.Disagreement`]: If a round does not do the expected work.
     """
     figures: dict[str, dict[str, list[float]]] = {run: {} for run in RUNS}
     for session in range(SESSIONS):
@@ -217,7 +218,7 @@ def measure(case: str, sizes: Case, repeats: int) -> dict[str, dict[str, list[fl
 
 
 def ratios(figures: dict[str, dict[str, list[float]]]) -> dict[str, list[float]]:
-    """Ratios of each repeat, of rounds that ran one after the other; of peak memory one each."""
+    """Compute one time ratio per repeat, of neighboring rounds, and one ratio of peak memory per comparison."""
     rounds = {run: values["round"] for run, values in figures.items()}
     peaks = {run: max(values["MiB"]) for run, values in figures.items()}
 
@@ -229,7 +230,7 @@ def ratios(figures: dict[str, dict[str, list[float]]]) -> dict[str, list[float]]
         "one_pass_speedup": of(rounds["two passes"], rounds["one pass"]),
         "one_pass_speedup_vs_trl": of(rounds["TRL 0.23.1"], rounds["one pass"]),
         "overhead_over_floor": of(rounds["two passes"], rounds["floor"]),
-        # One pass needs one forward and one backward pass a step: what training alone takes.
+        # One pass needs one forward and one backward pass per step, like the training phase of the floor.
         "one_pass_overhead_over_floor": of(rounds["one pass"], figures["floor"]["training"]),
         "memory_vs_trl": [peaks["two passes"] / peaks["TRL 0.23.1"]],
         "one_pass_memory_vs_trl": [peaks["one pass"] / peaks["TRL 0.23.1"]],
@@ -261,8 +262,8 @@ def show(sizes: Case, figures: dict[str, dict[str, list[float]]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
-    parser.add_argument("--repeats", type=int, default=2, help="rounds of each process that count")
-    parser.add_argument("--small", action="store_true", help="rounds of 8 images in 3 steps, to try this command")
+    parser.add_argument("--repeats", type=int, default=2, help="timed rounds per process")
+    parser.add_argument("--small", action="store_true", help="8 images and 3 steps per round, to try this command")
     parser.add_argument("--output", type=Path, default=ROOT / "outputs" / "bench.json")
     parser.add_argument("--case", choices=list(CASES), help=argparse.SUPPRESS)
     parser.add_argument("--sizes", type=json.loads, help=argparse.SUPPRESS)
@@ -285,7 +286,7 @@ def main() -> None:
 
 
 def compare(cases: dict[str, Case], repeats: int) -> dict[str, Any]:
-    """Measure all cases; the first one's figures are on top."""
+    """Measure all cases; the medians of the first one are also at the top level."""
     install(TRL)
     versions = locked(LOCK_FILES / f"{TRL}.txt")
     theirs = " ".join(f"{name}=={versions[name]}" for name in ("torch", "transformers", "diffusers", "peft"))
@@ -295,7 +296,7 @@ def compare(cases: dict[str, Case], repeats: int) -> dict[str, Any]:
 
 
 def run_case(case: str, sizes: Case, repeats: int) -> dict[str, Any]:
-    """Check and measure a case, show it, and return what is kept of it."""
+    """Check, measure and print a case, and return its entry of the JSON file."""
     medians = check_sides(case)
     for name, value in medians.items():
         print(f"{name:<30} {value:.1e}", flush=True)

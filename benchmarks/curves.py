@@ -1,8 +1,8 @@
 """
 Good and bad runs for docs/metrics.md and docs/pitfalls.md: `python benchmarks/curves.py`.
 
-Trains the demo several times, half an hour on two cores, and draws what was logged into docs/images. Logs and images
-are kept in outputs/curves: a run that is there is only drawn again.
+Runs the demo several times (half an hour on two cores) and draws the logged metrics into docs/images. Logs and images
+are kept in outputs/curves: a run that is already there is only drawn.
 """
 
 import json
@@ -27,7 +27,7 @@ from rounds import ROOT
 KEPT = ROOT / "outputs" / "curves"
 PICTURES = ROOT / "docs" / "images"
 
-# Learning rates: what differs from the demo in each run, and the colour of its curve.
+# Flags of each run in addition to the demo's, and the color of its curve.
 RUNS = {
     "1e-3, the demo's": (["--learning_rate", "1e-3"], "#1a7f37"),
     "3e-5": (["--learning_rate", "3e-5"], "#6e7781"),
@@ -43,7 +43,8 @@ PANELS = {
     "ratio": ("val/ratio", "linear"),
 }
 
-# Without guidance and without a stop, JPEG size ends in blank images. Larger steps get there in fewer rounds.
+# Without guidance and without early stopping, JPEG compressibility ends in blank images. Larger steps get there in
+# fewer rounds.
 HACKED = [
     *("--guidance_scale", "1.0", "--num_sample_batches", "4"),
     *("--learning_rate", "3e-3", "--num_train_epochs", "12"),
@@ -53,7 +54,7 @@ SHOWN_PROMPTS = ["mushroom", "hamburger", "snake", "strawberry", "pancakes", "ho
 
 
 class ImagesOfRounds(TrainerCallback):
-    """Keeps images of the same prompts and seeds after some of the rounds."""
+    """Keep images of the same prompts and seeds after the rounds in `SHOWN_ROUNDS`."""
 
     def __init__(self) -> None:
         self.trainer: DDPOTrainer
@@ -71,13 +72,13 @@ class ImagesOfRounds(TrainerCallback):
 
 
 def train(options: Sequence[str], callbacks: list[TrainerCallback]) -> DDPOTrainer:
-    """The trainer of the demo with other options, and without its early end."""
+    """Create the demo's trainer with other options and without early stopping."""
     arguments, config = parse_arguments(["--output_dir", str(KEPT / "run"), *options])
     return demo_trainer(arguments, config, callbacks)
 
 
 def logs_of(options: Sequence[str], path: Path) -> list[dict[str, float]]:
-    """What each round of a run logged."""
+    """Return the logs of each round of a run."""
     if not path.exists():
         trainer = train(["--num_train_epochs", str(ROUNDS), *options], [])
         trainer.train()
@@ -86,7 +87,7 @@ def logs_of(options: Sequence[str], path: Path) -> list[dict[str, float]]:
 
 
 def images_of_hacked(path: Path) -> dict[int, dict[str, torch.Tensor]]:
-    """Images and rewards after each of the rounds shown."""
+    """Return images and rewards after each of `SHOWN_ROUNDS`."""
     if not path.exists():
         keeper = ImagesOfRounds()
         keeper.trainer = train(HACKED, [keeper])
@@ -97,7 +98,7 @@ def images_of_hacked(path: Path) -> dict[int, dict[str, torch.Tensor]]:
 
 
 def draw(runs: dict[str, list[dict[str, float]]], metric: str, scale: str, path: Path) -> None:
-    """One figure of every run's rounds, large enough to be read on a phone."""
+    """Draw a metric of all runs by round, large enough to read on a phone."""
     figure = Figure(figsize=(4.6, 3.6), layout="constrained")
     axes = figure.add_subplot()
     for name, logs in runs.items():

@@ -1,4 +1,4 @@
-"""Runs of `ddpo-trl demo` as commands of their own, which what measures learning is made of."""
+"""Runs of `ddpo-trl demo` as separate processes, for the benchmarks that measure learning."""
 
 import os
 import subprocess
@@ -13,21 +13,21 @@ from rounds import ROOT
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether a run came to its end: this is the last file that it writes."""
+    """Return `True` if a run is complete: `summary.json` is the last file that it writes."""
     return (folder / "summary.json").is_file()
 
 
 def command(folder: Path, flags: Sequence[str]) -> list[str]:
-    """The demo with these flags, into this folder."""
+    """Command line of the demo with these flags and this output directory."""
     return [sys.executable, "-m", "ddpo_trl.cli", "demo", *flags, "--output_dir", os.path.relpath(folder, ROOT)]
 
 
 def make(folder: Path, flags: Sequence[str]) -> None:
     """
-    Makes a run, in one thread: two runs side by side are sooner done than one after the other with two threads each.
+    Run the demo with one thread: two runs in parallel finish sooner than two in sequence with two threads each.
 
     Raises:
-        `RuntimeError`: Names the run and has the end of what it printed.
+        `RuntimeError`: If the run fails, with its name and the end of its output.
     """
     environment = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "TRANSFORMERS_VERBOSITY": "error"}
     log = folder.with_name(f"{folder.name}.log")
@@ -42,11 +42,11 @@ def make(folder: Path, flags: Sequence[str]) -> None:
 
 def make_all(runs: Mapping[Path, Sequence[str]]) -> None:
     """
-    Makes the runs that are not finished, as many at once as there are cores. After a failure none is begun.
+    Run the demos that are not finished, one per core at a time. After a failure, no further run is started.
 
     Args:
         runs (`Mapping[Path, Sequence[str]]`):
-            The flags of each run, by its folder.
+            Flags of each run, by its folder.
     """
     missing = {folder: flags for folder, flags in runs.items() if not is_finished(folder)}
     columns = (TextColumn("runs"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())

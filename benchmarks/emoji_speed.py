@@ -1,28 +1,21 @@
 """
-How fast the embedded denoiser is, and what the attention processor does to it: `python benchmarks/emoji_speed.py`.
+Speed of the embedded denoiser, with each attention processor: `python benchmarks/emoji_speed.py`.
 
-The variants are interleaved and the medians of several repeats are printed, since only ratios taken in one run mean
-anything on a shared machine.
+The variants are interleaved and the medians of several repeats are printed, because on a shared machine only ratios
+within one run are meaningful.
 """
 
 import argparse
 import statistics
-import time
-from collections.abc import Callable
 
 import torch
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
 from ddpo_trl import load_emoji_pipeline
+from rounds import seconds_of
 
 
 PROCESSORS = {"fused (default)": AttnProcessor2_0, "plain": AttnProcessor}
-
-
-def seconds(job: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    job()
-    return time.perf_counter() - start
 
 
 def main() -> None:
@@ -51,10 +44,10 @@ def main() -> None:
         for name, processor in PROCESSORS.items():
             unet.set_attn_processor(processor())
             for job, run in jobs.items():
-                taken = seconds(run)
+                taken = seconds_of(run)
                 if repeat > 0:  # the first is warm-up
                     times[name, job].append(1000 * taken / arguments.batch_size)
-    print(f"milliseconds a sample at batch {arguments.batch_size}, {torch.get_num_threads()} threads, float32")
+    print(f"milliseconds per sample at batch size {arguments.batch_size}, {torch.get_num_threads()} threads, float32")
     for (name, job), values in times.items():
         print(f"{name:<16} {job:<19} {statistics.median(values):6.2f}  (from {min(values):.2f} to {max(values):.2f})")
 

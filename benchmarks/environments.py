@@ -1,5 +1,5 @@
 """
-Environments of other trainers, from lock files: `python benchmarks/environments.py` installs them all.
+Virtual environments of other trainers, from lock files: `python benchmarks/environments.py` installs all of them.
 
 `benchmarks/NAME.txt` pins every package of `build/NAME`. An environment is installed once, and again when its lock
 file changes.
@@ -25,7 +25,7 @@ def python_of(name: str) -> str:
 
 def install(name: str) -> None:
     """
-    Installs an environment from its lock file, unless that is done.
+    Install an environment from its lock file, unless it is up to date.
 
     Args:
         name (`str`):
@@ -35,7 +35,7 @@ def install(name: str) -> None:
         `RuntimeError`: If pip fails, with the end of its output.
     """
     lock_file, folder = LOCK_FILES / f"{name}.txt", ENVIRONMENTS / name
-    installed = folder / "installed.txt"  # a copy of the lock file, written last
+    installed = folder / "installed.txt"  # copy of the lock file, written last
     if installed.is_file() and installed.read_bytes() == lock_file.read_bytes():
         return
     print(f"Installing {lock_file.relative_to(ROOT)} into {folder.relative_to(ROOT)}, some minutes", flush=True)

@@ -1,31 +1,23 @@
 """
-What a replayed step spends outside the denoiser: `python benchmarks/replay_overhead.py`.
+Time of a replayed step outside the denoiser: `python benchmarks/replay_overhead.py`.
 
-A step is replayed by the pipeline's own `__call__`, with all its preparations. Here that is timed twice: with the
-denoiser and its backward pass, and with one that answers at once, in turns.
+A step is replayed by the pipeline's own `__call__`, with all its preparations. It is timed with the denoiser and its
+backward pass, and with a stub that returns immediately; the two are interleaved.
 """
 
 import argparse
 import statistics
-import time
-from collections.abc import Callable
 
 import torch
 
 from ddpo_trl.policy.lora import add_adapter
 from ddpo_trl.policy.policy import Policy
-from rounds import PROMPTS, quiet_config
+from rounds import PROMPTS, quiet_config, seconds_of
 from sides import CASES, load, save_pipeline
 
 
-def seconds(run: Callable[[], None]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
-
-
 def measure(case: str, repeats: int) -> tuple[list[float], list[float]]:
-    """Seconds of a replayed step, forward and backward; and of one without the denoiser."""
+    """Measure the seconds of a replayed step (forward and backward) and of one without the denoiser."""
     sizes = CASES[case]
     config = quiet_config(use_cpu=True, num_inference_steps=sizes.steps)
     save_pipeline(case)
@@ -47,7 +39,7 @@ def measure(case: str, repeats: int) -> tuple[list[float], list[float]]:
         policy.denoiser.forward = lambda latents, *args, **kwargs: (latents,)
         replay()
 
-    times = [(seconds(with_denoiser), seconds(without)) for _ in range(repeats + 1)][1:]  # the first is warm-up
+    times = [(seconds_of(with_denoiser), seconds_of(without)) for _ in range(repeats + 1)][1:]  # the first is warm-up
     whole, outside = zip(*times, strict=True)
     return list(whole), list(outside)
 

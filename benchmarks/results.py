@@ -1,10 +1,10 @@
 """
-What the demo learns, for docs/results.md: `make results`.
+Learning curves of the demo, for docs/results.md: `make results`.
 
 27 runs of `ddpo-trl demo`: three rewards, both estimators and a control with shuffled rewards, three seeds each, two
-hours on two cores. Runs are kept in outputs/results: one that is finished is not made again, so the command goes on
-where it was stopped. Figures and curves go to benchmarks/results-DATE.json, and from there to the page and its
-pictures; DATE is the day on which the last run ended. `--draw` makes no run, and draws the seeds that are finished.
+hours on two cores. Finished runs are kept in outputs/results and not repeated, so the command resumes after an
+interruption. Figures and curves are written to benchmarks/results-DATE.json, and from there to the page and its
+pictures; DATE is the day on which the last run ended. `--draw` starts no run and draws the seeds that are finished.
 `--try` makes one run of one small round in outputs/results-try, and no page.
 """
 
@@ -35,14 +35,14 @@ FIGURES = ROOT / "benchmarks"
 PICTURES = ROOT / "docs" / "images"
 PAGE = ROOT / "docs" / "results.md"
 
-# A round has 256 images. The demo's early end, at a gain of 18 %, is out of reach: all runs cost the same queries.
+# A round has 256 images. `stop_at_gain` is out of reach, so that all runs make the same number of queries.
 COMMON = [
     *("--bf16", "true", "--use_cpu", "true", "--num_sample_batches", "16", "--num_train_epochs", "6"),
     *("--stop_at_gain", "9"),
 ]
 SEEDS = (0, 1, 2)
 
-# One update in place of four is four times as large. The control takes the same steps as the score function.
+# One update instead of four is four times as large. The control takes the same steps as the score function.
 LEARNING_RATES = {"is": 1e-3, "sf": 4e-3, "shuffled": 4e-3}
 FLAGS = {
     "is": ["--loss_type", "is"],
@@ -50,9 +50,9 @@ FLAGS = {
     "shuffled": ["--loss_type", "sf", "--shuffle_rewards", "true"],
 }
 NAMES = {"is": "IS", "sf": "SF", "shuffled": "SF, rewards shuffled"}
-COLOURS = {"is": "#1f6feb", "sf": "#1a7f37", "shuffled": "#6e7781"}
+COLORS = {"is": "#1f6feb", "sf": "#1a7f37", "shuffled": "#6e7781"}
 
-# Relative to these. Without guidance, as in the demo, images move farther at the same rate.
+# Factors of these learning rates. Without guidance, as in the demo, images change more at the same rate.
 SMALLER_STEPS = {"emoji_alignment": 0.5}
 TITLES = {
     "jpeg_compressibility": "Compressibility",
@@ -60,7 +60,7 @@ TITLES = {
     "emoji_alignment": "Alignment",
 }
 
-# Of the fixed prompts whose images a run keeps: two pictures of four columns, which a phone can show.
+# Fixed prompts whose images are shown: two pictures of four columns, narrow enough for a phone.
 SHOWN = (slice(0, 4), slice(4, 8))
 
 
@@ -88,12 +88,12 @@ class Run(NamedTuple):
 
     @property
     def own_flags(self) -> list[str]:
-        """What differs between kinds."""
+        """Flags that differ between kinds."""
         return [*FLAGS[self.kind], "--learning_rate", f"{self.learning_rate:g}"]
 
     @property
     def flags(self) -> list[str]:
-        """All flags of `ddpo-trl demo` but the output directory."""
+        """All flags of `ddpo-trl demo` except the output directory."""
         return [*COMMON, *self.own_flags, "--reward", self.task, "--seed", str(self.seed)]
 
 
@@ -104,25 +104,25 @@ SMALL = ["--num_sample_batches", "1", "--num_train_epochs", "1"]
 RUNS = [Run(task, kind, seed) for seed in SEEDS for task in TITLES for kind in FLAGS]
 
 
-# ---- What they found ----
+# ---- Figures ----
 
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
     """
-    The figures of a run.
+    Figures of a run.
 
     Args:
         task (`str`):
-            The reward.
+            Name of the reward.
         kind (`str`):
-            A key of `FLAGS`.
+            Key of `FLAGS`.
         seed (`int`):
-            Of the run.
+            Seed of the run.
         queries (`list[int]` of length `R`):
             Reward queries at the end of each round.
         reward (`list[float]` of length `R`):
-            Mean of each round's images, which were sampled before its update.
+            Mean reward of each round's images, which were sampled before its updates.
         before (`float`):
             Evaluation reward before training.
         after (`float`):
@@ -130,7 +130,7 @@ class Result:
         gain (`float`):
             Mean of the paired differences of the evaluation images.
         gain_stderr (`float`):
-            Its standard error.
+            Standard error of the gain.
         recognized_before (`float`):
             Share of the evaluation images, in [0, 1], that are nearest to their own subject.
         recognized_after (`float`):
@@ -138,7 +138,7 @@ class Result:
         recognized_gain_stderr (`float`):
             Standard error of the difference.
         seconds (`float`):
-            Of training, per 1000 reward queries.
+            Seconds of training per 1000 reward queries.
     """
 
     task: str
@@ -169,13 +169,13 @@ class Result:
 
 
 def in_stderr(gain: float, stderr: float) -> float:
-    """A gain in its standard errors; 0 where no image differs, and the standard error is 0 too."""
+    """Divide a gain by its standard error; 0 if no image differs, where the standard error is 0 too."""
     return gain / stderr if gain else 0.0
 
 
 def read(run: Run) -> Result:
     """
-    The figures of a finished run.
+    Read the figures of a finished run.
 
     Raises:
         `ValueError`: If the run was made with other flags.
@@ -185,7 +185,7 @@ def read(run: Run) -> Result:
     names = {flag.removeprefix("--") for flag in run.flags if flag.startswith("--")} & config.keys()
     others = [f"{name}={summary['config'][name]}" for name in sorted(names) if summary["config"][name] != config[name]]
     if others:
-        raise ValueError(f"{run.folder} is of a run with other flags: {', '.join(others)}. Remove it.")
+        raise ValueError(f"{run.folder} was made with other flags: {', '.join(others)}. Remove it.")
     with (run.folder / METRICS_NAME).open(newline="") as file:
         rows = list(csv.DictReader(file))
     return Result(
@@ -206,12 +206,12 @@ def read(run: Run) -> Result:
 
 
 def digits(value: float) -> float:
-    """As many as anybody reads."""
+    """Round to six significant digits."""
     return float(f"{value:.6g}")
 
 
 def collect(runs: Sequence[Run]) -> dict[str, Any]:
-    """All that the page says and the curves show, for a JSON file; `results` has an entry for each run."""
+    """Collect all figures of the page and the curves for the JSON file; `results` has an entry for each run."""
     ends = [(run.folder / "summary.json").stat().st_mtime for run in runs]
     return {
         "date": datetime.date.fromtimestamp(max(ends)).isoformat(),
@@ -221,18 +221,18 @@ def collect(runs: Sequence[Run]) -> dict[str, Any]:
 
 
 def same(environments: Sequence[dict[str, str]]) -> dict[str, str]:
-    """By name what all runs had, or else all that there were."""
+    """Merge the environments of all runs; values that differ are joined."""
     return {name: ", ".join(sorted({environment[name] for environment in environments})) for name in environments[0]}
 
 
 def complete_seeds(runs: Iterable[Run]) -> list[Run]:
-    """The runs of the seeds that have all of theirs finished."""
+    """Return the runs of the seeds for which all runs are finished."""
     unfinished = {run.seed for run in runs if not is_finished(run.folder)}
     return [run for run in runs if run.seed not in unfinished]
 
 
 def band(curves: Sequence[Sequence[float]]) -> list[tuple[float, float, float]]:
-    """Lowest, mean and highest of each round: `(R, 3)`, of curves `(S, R)`, one for each seed."""
+    """Compute the lowest, mean and highest value of each round, `(R, 3)`, from one curve per seed, `(S, R)`."""
     return [(min(rewards), mean(rewards), max(rewards)) for rewards in zip(*curves, strict=True)]
 
 
@@ -240,17 +240,17 @@ def band(curves: Sequence[Sequence[float]]) -> list[tuple[float, float, float]]:
 
 
 def draw_curves(results: Sequence[Result], unit: str, path: Path) -> None:
-    """Reward of each round against reward queries: mean and range of the seeds, large enough to be read on a phone."""
+    """Draw the mean and range over seeds of the reward against reward queries, large enough to read on a phone."""
     figure = Figure(figsize=(4.6, 3.6), layout="constrained")
     axes = figure.add_subplot()
     for kind, seeds in by_kind(results).items():
         queries = seeds[0].queries
         lowest, middle, highest = zip(*band([result.reward for result in seeds]), strict=True)
-        axes.fill_between(queries, lowest, highest, color=COLOURS[kind], alpha=0.18, linewidth=0)
-        axes.plot(queries, middle, marker="o", markersize=3.5, color=COLOURS[kind], label=NAMES[kind])
+        axes.fill_between(queries, lowest, highest, color=COLORS[kind], alpha=0.18, linewidth=0)
+        axes.plot(queries, middle, marker="o", markersize=3.5, color=COLORS[kind], label=NAMES[kind])
     axes.set_xticks(queries)
     axes.set_xlabel("reward queries (images scored)")
-    axes.set_ylabel(f"reward of a round, {unit}")
+    axes.set_ylabel(f"mean reward per round, {unit}")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
     figure.legend(frameon=False, fontsize=9, loc="outside lower center", ncols=3)
@@ -258,12 +258,12 @@ def draw_curves(results: Sequence[Result], unit: str, path: Path) -> None:
 
 
 def by_kind(results: Sequence[Result]) -> dict[str, list[Result]]:
-    """The results of each kind, by seed."""
+    """Group the results by kind."""
     return {kind: [result for result in results if result.kind == kind] for kind in FLAGS}
 
 
 def draw_images(task: str, seed: int) -> None:
-    """Before, after IS and after SF: the same prompts and seeds, in pictures of a few columns each."""
+    """Draw images before training, after IS and after SF, with the same prompts and seeds."""
     folders = {"before": round_folder(Run(task, "is", seed).folder, 0)}
     for kind in ("is", "sf"):
         samples = Run(task, kind, seed).folder / SAMPLES_FOLDER
@@ -295,69 +295,70 @@ def images_name(task: str, index: int) -> str:
 PAGE_TEXT = """\
 # Results
 
-Written by `make results` from {runs} runs of the demo, the last of {date}. Their figures and curves are in
+Written by `make results` from {runs} runs of the demo, the last one on {date}. Their figures and curves are in
 `benchmarks/{file}`.
 {reading}
-## What was run
+## Runs
 
-Three rewards on the embedded pipeline, with the seeds {seeds}. For each both estimators of the paper, importance
-sampling with clipping (IS) and the score function (SF), and a control, with the rewards of a round shuffled among its
-images. Each run is this command,
+Three rewards on the embedded pipeline, with the seeds {seeds}; for each, both estimators of the paper, importance
+sampling with clipping (IS) and the score function (SF), and a control with the rewards of each round shuffled among
+its images. Each run is this command,
 
 ```bash
 {command}
 ```
 
-and what its kind adds:
+with the flags of its kind:
 
 {kinds}
 
-With `emoji_alignment` the learning rates are half of these. One update in place of four is four times as large.
+With `emoji_alignment` the learning rates are half of these. SF makes one update instead of four, with four times the
+learning rate.
 
 - **Curves** show the mean reward of the images that a round trains on. They are sampled before its updates: the first
-  point has learned nothing, the last, at {queries} queries, from {learned}. Lines are means of the seeds, bands reach
-  from the lowest seed to the highest.
-- **Evaluation** compares images of the same prompts and seeds before and after training, made with the pipeline's own
-  scheduler. A gain's standard error is that of the mean of one run's paired differences.
+  point is before any training, the last one, at {queries} queries, after training on {learned}. Lines are means over
+  the seeds; bands extend from the lowest to the highest seed.
+- **Evaluation** compares images of the same prompts and seeds before and after training, generated with the pipeline's
+  own scheduler. The standard error of a gain is that of the mean of one run's paired differences.
 - **Recognized** is the share of these images that are nearest to their own subject among all training images. No
-  reward knows of it.
-- **Images** are those of the first eight evaluation prompts, with seed {first_seed}; below each is its reward.
+  reward uses it.
+- **Images** are those of the first eight evaluation prompts, with seed {first_seed}, each with its reward below.
 
-The machine: {machine[device]}, {machine[platform]}, with Python {machine[python]}, torch {machine[torch]} and
+Machine: {machine[device]}, {machine[platform]}, with Python {machine[python]}, torch {machine[torch]} and
 diffusers {machine[diffusers]}.
 {tasks}
 ## Cost
 
-Seconds of training per 1000 reward queries, of the fastest seed:
+Seconds of training per 1000 reward queries, for the fastest seed:
 
 {cost}
 
-The runs were made several at a time, in one thread each, on a machine that had other work too. That only adds, hence
-the fastest; and take the ratios to IS, not the seconds. SF takes its gradients [while sampling](speed.md), IS
-afterwards.
+Several runs were made at a time, with one thread each, on a machine that was also doing other work. This can only add
+time, so the fastest seed is shown; compare the ratios to IS, not the seconds. SF computes its gradients
+[while sampling](speed.md), IS afterwards.
 """
 
-# Written by hand for the runs of this day. The figures are filled in; test_results.py checks what it says of them. The
-# page of other runs has none until they have been looked at.
+# Written by hand for the runs of this day. The figures are filled in; test_results.py checks the statements. The page
+# of other runs has no such section until someone writes it.
 READING_DATE = "2026-11-25"
 READING = """
-## What they show
+## Findings
 
-- **Both estimators learn all three rewards, with every seed**: each gain is {least} standard errors or more, and more
-  than that of any control with the same reward: {margins}. With incompressibility it is close: there
-  the bands of IS and of the control overlap.
-- **The control learns nothing, and does not stand still.** Its steps are as large as SF's, and the weights wander:
-  with the JPEG rewards by {jpeg_walk} standard errors; with alignment every seed fell, by {alignment_walk}. A
-  standard error is that of one run's images and knows nothing of such a walk: read gains beside those of the control.
-  (Of one seed the two JPEG controls are no separate trials. Their shuffles are the same and their rewards opposite,
-  and they moved the images in opposite directions. IS, with smaller steps, has no control of its own here.)
-- **SF's one large update brought more than IS's four small ones in all {pairs} pairs**, {ratios} times the gain from
-  the same queries. That is no verdict on the estimators: IS is clipped, and nothing but the factor of four relates the
-  learning rates.
-- **More was lost too**: of the images trained for compressibility {recognized_sf} are recognized after SF,
-  {recognized_is} after IS. [Pitfalls](pitfalls.md) has what comes next.
-- **Alignment is more than a trick on its reward**: a judge that had no part in it recognizes {judge_is} of all images
-  more after IS, {judge_sf} more after SF, and {judge_control} fewer after the control.
+- **Both estimators learn all three rewards with every seed.** Each gain is at least {least} standard errors, and
+  larger than that of any control with the same reward: {margins}. With incompressibility the
+  difference is small: the bands of IS and of the control overlap.
+- **The control learns nothing, but its weights drift**, because its steps are as large as SF's. With the JPEG rewards
+  its evaluation reward changed by {jpeg_walk} standard errors; with alignment every seed fell, by {alignment_walk}.
+  The standard error covers only the images of one run, not this drift: compare gains with those of the control. (The
+  two JPEG controls with the same seed are not independent. Their shuffles are the same and their rewards opposite, and
+  they moved the images in opposite directions. IS, with smaller steps, has no control of its own here.)
+- **SF's one large update gained more than IS's four small ones in all {pairs} pairs**, {ratios} times as much from the
+  same number of queries. This does not rank the estimators: IS is clipped, and the learning rates are related only by
+  the factor of four.
+- **SF also lost more**: of the images trained for compressibility, {recognized_sf} are recognized after SF,
+  {recognized_is} after IS. [Pitfalls](pitfalls.md) shows what happens next.
+- **Alignment does not only exploit its reward**: a measure that is not part of the reward recognizes more images after
+  IS (by {judge_is} of all images) and after SF (by {judge_sf}), and fewer after the control (by {judge_control}).
 """
 
 TASK_TEXT = """
@@ -365,7 +366,7 @@ TASK_TEXT = """
 
 `{task}`, in {unit}, evaluated on {images} images:
 
-![Mean reward of each round against reward queries, of IS, SF and SF with rewards shuffled]({curves})
+![Mean reward of each round against reward queries, for IS, SF and SF with rewards shuffled]({curves})
 
 {table}
 
@@ -376,7 +377,7 @@ TASK_TEXT = """
 
 
 def page(figures: dict[str, Any]) -> str:
-    """The documentation page of what [`collect`] returns."""
+    """Write the documentation page from the result of [`collect`]."""
     results = [Result(**entry) for entry in figures["results"]]
     seeds = sorted({result.seed for result in results})
     queries = results[0].queries
@@ -399,13 +400,13 @@ def page(figures: dict[str, Any]) -> str:
 
 
 def reading(tasks: dict[str, list[Result]]) -> str:
-    """The text on these runs, with their figures."""
+    """Fill the figures into `READING`."""
     kinds = {task: by_kind(results) for task, results in tasks.items()}
     learners = {task: [*some["is"], *some["sf"]] for task, some in kinds.items()}
     controls = {task: some["shuffled"] for task, some in kinds.items()}
     pairs = [pair for some in kinds.values() for pair in zip(some["is"], some["sf"], strict=True)]
     margins = [
-        f"{min(result.gain for result in learners[task]):+.3f} against {max(result.gain for result in some):+.3f} "
+        f"{min(result.gain for result in learners[task]):+.3f} versus {max(result.gain for result in some):+.3f} "
         f"{TASKS[task].unit}"
         for task, some in controls.items()
     ]
@@ -418,17 +419,17 @@ def reading(tasks: dict[str, list[Result]]) -> str:
         "alignment_walk": spread((-result.gain_in_stderr for result in controls["emoji_alignment"]), ".1f"),
         "pairs": f"{len(pairs)}",
         "ratios": spread((sf.gain / is_.gain for is_, sf in pairs), ".1f"),
-        "recognized_is": spread((100 * result.recognized_after for result in compressed["is"]), ".0f") + " %",
-        "recognized_sf": spread((100 * result.recognized_after for result in compressed["sf"]), ".0f") + " %",
-        "judge_is": spread((100 * result.recognized_gain for result in aligned["is"]), ".0f") + " %",
-        "judge_sf": spread((100 * result.recognized_gain for result in aligned["sf"]), ".0f") + " %",
-        "judge_control": spread((-100 * result.recognized_gain for result in aligned["shuffled"]), ".0f") + " %",
+        "recognized_is": spread((100 * result.recognized_after for result in compressed["is"]), ".0f") + "%",
+        "recognized_sf": spread((100 * result.recognized_after for result in compressed["sf"]), ".0f") + "%",
+        "judge_is": spread((100 * result.recognized_gain for result in aligned["is"]), ".0f") + "%",
+        "judge_sf": spread((100 * result.recognized_gain for result in aligned["sf"]), ".0f") + "%",
+        "judge_control": spread((-100 * result.recognized_gain for result in aligned["shuffled"]), ".0f") + "%",
     }
     return READING.format(**{name: text.replace("-", "−") for name, text in fields.items()})
 
 
 def spread(values: Iterable[float], form: str) -> str:
-    """The least and the largest."""
+    """Format the lowest and the highest value."""
     ordered = sorted(values)
     return f"{ordered[0]:{form}} to {ordered[-1]:{form}}"
 
@@ -438,7 +439,7 @@ def file_name(figures: dict[str, Any]) -> str:
 
 
 def shell(words: Sequence[str], width: int = 100) -> str:
-    """A command in lines that end in a backslash; a flag stays beside its value."""
+    """Break a command into lines that end in a backslash; a flag stays on the line of its value."""
     lines = [words[0]]
     for word, following in zip(words[1:], [*words[2:], ""], strict=True):
         needed = len(f" {word} {following}") if word.startswith("--") else len(f" {word}")
@@ -450,7 +451,7 @@ def shell(words: Sequence[str], width: int = 100) -> str:
 
 
 def kinds_table() -> list[str]:
-    lines = ["| | flags | updates a round |", "|---|---|---|"]
+    lines = ["| | flags | updates per round |", "|---|---|---|"]
     for kind in FLAGS:
         run = Run("jpeg_compressibility", kind, 0)
         updates, images = updates_of(run)
@@ -462,7 +463,7 @@ def kinds_table() -> list[str]:
 
 
 def updates_of(run: Run) -> tuple[int, int]:
-    """Updates of a round, and images of each."""
+    """Return the updates per round and the images per update."""
     config = parse_arguments(run.flags)[1]
     updates = config.num_mini_batches * config.num_ppo_epochs
     return updates, config.per_device_sample_batch_size * config.num_sample_batches // config.num_mini_batches
@@ -477,17 +478,17 @@ def task_section(task: str, results: Sequence[Result]) -> str:
         curves=f"images/{curves_name(task)}",
         table="\n".join(results_table(results)),
         pictures="\n".join(
-            f"![Images before training, after IS and after SF]({f'images/{images_name(task, index)}'})"
+            f"![Images before training, after IS and after SF](images/{images_name(task, index)})"
             for index in range(len(SHOWN))
         ),
     )
 
 
 def results_table(results: Sequence[Result]) -> list[str]:
-    """Means over the seeds, and what each seed has, in the order of the seeds."""
+    """Table of the means over seeds, and of the figures of each seed, in the order of the seeds."""
     lines = [
-        "| | evaluation reward | gain, lowest to highest seed | each seed's, in standard errors | recognized "
-        "| each seed's change, in standard errors |",
+        "| | evaluation reward | gain (lowest to highest seed) | gain of each seed, in standard errors | recognized "
+        "| change for each seed, in standard errors |",
         "|---|---|---|---|---|---|",
     ]
     for kind, seeds in by_kind(results).items():
@@ -499,7 +500,7 @@ def results_table(results: Sequence[Result]) -> list[str]:
             f"{before:.3f} → {after:.3f}",
             f"{mean(gains):+.3f} ({min(gains):+.3f} to {max(gains):+.3f})",
             ", ".join(f"{result.gain_in_stderr:+.1f}" for result in seeds),
-            f"{mean(known[0]):.0%} → {mean(known[1]):.0%}".replace("%", "\N{NO-BREAK SPACE}%"),
+            f"{mean(known[0]):.0%} → {mean(known[1]):.0%}",
             ", ".join(f"{result.recognized_gain_in_stderr:+.1f}" for result in seeds),
         ]
         lines.append(f"| {' | '.join(cells)} |".replace("-", "−"))
@@ -518,7 +519,7 @@ def cost_table(tasks: dict[str, list[Result]]) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--draw", action="store_true", help="make no run, draw the seeds that are finished")
+    parser.add_argument("--draw", action="store_true", help="start no run, draw the seeds that are finished")
     parser.add_argument("--try", action="store_true", dest="small", help="make one small run and no page")
     arguments = parser.parse_args()
     commands = {run.folder: run.flags for run in RUNS}
@@ -533,7 +534,7 @@ def main() -> None:
         return
     runs = complete_seeds(RUNS)
     if not runs:
-        raise SystemExit(f"No seed has all its runs in {KEPT}.")
+        raise SystemExit(f"{KEPT} has no seed for which all runs are finished.")
     figures = collect(runs)
     (FIGURES / file_name(figures)).write_text(json.dumps(figures, indent=1) + "\n")
     results = [Result(**entry) for entry in figures["results"]]

@@ -1,9 +1,9 @@
 """
-What the rewards with a model cost on a CPU: `python benchmarks/reward_cost.py`.
+CPU time of the rewards that use a model: `python benchmarks/reward_cost.py`.
 
-The networks have their published sizes and random weights, which cost as much as trained ones. Printed is the time per
-image, relative to `LaionAesthetic`, whose seconds stand beside it: on a shared machine only ratios taken in one run
-mean anything. `VLMJudge` is left out, because its cost is that of the model it is given.
+The networks have their published sizes and random weights, which cost as much as trained ones. Prints the time per
+image relative to `LaionAesthetic`, and that of `LaionAesthetic` in seconds: on a shared machine only ratios within one
+run are meaningful. `VLMJudge` is left out, because its cost depends on the model it is given.
 """
 
 import argparse
@@ -54,7 +54,7 @@ SO400M = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 2
 
 
 class FullLength:
-    """A tokenizer that makes as many tokens of every text as ImageReward reads."""
+    """Tokenizer that returns ImageReward's maximum number of tokens for every text."""
 
     def __call__(self, texts: list[str], **options: object) -> BatchEncoding:
         tokens = torch.ones(len(texts), MAX_TOKENS, dtype=torch.long)
@@ -98,10 +98,9 @@ def siglip() -> SiglipPredictor:
 
 
 def rewards() -> list[RewardModel]:
-    """With what they would load."""
+    """Create the rewards, with random networks instead of downloads."""
     large = clip(LARGE, BASE, 768)
-    text = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
-    huge = clip(HUGE, text, 1024)
+    huge = clip(HUGE, LARGE, 1024)
     ready: list[tuple[RewardModel, object]] = [
         (LaionAesthetic(), AestheticPredictor(clip=large, head=head(768))),
         (CLIPScore(), large),
@@ -136,7 +135,7 @@ def main() -> None:
             if repeat > 0:
                 seconds[type(reward).__name__].append(taken)
     unit = statistics.median(seconds["LaionAesthetic"])
-    print(f"LaionAesthetic: {unit:.2f} s an image on this machine")
+    print(f"LaionAesthetic: {unit:.2f} s per image on this machine")
     for name, values in seconds.items():
         print(f"{name:24} {statistics.median(values) / unit:6.2f}")
 

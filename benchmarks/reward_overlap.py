@@ -1,9 +1,9 @@
 """
-How much of the time of a reward is hidden behind sampling: `python benchmarks/reward_overlap.py`.
+Overlap of rewards and sampling: `python benchmarks/reward_overlap.py`.
 
-The reward waits for as long as a batch took to sample, as one that runs on another GPU or behind a network. Reward
-functions of a batch are computed while the next one is sampled, and several of them at the same time. Printed is the
-time from the first sample to the last reward, divided by the longer of sampling and rewards alone.
+The reward sleeps for as long as it takes to sample a batch, like a reward on another GPU or behind a network. The
+reward functions of a batch run in parallel, while the next batch is sampled. Prints the time from the first sample to
+the last reward, divided by the longer of sampling alone and rewards alone.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from rounds import emoji_trainer, log_of_a_round
 
 
 class Waiting:
-    """A reward that takes as long as it is told."""
+    """Reward that sleeps for `seconds`."""
 
     seconds = 0.0
 
@@ -31,14 +31,14 @@ def make_trainer(rewards: list[Waiting], batches: int) -> DDPOTrainer:
     return emoji_trainer(
         rewards,
         num_inference_steps=10,
-        sde_window_size=1,  # little to train on: this is about sampling
+        sde_window_size=1,  # little training: only sampling is measured
         num_sample_batches=batches,
         max_workers=len(rewards),
     )
 
 
 def sampling_and_waiting(trainer: DDPOTrainer) -> tuple[float, float]:
-    """Seconds of a round."""
+    """Run a round, and return the seconds of sampling and of waiting for rewards."""
     log = log_of_a_round(trainer)
     return log["time/sampling"], log["time/waiting_for_rewards"]
 
@@ -58,11 +58,11 @@ def main() -> None:
             alone, _ = sampling_and_waiting(trainer)
             Waiting.seconds = alone / arguments.batches
             sampling, waiting = sampling_and_waiting(trainer)
-            if repeat > 0:  # the first one warms up
+            if repeat > 0:  # the first is warm-up
                 ratios.append((sampling + waiting) / max(alone, Waiting.seconds * arguments.batches))
         print(
             f"{functions} reward function(s) that take as long as sampling: {statistics.median(ratios):.2f} of the "
-            f"longer of the two alone (from {min(ratios):.2f} to {max(ratios):.2f}); one after the other would be "
+            f"longer of the two alone (from {min(ratios):.2f} to {max(ratios):.2f}); without overlap it would be "
             f"{1 + functions:.2f}"
         )
 

@@ -1,4 +1,4 @@
-"""Shared parts of the benchmarks. Other trainers' environments import this file too, and have no ddpo_trl."""
+"""Shared parts of the benchmarks. Environments of other trainers, without ddpo_trl, import this file too."""
 
 import contextlib
 import datetime
@@ -10,7 +10,8 @@ import platform
 import shlex
 import subprocess
 import tempfile
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +23,17 @@ PROMPTS = ["cat face", "pizza", "tulip", "octopus"]
 GUIDANCE, LEARNING_RATE = 2.5, 1e-4
 
 
-# ---- A trainer's rounds ----
+# ---- Rounds of a trainer ----
 
 
 @functools.cache
 def runs_folder() -> tempfile.TemporaryDirectory[str]:
-    """Folder for the output of all runs of this process, removed when it ends."""
+    """Create the folder for the output of all runs of this process, removed when the process ends."""
     return tempfile.TemporaryDirectory(prefix="ddpo-trl-rounds-")
 
 
 def quiet_config(**settings: Any) -> Any:
-    """A `DDPOConfig` whose rounds print nothing and save only their record, to a folder of their own."""
+    """Create a `DDPOConfig` whose rounds print nothing and write only their record, to a separate folder."""
     from ddpo_trl import DDPOConfig
 
     quiet: dict[str, Any] = {
@@ -47,7 +48,7 @@ def quiet_config(**settings: Any) -> Any:
 
 
 def emoji_trainer(reward: Any, **settings: Any) -> Any:
-    """A trainer of the embedded pipeline, 8 images at a time, in two passes so that each phase has its own time."""
+    """Create a trainer of the embedded pipeline with batches of 8 and two passes, so that each phase is timed."""
     from diffusers.models.attention_processor import AttnProcessor
 
     from ddpo_trl import DDPOTrainer, load_emoji_pipeline
@@ -59,10 +60,17 @@ def emoji_trainer(reward: Any, **settings: Any) -> Any:
 
 
 def log_of_a_round(trainer: Any) -> dict[str, float]:
-    """Train and return the log of the first round."""
+    """Train, and return the log of the first round."""
     with contextlib.redirect_stdout(io.StringIO()):  # Trainer prints its logs
         trainer.train()
     return next(log for log in trainer.state.log_history if "reward" in log)
+
+
+def seconds_of(job: Callable[[], object]) -> float:
+    """Run a function, and return the seconds it took."""
+    start = time.perf_counter()
+    job()
+    return time.perf_counter() - start
 
 
 # ---- Processes ----
@@ -70,7 +78,7 @@ def log_of_a_round(trainer: Any) -> dict[str, float]:
 
 class Child:
     """
-    A process that answers lines on its standard input with lines of JSON on its standard output.
+    Process that answers each line on its standard input with a line of JSON on its standard output.
 
     Args:
         command (`Sequence[str]`):
@@ -81,7 +89,7 @@ class Child:
 
     def __init__(self, command: Sequence[str], environment: Mapping[str, str] | None = None):
         self.command = command
-        # A pipe that nobody reads would stop the process once it is full.
+        # A pipe that is not read would block the process once it is full.
         self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (it stays open until `end`)
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True, env=environment
@@ -108,7 +116,7 @@ class Child:
         return json.loads(line)
 
     def end(self) -> None:
-        """Close its standard input and wait until it ends."""
+        """Close the standard input of the process, and wait until it ends."""
         self.process.communicate()
         self.errors.close()
 
@@ -119,7 +127,7 @@ def resident_bytes() -> int:
 
 
 def machine() -> dict[str, str]:
-    """Date, hardware and versions, for figures that are kept."""
+    """Collect date, hardware and versions, for the JSON file."""
     from ddpo_trl.artifacts.environment import environment
 
     lines = Path("/proc/cpuinfo").read_text().splitlines()

@@ -1,14 +1,14 @@
 """
-How the cost of a round grows with its size: `make scaling`, 9 minutes with nothing beside them.
+Time and memory of a round as a function of its size: `make scaling`, 9 minutes with nothing else running.
 
-Rounds of the real trainer on the embedded pipeline, in one pass and in two, from a base point along one size at a
-time: samples, denoising steps, latents, LoRA rank. Rounds of all points are interleaved and their medians given
-relative to the base point, with the smallest and the largest. A straight line is fitted to each size, and the largest
-deviation from it printed. Start-up is not counted.
+Rounds of the real trainer on the embedded pipeline, with one pass and with two passes, varying one size at a time from
+a base point: samples, denoising steps, latents, LoRA rank. Rounds of all points are interleaved. Medians are reported
+relative to the base point, with minimum and maximum. A straight line is fitted to each size, and the largest deviation
+from it is printed. Startup is not included.
 
-One process and two share the same samples, with one thread each, so that a process has the same hardware in both; so
-have two trainers that know nothing of each other, with half of the samples each, which is what the machine itself can
-do. Writes outputs/scaling.json and outputs/scaling.png; dated copies stand in benchmarks/ and docs/images.
+The same samples are also computed by one process, by two processes, and by two independent trainers with half of the
+samples each, which shows what the machine allows. Each process has one thread and so the same hardware. Writes
+outputs/scaling.json and outputs/scaling.png; dated copies are in benchmarks/ and docs/images.
 """
 
 import argparse
@@ -34,12 +34,12 @@ from rounds import LEARNING_RATE, PROMPTS, ROOT, Child, machine, quiet_config, r
 
 
 PASSES = ("one pass", "two passes")
-PIXELS = 4  # a side, for each latent of the embedded pipeline
-ATTENTION = "aten::_scaled_dot_product_flash_attention_for_cpu"  # its backward pass: the same with _backward
+PIXELS = 4  # image pixels per latent position of the embedded pipeline, along each side
+ATTENTION = "aten::_scaled_dot_product_flash_attention_for_cpu"  # its backward pass has the suffix _backward
 
 
 class Point(NamedTuple):
-    """The size of a round; `side` is that of the latents."""
+    """Size of a round; `side` is the width and height of the latents."""
 
     samples: int = 8
     steps: int = 4
@@ -49,14 +49,14 @@ class Point(NamedTuple):
 
 
 class Axis(NamedTuple):
-    """A size that is varied, and the points by the number on the axis."""
+    """A varied size, and its points by their position on the axis."""
 
     title: str
     points: dict[int, Point]
 
 
 class Team(NamedTuple):
-    """Processes that run a round at once, each on its share of the samples: of one trainer, or with trainers apart."""
+    """Processes that share the samples of a round, as one run (`together`) or with independent trainers."""
 
     processes: int
     threads: int
@@ -65,12 +65,12 @@ class Team(NamedTuple):
 
 BASE = Point()
 AXES = {
-    "samples": Axis("samples a round", {size: BASE._replace(samples=size) for size in (8, 16, 24, 32)}),
+    "samples": Axis("samples per round", {size: BASE._replace(samples=size) for size in (8, 16, 24, 32)}),
     "steps": Axis("denoising steps", {size: BASE._replace(steps=size) for size in (2, 4, 8, 12)}),
     "latents": Axis("latent positions", {side**2: BASE._replace(side=side) for side in (8, 16, 24, 32)}),
     "rank": Axis("LoRA rank", {size: BASE._replace(rank=size) for size in (2, 4, 16, 64)}),
 }
-SHARED = BASE._replace(batch_size=4)  # by two processes
+SHARED = BASE._replace(batch_size=4)  # so that two processes can share it
 TEAMS = {
     "one process": Team(1, threads=1),
     "two processes": Team(2, threads=1),
@@ -78,11 +78,11 @@ TEAMS = {
 }
 
 
-# ---- What runs in processes of its own ----
+# ---- Child processes ----
 
 
 def make_config(point: Point, one_pass: bool, processes: int = 1) -> Any:
-    """Of one round, of which each process has its share."""
+    """Create the config of one round that is divided among the processes."""
     return quiet_config(
         output_dir=os.path.join(os.environ["RUNS_FOLDER"], f"{'-'.join(map(str, point))}-{one_pass}"),
         use_cpu=True,
@@ -99,7 +99,7 @@ def make_config(point: Point, one_pass: bool, processes: int = 1) -> Any:
 
 @functools.cache
 def pipeline_of(rank: int, one_pass: bool) -> Any:
-    """Shared by the trainers of other sizes, not by those of the other passes: DDP leaves hooks on the weights."""
+    """Load a pipeline for trainers of all sizes, one per number of passes: DDP leaves hooks on the weights."""
     from ddpo_trl import load_emoji_pipeline
     from ddpo_trl.policy.lora import add_adapter, default_lora_config
 
@@ -112,7 +112,7 @@ def pipeline_of(rank: int, one_pass: bool) -> Any:
 
 
 class Rounds:
-    """A trainer's rounds, as often as one is asked for."""
+    """A trainer that runs one round per request."""
 
     def __init__(self, point: Point, passes: str, processes: int):
         from transformers import TrainerCallback
@@ -132,29 +132,29 @@ class Rounds:
         config, pipeline = make_config(point, one_pass, processes), pipeline_of(point.rank, one_pass)
         self.trainer = DDPOTrainer(config, brightness, PROMPTS, pipeline, callbacks=[self.stopwatch])
         if self.trainer.plan.one_pass != one_pass:
-            raise RuntimeError(f"{point} is not trained in {passes}: {self.trainer.plan.one_pass_disabled_reason}")
+            raise RuntimeError(f"{point} is not trained with {passes}: {self.trainer.plan.one_pass_disabled_reason}")
 
     def planned(self) -> float:
-        """MiB that the plan says are kept of a round on this process."""
+        """Return the planned MiB of a round's samples on this process."""
         return self.trainer.plan.rollout_bytes / 2**20
 
     def seconds(self) -> float:
-        """What a round takes."""
+        """Measure the seconds of a round."""
         self.trainer.train()
         return self.stopwatch.seconds
 
     def peak(self) -> float:
-        """MiB that a round adds to what is resident before it, at most. Linux."""
+        """Measure the peak MiB that a round adds to the resident memory before it; Linux only."""
         gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)  # or the round would live on what earlier ones have left
+        ctypes.CDLL(None).malloc_trim(0)  # otherwise the round would reuse memory that earlier ones freed
         before = resident_bytes()
-        Path("/proc/self/clear_refs").write_text("5")  # forgets the peak
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
         self.trainer.train()
         status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
         return int(status["VmHWM"].split()[0]) / 2**10 - before / 2**20
 
     def attention(self) -> float:
-        """Share of a round's time in the products of attention: queries with keys, weights with values."""
+        """Measure the share of a round's time that is spent in scaled dot-product attention."""
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as profile:
             seconds = self.seconds()
         taken = {event.key: event.self_cpu_time_total / 1e6 for event in profile.key_averages()}
@@ -170,7 +170,7 @@ FIGURES: dict[str, Callable[[Rounds], float]] = {
 
 
 def serve(points: Sequence[Point], processes: int) -> None:
-    """Runs in a child: a figure of a point for each line on the standard input."""
+    """Answer each line on the standard input with a figure; runs in a child process."""
     answers = sys.stdout
     with contextlib.redirect_stdout(io.StringIO()):  # Trainer prints its logs
         trainers = {(point, passes): Rounds(point, passes, processes) for point in points for passes in PASSES}
@@ -180,11 +180,11 @@ def serve(points: Sequence[Point], processes: int) -> None:
             print(FIGURES[figure](trainers[points[index], passes]), file=answers, flush=True)
 
 
-# ---- How they are asked ----
+# ---- Measurement ----
 
 
 class Children:
-    """The processes of a team, with a trainer for each point and number of passes."""
+    """Processes of a team, with a trainer for each point and number of passes."""
 
     def __init__(self, team: Team, points: Sequence[Point]):
         self.points = list(points)
@@ -195,12 +195,12 @@ class Children:
         self.processes = [Child(command, environment) for environment in environments(team)]
 
     def wait(self) -> None:
-        """Until they are ready."""
+        """Wait until all processes are ready."""
         for process in self.processes:
             process.answer()
 
     def figure(self, name: str, point: Point, passes: str) -> float:
-        """That of the process where it is largest. All begin at once."""
+        """Request a figure from all processes at once, and return the largest."""
         for process in self.processes:
             process.ask(json.dumps([name, self.points.index(point), passes]))
         return max(process.answer() for process in self.processes)
@@ -211,14 +211,14 @@ class Children:
 
 
 def environments(team: Team) -> list[dict[str, str]]:
-    """Those of its processes. What `accelerate launch` sets makes them one, by gloo on the CPU."""
+    """Build the environment of each process, with the variables of `accelerate launch` if they form one run (gloo)."""
     common = {
         **os.environ,
         "OMP_NUM_THREADS": str(team.threads),
         "OMP_WAIT_POLICY": "PASSIVE",
         "TRANSFORMERS_VERBOSITY": "error",
         "TORCH_CPP_LOG_LEVEL": "ERROR",
-        "KINETO_LOG_LEVEL": "99",  # the profiler tells of each start and stop
+        "KINETO_LOG_LEVEL": "99",  # the profiler logs each start and stop
     }
     folders = [{"RUNS_FOLDER": tempfile.mkdtemp(dir=runs_folder().name)} for _ in range(team.processes)]
     if team.processes == 1 or not team.together:
@@ -226,23 +226,23 @@ def environments(team: Team) -> list[dict[str, str]]:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = str(server.getsockname()[1])
     together = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(team.processes)}
-    together |= {"ACCELERATE_USE_CPU": "true", **folders[0]}  # processes of a run have one folder
+    together |= {"ACCELERATE_USE_CPU": "true", **folders[0]}  # processes of a run share a folder
     return [{**common, **together, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(team.processes)]
 
 
 class Subject(NamedTuple):
-    """What is measured: a point, who runs it, and whether the share of attention is of interest."""
+    """A point to measure, its processes, and whether to measure the share of attention."""
 
     children: Children
     point: Point
     attention: bool = False
 
 
-Figures = dict[str, dict[str, list[float]]]  # of a subject: by passes and name
+Figures = dict[str, dict[str, list[float]]]  # of one subject, by passes and name
 
 
 def measure(subjects: Sequence[Subject], repeats: int) -> list[Figures]:
-    """All figures of each subject; the first rounds measure memory, and warm up."""
+    """Measure all figures of each subject; the first rounds measure memory and are warm-up."""
     found: list[Figures] = [{passes: {name: [] for name in FIGURES} for passes in PASSES} for _ in subjects]
     for name in (*FIGURES, *["seconds"] * (repeats - 1)):
         for subject, figures in zip(subjects, found, strict=True):
@@ -252,7 +252,7 @@ def measure(subjects: Sequence[Subject], repeats: int) -> list[Figures]:
 
 
 def run_all(axes: Sequence[str], repeats: int) -> tuple[dict[str, dict[str, Figures]], dict[str, Figures]]:
-    """Figures by axis and its numbers, and by team."""
+    """Measure everything; returns the figures by axis and position, and the figures by team."""
     points = list(dict.fromkeys(point for axis in axes for point in AXES[axis].points.values()))
     alone = Children(Team(1, torch.get_num_threads()), points)
     teams = {name: Children(team, [SHARED]) for name, team in TEAMS.items()}
@@ -269,11 +269,11 @@ def run_all(axes: Sequence[str], repeats: int) -> tuple[dict[str, dict[str, Figu
     return by_axis, dict(zip(teams, found[len(places) :], strict=True))
 
 
-# ---- What is made of it ----
+# ---- Summary ----
 
 
 class Line(NamedTuple):
-    """y = start + slope · x, and the largest deviation of a point from it, as a share of the point's y."""
+    """y = start + slope · x, and the largest deviation of a point from it, relative to the point's y."""
 
     start: float
     slope: float
@@ -282,18 +282,18 @@ class Line(NamedTuple):
 
 def fit_line(xs: Sequence[float], ys: Sequence[float]) -> Line:
     """
-    The straight line with the least squares.
+    Fit a straight line by least squares.
 
     Args:
         xs, ys (`Sequence[float]` of length `N` >= 2):
-            The points; y > 0.
+            Coordinates of the points; y > 0.
     """
     slope, start = statistics.linear_regression(xs, ys)
     return Line(start, slope, max(abs(start + slope * x - y) / y for x, y in zip(xs, ys, strict=True)))
 
 
 def summary(figures: Figures, base: dict[str, float]) -> dict[str, dict[str, float]]:
-    """Of a point, by passes: time relative to the base point's median, MiB, and the share of attention if known."""
+    """Summarize a point by passes: time relative to the base, MiB, and the share of attention if it was measured."""
     summaries: dict[str, dict[str, float]] = {}
     for passes, values in figures.items():
         times = [seconds / base[passes] for seconds in values["seconds"]]
@@ -310,7 +310,7 @@ def summary(figures: Figures, base: dict[str, float]) -> dict[str, dict[str, flo
 
 
 def base_seconds(figures: Sequence[Figures]) -> dict[str, float]:
-    """By passes, the median of all rounds of a point that was measured on several axes."""
+    """Compute the median by passes of all rounds of a point that was measured on several axes."""
     return {
         passes: statistics.median([seconds for each in figures for seconds in each[passes]["seconds"]])
         for passes in PASSES
@@ -334,7 +334,7 @@ def summarize(by_axis: dict[str, dict[str, Figures]], by_team: dict[str, Figures
 
 
 def lines_of(points: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """By passes; where the share of attention is known, of the rest of the time as well."""
+    """Fit a line for each number of passes, and for the time without attention if that was measured."""
     numbers = [float(number) for number in points]
     lines = {}
     for passes in PASSES:
@@ -347,7 +347,7 @@ def lines_of(points: dict[str, Any]) -> dict[str, dict[str, float]]:
     return lines
 
 
-# ---- How it is shown ----
+# ---- Table and picture ----
 
 
 HEADINGS = (*PASSES, "kept, MiB: one, two", "peak, MiB: one, two")
@@ -358,7 +358,7 @@ def show(results: dict[str, Any]) -> None:
     from rich.table import Table
 
     console = Console(width=119)
-    table = Table(title=f"a round, base point = 1: {described(results['base'])}")
+    table = Table(title=f"time per round, base point = 1: {described(results['base'])}")
     for heading in ("", "", *HEADINGS):
         table.add_column(heading, justify="right")
     for axis in results["axes"].values():
@@ -369,15 +369,15 @@ def show(results: dict[str, Any]) -> None:
     for axis in results["axes"].values():
         for name, line in axis["lines"].items():
             print(
-                f"{axis['title']:<17} {name:<29} {line['start']:.3f} + {line['slope']:.5f} x, off by at most "
-                f"{line['deviation']:.1%}"
+                f"{axis['title']:<17} {name:<29} {line['start']:.3f} + {line['slope']:.5f} x, largest "
+                f"deviation {line['deviation']:.1%}"
             )
         for number, summaries in axis["points"].items():
             if shares := [
                 f"{each['attention_share']:.1%}" for each in summaries.values() if "attention_share" in each
             ]:
                 print(f"{axis['title']:<17} {number}: attention takes {' and '.join(shares)}")
-    table = Table(title=f"the same samples, one thread a process, one process = 1: {described(results['shared'])}")
+    table = Table(title=f"the same samples, one thread per process, one process = 1: {described(results['shared'])}")
     for heading in ("", *HEADINGS):
         table.add_column(heading, justify="right")
     for name, summaries in results["processes"].items():
@@ -402,7 +402,7 @@ def cells(summaries: dict[str, dict[str, float]]) -> list[str]:
     ]
 
 
-COLOURS = {"one pass": "#1a7f37", "two passes": "#1f6feb"}
+COLORS = {"one pass": "#1a7f37", "two passes": "#1f6feb"}
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
@@ -424,33 +424,33 @@ def draw(results: dict[str, Any], path: Path) -> None:
         axes.grid(alpha=0.25)
         axes.set_ylim(bottom=0)
         axes.tick_params(labelsize=10)
-    figure.supylabel("time of a round, relative", fontsize=12)
+    figure.supylabel("relative time per round", fontsize=12)
     save(figure, path)
 
 
 def draw_axis(axes: Any, axis: dict[str, Any]) -> None:
     numbers = [int(number) for number in axis["points"]]
-    for passes, colour in COLOURS.items():
+    for passes, color in COLORS.items():
         each = [summaries[passes] for summaries in axis["points"].values()]
         times = [point["ratio"] for point in each]
         errors = [[p["ratio"] - p["from"] for p in each], [p["to"] - p["ratio"] for p in each]]
-        axes.errorbar(numbers, times, errors, fmt="o", ms=5, capsize=3, color=colour, label=passes)
+        axes.errorbar(numbers, times, errors, fmt="o", ms=5, capsize=3, color=color, label=passes)
         line = axis["lines"][passes]
         ends = [0, max(numbers)]
-        axes.plot(ends, [line["start"] + line["slope"] * x for x in ends], color=colour, lw=1, label=f"{passes}, line")
+        axes.plot(ends, [line["start"] + line["slope"] * x for x in ends], color=color, lw=1, label=f"{passes}, line")
     axes.set_xlabel(axis["title"], fontsize=12)
     axes.set_xlim(left=0)
     axes.set_xticks(numbers if numbers[1] > max(numbers) / 8 else [numbers[0], *numbers[2:]])
 
 
 def draw_processes(axes: Any, teams: dict[str, dict[str, dict[str, float]]]) -> None:
-    for shift, (passes, colour) in zip((-0.03, 0.03), COLOURS.items(), strict=True):
+    for shift, (passes, color) in zip((-0.03, 0.03), COLORS.items(), strict=True):
         each = [teams[name][passes] for name in ("one process", "two processes")]
         times = [team["ratio"] for team in each]
         errors = [[t["ratio"] - t["from"] for t in each], [t["to"] - t["ratio"] for t in each]]
-        axes.errorbar([1 + shift, 2 + shift], times, errors, fmt="o", ms=5, capsize=3, color=colour)
+        axes.errorbar([1 + shift, 2 + shift], times, errors, fmt="o", ms=5, capsize=3, color=color)
         apart = teams["two trainers apart"][passes]["ratio"]
-        axes.plot(2 + shift, apart, "x", markersize=8, color=colour, label=f"{passes}, two trainers apart")
+        axes.plot(2 + shift, apart, "x", markersize=8, color=color, label=f"{passes}, two trainers apart")
     axes.plot([1, 2], [1, 0.5], color="#6e7781", lw=1, ls="--", label="half the time")
     axes.set_xlabel("processes, one thread each", fontsize=12)
     axes.set_xticks([1, 2])
@@ -460,9 +460,9 @@ def draw_processes(axes: Any, teams: dict[str, dict[str, dict[str, float]]]) -> 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--axes", nargs="+", choices=list(AXES), default=list(AXES))
-    parser.add_argument("--repeats", type=int, default=3, help="rounds of each point that are timed")
+    parser.add_argument("--repeats", type=int, default=3, help="timed rounds per point")
     parser.add_argument("--output", type=Path, default=ROOT / "outputs" / "scaling.json")
-    parser.add_argument("--shown", type=Path, help="measures nothing, shows and draws an earlier output")
+    parser.add_argument("--shown", type=Path, help="show and draw an earlier output, without measuring")
     parser.add_argument("--points", type=json.loads, help=argparse.SUPPRESS)
     parser.add_argument("--processes", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()

@@ -1,8 +1,8 @@
 """
-What a round costs by the size of its SDE window: `python benchmarks/sde_window.py`.
+Time per round for several sizes of the SDE window: `python benchmarks/sde_window.py`.
 
-The sizes are interleaved and the medians of several rounds are printed, relative to training on all steps, since only
-ratios taken in one run mean anything on a shared machine.
+The sizes are interleaved and the medians of several rounds are printed, relative to training on all steps, because on
+a shared machine only ratios within one run are meaningful.
 """
 
 import argparse
@@ -24,7 +24,7 @@ def make_trainer(window: int | None, steps: int) -> DDPOTrainer:
 
 
 def seconds_of_a_round(trainer: DDPOTrainer) -> tuple[float, float]:
-    """Sampling and training."""
+    """Run a round, and return the seconds of sampling and of training."""
     log = log_of_a_round(trainer)
     return log["time/sampling"], log["time/training"]
 

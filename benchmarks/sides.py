@@ -1,5 +1,5 @@
 """
-The two sides of a comparison with TRL 0.23.1: the pipelines that both read, and a trainer of each side.
+The two sides of a comparison with TRL 0.23.1: the pipelines that both load, and a trainer for each side.
 
 TRL's environment, with transformers 4 and without ddpo_trl, imports this file too.
 """
@@ -15,7 +15,7 @@ from rounds import GUIDANCE, LEARNING_RATE, PROMPTS, ROOT, quiet_config
 
 
 class Case(NamedTuple):
-    """A pipeline and the size of a round on it."""
+    """A pipeline, and the size of a round with it."""
 
     title: str
     batch_size: int
@@ -33,16 +33,16 @@ CASES = {
 
 
 def pipeline_folder(case: str) -> Path:
-    """Folder that `save_pipeline` writes and both sides load."""
+    """Return the folder that `save_pipeline` writes and both sides load."""
     return ROOT / "build" / "bench" / case
 
 
 def save_pipeline(case: str) -> None:
     """
-    Write the pipeline of a case in files that transformers 4 and 5 read alike.
+    Save the pipeline of a case in files that both transformers 4 and 5 can load.
 
-    transformers 5 saves a tokenizer without the two files that transformers 4 reads, and a text encoder without the
-    prefix of its weights that transformers 4 looks for: it would start with random ones.
+    transformers 5 saves tokenizers without the two files that transformers 4 reads, and text encoders without the
+    prefix that transformers 4 expects in the names of weights: it would start from random weights.
     """
     from safetensors.torch import save_file
 
@@ -59,7 +59,7 @@ def save_pipeline(case: str) -> None:
 
 
 def random_stable_diffusion(parts: Any) -> Any:
-    """A narrow Stable Diffusion 1.5 with random weights, and the tokenizer and text encoder of another pipeline."""
+    """Create a narrow Stable Diffusion 1.5 with random weights and the tokenizer and text encoder of `parts`."""
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 
     torch.manual_seed(0)
@@ -98,7 +98,7 @@ def random_stable_diffusion(parts: Any) -> Any:
 
 
 def load(case: str) -> Any:
-    """Load what `save_pipeline` wrote."""
+    """Load the pipeline that `save_pipeline` wrote."""
     from diffusers import StableDiffusionPipeline
 
     pipeline = StableDiffusionPipeline.from_pretrained(pipeline_folder(case))
@@ -110,7 +110,7 @@ def load(case: str) -> Any:
 
 
 def brightness(images: Tensor, prompts: tuple[str, ...], metadata: tuple[Any, ...]) -> tuple[Tensor, dict[str, Any]]:
-    """In the signature of TRL 0.23.1, which ddpo_trl takes too."""
+    """Mean pixel value, with the signature of TRL 0.23.1, which ddpo_trl accepts too."""
     return images.flatten(1).mean(1), {}
 
 
@@ -133,7 +133,7 @@ def our_trainer(case: str, sizes: Case, rounds: int, callbacks: Sequence[Any] = 
 def their_trainer(case: str, sizes: Case, learning_rate: float = LEARNING_RATE, max_grad_norm: float = 1.0) -> Any:
     from accelerate import PartialState
 
-    PartialState(cpu=True)  # TRL 0.23.1's pipeline can't be made without
+    PartialState(cpu=True)  # required by TRL 0.23.1's pipeline
     from trl import DDPOConfig, DDPOTrainer, DefaultDDPOStableDiffusionPipeline
 
     config = DDPOConfig(

@@ -1,9 +1,9 @@
 """
-How much of the gradient each denoising step is, on the embedded pipeline: `python benchmarks/timestep_share.py`.
+Share of each denoising step in the gradient, on the embedded pipeline: `python benchmarks/timestep_share.py`.
 
-With advantages of variance 1 that don't depend on the step, the expected square of the gradient's norm is the sum
-over steps and samples of ‖∇log π‖². Printed is each step's part of it, with its σ: late steps of a short schedule have
-a tiny σ and outweigh all others, which is what `train_timestep_range` is for.
+With advantages of variance 1 that don't depend on the step, the expected squared norm of the gradient is the sum over
+steps and samples of ‖∇log π‖². Prints the share of each step and its σ: late steps of a short schedule have a tiny σ
+and outweigh all others; `train_timestep_range` excludes them.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from rounds import quiet_config
 
 
 def shares(steps: int, samples: int, guidance_scale: float) -> tuple[list[float], list[float]]:
-    """Standard deviation and part of the squared norm of each step."""
+    """Return the standard deviation and the share of the squared norm of each step."""
     config = quiet_config(use_cpu=True, num_inference_steps=steps, guidance_scale=guidance_scale)
     torch.manual_seed(0)
     pipeline = load_emoji_pipeline()
@@ -46,11 +46,11 @@ def main() -> None:
     parser.add_argument("--guidance_scale", type=float, default=2.5)
     arguments = parser.parse_args()
     for steps in arguments.steps:
-        table = Table("step", "σ", "part", title=f"{steps} steps, {arguments.samples} samples")
-        for step, (std, part) in enumerate(
+        table = Table("step", "σ", "share", title=f"{steps} steps, {arguments.samples} samples")
+        for step, (std, share) in enumerate(
             zip(*shares(steps, arguments.samples, arguments.guidance_scale), strict=True)
         ):
-            table.add_row(str(step), f"{std:.3g}", f"{part:.1%}")
+            table.add_row(str(step), f"{std:.3g}", f"{share:.1%}")
         Console().print(table)
 
 

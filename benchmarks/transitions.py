@@ -1,10 +1,10 @@
 """
-Which transitions to train on: reward against time, `python benchmarks/transitions.py`.
+Choice of the transitions to train on, reward against time: `python benchmarks/transitions.py`.
 
-The demo's task with several choices of the transitions that are trained on, three seeds each, at the same number of
-reward queries; and what a round costs with each choice, in rounds that take turns. Half an hour on two cores. Runs are
-kept in outputs/transitions: one that is finished is not made again. Figures go to benchmarks/transitions-DATE.json.
-`--cost` measures the cost only; nothing should run beside it.
+Compares several choices of the trained transitions on the demo's task, with three seeds each and the same number of
+reward queries, and the time per round of each choice, in interleaved rounds. Takes half an hour on two cores. Finished
+runs are kept in outputs/transitions and not repeated. Writes benchmarks/transitions-DATE.json. `--cost` measures only
+the time, which needs a machine with nothing else running.
 """
 
 import argparse
@@ -34,7 +34,7 @@ COMMON = [
 
 
 class Choice(NamedTuple):
-    """Of the transitions to train on."""
+    """A choice of the transitions to train on."""
 
     title: str
     flags: list[str]
@@ -43,11 +43,11 @@ class Choice(NamedTuple):
 # The sampler has five steps. The demo trains on the first three.
 CHOICES = {
     "all": Choice("all 5 steps", ["--train_timestep_range", "0", "1"]),
-    "std": Choice("all 5 steps, weighed by σ", ["--train_timestep_range", "0", "1", "--transition_weighting", "std"]),
+    "std": Choice("all 5 steps, weighted by σ", ["--train_timestep_range", "0", "1", "--transition_weighting", "std"]),
     "first": Choice("the first 3", []),
-    "fraction": Choice("1 of the first 3, drawn anew each time", ["--timestep_fraction", "0.34"]),
+    "fraction": Choice("1 of the first 3, drawn again each time", ["--timestep_fraction", "0.34"]),
     "window": Choice(
-        "2 of the first 3 in a row, noise in them only", ["--sde_window_size", "2", "--sde_window_strategy", "random"]
+        "2 adjacent of the first 3, noise only in them", ["--sde_window_size", "2", "--sde_window_strategy", "random"]
     ),
 }
 BASE = "first"
@@ -57,21 +57,21 @@ def folder(choice: str, seed: int) -> Path:
     return KEPT / f"{choice}-{seed}"
 
 
-# ---- What is learned ----
+# ---- Reward ----
 
 
 def learned(choice: str) -> dict[str, list[float]]:
-    """Figures of each seed."""
+    """Return the figures of each seed."""
     summaries = [json.loads((folder(choice, seed) / "summary.json").read_text()) for seed in SEEDS]
     names = ("eval_reward_gain", "eval_reward_gain_stderr", "recognized_after")
     return {name: [summary[name] for summary in summaries] for name in names}
 
 
-# ---- What it costs ----
+# ---- Time ----
 
 
 def small_trainer(flags: Sequence[str]) -> DDPOTrainer:
-    """The demo's trainer for a round of 32 images and two updates, one after the other at the same cost per image."""
+    """Create the demo's trainer for a round of 32 images with two updates, at the demo's cost per image."""
     sizes = ["--num_train_epochs", "1", "--num_sample_batches", "2", "--num_mini_batches", "2"]
     quiet = ["--disable_tqdm", "true", "--log_images_rounds", "0", "--output_dir", str(KEPT / "cost")]
     arguments, config = parse_arguments([*COMMON, *flags, *sizes, *quiet])
@@ -84,7 +84,7 @@ def seconds_of_a_round(trainer: DDPOTrainer) -> float:
 
 
 def costs(repeats: int) -> dict[str, list[float]]:
-    """Time of a round with each choice, relative to the round of `BASE` of the same turn."""
+    """Measure the time per round of each choice, relative to the round of `BASE` in the same repeat."""
     trainers = {name: small_trainer(choice.flags) for name, choice in CHOICES.items()}
     relative: dict[str, list[float]] = {name: [] for name in CHOICES}
     for repeat in range(repeats + 1):
@@ -99,7 +99,7 @@ def costs(repeats: int) -> dict[str, list[float]]:
 
 def show(figures: dict[str, Any]) -> None:
     table = Table(title=f"{TASK}, {figures['reward_queries']} reward queries, seeds {', '.join(map(str, SEEDS))}")
-    for heading in ("trained on", "gain", "of each seed", "recognized", "a round's time", "gain per time"):
+    for heading in ("trained on", "gain", "each seed", "recognized", "time per round", "gain per time"):
         table.add_column(heading, justify="left" if heading == "trained on" else "right")
     for name, values in figures["choices"].items():
         gains = values["eval_reward_gain"]
@@ -115,7 +115,7 @@ def show(figures: dict[str, Any]) -> None:
 
 
 def collect(repeats: int) -> dict[str, Any]:
-    """All figures."""
+    """Collect all figures for the JSON file."""
     relative = costs(repeats)
     choices: dict[str, dict[str, Any]] = {}
     for name, choice in CHOICES.items():
@@ -136,8 +136,8 @@ def collect(repeats: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=5, help="rounds of each choice that count, for the cost")
-    parser.add_argument("--cost", action="store_true", help="measure the cost only")
+    parser.add_argument("--repeats", type=int, default=5, help="timed rounds per choice")
+    parser.add_argument("--cost", action="store_true", help="measure only the time per round")
     arguments = parser.parse_args()
     if arguments.cost:
         return print(json.dumps(costs(arguments.repeats), indent=2))

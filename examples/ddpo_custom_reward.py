@@ -1,5 +1,5 @@
 """
-DDPO with a reward function of your own, on the embedded pipeline and on a CPU.
+DDPO with a custom reward function, on the embedded pipeline and a CPU.
 
 ```bash
 python examples/ddpo_custom_reward.py
@@ -16,7 +16,7 @@ PROMPTS = ["cat face", "pizza", "tulip", "octopus", "frog", "penguin", "hamburge
 
 
 def redness(images, prompts, metadata):
-    """How much more red than green and blue an image has, in [-1, 1]."""
+    """Mean red value of each image minus the mean of green and blue, in [-1, 1]."""
     return images[:, 0].mean((1, 2)) - images[:, 1:].mean((1, 2, 3))
 
 

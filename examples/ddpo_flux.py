@@ -1,17 +1,17 @@
 """
-FLUX.1-dev, flow matching: the SDE of Flow-GRPO gives it noise, and only in a window of steps, as in MixGRPO.
+FLUX.1-dev, a flow-matching model: the SDE of Flow-GRPO adds noise, but only in a window of steps, as in MixGRPO.
 
 ```bash
 python examples/ddpo_flux.py                  # one GPU with 80 GB
 python examples/ddpo_flux.py --sde_type cps   # Flow-CPS: images stay cleaner
 
-# On a CPU, with nothing to download: the emoji pipeline. It denoises by DDIM: `noise_level` and `sde_type` have no
-# part in it, the window does.
+# On a CPU, without a download: the emoji pipeline. It uses DDIM: the window has an effect, `noise_level` and
+# `sde_type` do not.
 python examples/ddpo_flux.py --embedded --guidance_scale 4 --num_train_epochs 5
 ```
 
-FLUX.1-dev's guidance is an input of the network, not a second pass; 3.5 is what it is used with. The latents have
-16 x 64 x 64 numbers at 512 x 512, and the clip range goes with that: see `cliprange` in DDPOConfig.
+FLUX.1-dev's guidance is an input of the network, not a second pass; 3.5 is its usual value. The latents have
+16 x 64 x 64 numbers at 512 x 512, and the clip range depends on that: see `cliprange` in DDPOConfig.
 """
 
 from dataclasses import dataclass, field

@@ -1,16 +1,16 @@
 """
-Stable Diffusion 3.5 learns to write: the reward is what text recognition can read (needs `pip install ddpo_trl[ocr]`).
+Legible text with Stable Diffusion 3.5: the reward is the accuracy of text recognition (`pip install ddpo_trl[ocr]`).
 
 ```bash
 python examples/ddpo_ocr.py
 
-# On a CPU, with nothing to download: the emoji pipeline. It can't write, and won't learn to: this shows that all is in
-# place, the text recognition included.
+# On a CPU, without a download: the emoji pipeline. It can't learn to write; this checks the installation, including
+# text recognition.
 python examples/ddpo_ocr.py --embedded --num_inference_steps 10 --num_train_epochs 2
 ```
 
-The text rendering task of Flow-GRPO (https://huggingface.co/papers/2505.05470). What is asked for stands in the prompt
-in double quotation marks, or in the metadata under "text", as here.
+The text rendering task of Flow-GRPO (https://huggingface.co/papers/2505.05470). The requested text is in double
+quotation marks in the prompt, or in the metadata under "text", as here.
 """
 
 from dataclasses import dataclass, field

@@ -1,20 +1,20 @@
 """
-A reward from another process or another machine: for models that need a GPU, packages or a process of their own.
+A reward from another process or machine, for models that need their own GPU, packages or process.
 
 ```bash
-# Where the reward model is. Both sides read the token from the environment.
+# On the machine with the reward model. Both sides read the token from the environment.
 export DDPO_TRL_REWARD_TOKEN=$(openssl rand -hex 32)
 ddpo-trl serve-reward ddpo_trl.rewards:LaionAesthetic --host 0.0.0.0 --port 8000
 
-# Where the pipeline is.
+# On the machine with the pipeline.
 python examples/ddpo_remote_reward.py --url http://reward-machine:8000
 
-# On a CPU, with nothing to download: both here, and the emoji pipeline.
+# On a CPU, without a download: both on this machine, with the emoji pipeline.
 ddpo-trl serve-reward ddpo_trl.rewards:colorfulness &
 python examples/ddpo_remote_reward.py --embedded --num_inference_steps 10 --num_train_epochs 5
 ```
 
-A reward that takes longer costs nothing as long as it is faster than sampling: it is computed meanwhile.
+Rewards are computed during sampling: a slow reward costs no time as long as it is faster than sampling.
 """
 
 from dataclasses import dataclass, field
@@ -30,7 +30,7 @@ from ddpo_trl.rewards import RemoteReward
 
 @dataclass
 class ScriptArguments:
-    url: str = field(default="http://127.0.0.1:8000", metadata={"help": "The reward server."})
+    url: str = field(default="http://127.0.0.1:8000", metadata={"help": "URL of the reward server."})
     model: str = field(
         default="stable-diffusion-v1-5/stable-diffusion-v1-5",
         metadata={"help": "Pipeline to train: Hub id or folder."},

@@ -1,16 +1,16 @@
 """
-Stable Diffusion 1.5 learns what LAION's aesthetic predictor likes: the example of TRL's DDPOTrainer, alive again.
+Stable Diffusion 1.5 with LAION's aesthetic predictor, the former example of TRL's DDPOTrainer.
 
 ```bash
 python examples/ddpo_sd15_aesthetic.py
 accelerate launch examples/ddpo_sd15_aesthetic.py --report_to wandb --push_to_hub
 
-# On a CPU, with nothing to download: the emoji pipeline, and colorfulness in place of the predictor.
+# On a CPU, without a download: the emoji pipeline, and colorfulness instead of the predictor.
 python examples/ddpo_sd15_aesthetic.py --embedded --num_inference_steps 10 --num_train_epochs 5
 ```
 
-TRL's settings: 24 images a round, an optimizer step for every 3 of them, advantages by prompt. Here images are sampled
-3 at a time as well, in place of 6: replay then has the kernels of sampling.
+The settings are TRL's: 24 images per round, an optimizer step for every 3 of them, advantages by prompt. Only the
+sample batch size is 3 instead of 6, so that replay uses the same kernels as sampling.
 """
 
 from dataclasses import dataclass, field

@@ -1,11 +1,11 @@
 """
-SDXL learns to make images that people would pick (PickScore), at 1024 x 1024, on one GPU with 24 GB.
+SDXL with PickScore, a model of human preference, at 1024 x 1024 on one GPU with 24 GB.
 
 ```bash
 python examples/ddpo_sdxl.py
 python examples/ddpo_sdxl.py --prompts prompts.txt --total_episodes 20000
 
-# On a CPU, with nothing to download: the emoji pipeline, its captions and its own alignment reward.
+# On a CPU, without a download: the emoji pipeline, its captions and its own alignment reward.
 python examples/ddpo_sdxl.py --embedded --num_inference_steps 10 --num_train_epochs 5
 ```
 
@@ -30,8 +30,8 @@ class ScriptArguments:
     model: str = field(
         default="stabilityai/stable-diffusion-xl-base-1.0", metadata={"help": "Pipeline to train: Hub id or folder."}
     )
-    prompts: str = field(default="nateraw/parti-prompts", metadata={"help": "A file of prompts or a Hub dataset."})
-    column: str = field(default="Prompt", metadata={"help": "Its column with the prompts."})
+    prompts: str = field(default="nateraw/parti-prompts", metadata={"help": "File of prompts or Hub dataset."})
+    column: str = field(default="Prompt", metadata={"help": "Column of the dataset with the prompts."})
     embedded: bool = field(default=False, metadata={"help": "Train the emoji pipeline, without a download."})
 
 

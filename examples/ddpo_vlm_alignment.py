@@ -1,16 +1,17 @@
 """
-Prompt alignment as a vision-language model sees it. The paper's task: animals wash dishes, ride bikes, play chess.
+Prompt alignment, judged by a vision-language model. The paper's task: animals wash dishes, ride bikes, play chess.
 
 ```bash
 python examples/ddpo_vlm_alignment.py
 python examples/ddpo_vlm_alignment.py --mode caption --judge llava-hf/llava-1.5-7b-hf  # the paper's reward
 
-# On a CPU, with nothing to download: the emoji pipeline, its captions and its own alignment reward. Give --judge, and
-# that model judges the emoji.
+# On a CPU, without a download: the emoji pipeline, its captions and its own alignment reward. With --judge, that model
+# judges the emoji.
 python examples/ddpo_vlm_alignment.py --embedded --num_inference_steps 10 --num_train_epochs 5
 ```
 
-Where the judge does not fit beside the pipeline, it can run in another process: see `ddpo_remote_reward.py`.
+If the judge does not fit on the GPU together with the pipeline, it can run in another process: see
+`ddpo_remote_reward.py`.
 """
 
 from dataclasses import dataclass, field
@@ -32,7 +33,7 @@ class ScriptArguments:
         default="stable-diffusion-v1-5/stable-diffusion-v1-5",
         metadata={"help": "Pipeline to train: Hub id or folder."},
     )
-    judge: str | None = field(default=None, metadata={"help": "The judge, HuggingFaceTB/SmolVLM-Instruct by default."})
+    judge: str | None = field(default=None, metadata={"help": "Judge, HuggingFaceTB/SmolVLM-Instruct by default."})
     mode: Literal["question", "caption"] = field(
         default="question", metadata={"help": "Ask whether the image shows the prompt, or compare a description."}
     )

@@ -1,13 +1,13 @@
 """
-Score function against importance sampling: the same number of reward queries with both, and one picture.
+Score function compared with importance sampling: the same number of reward queries for both, in one figure.
 
 ```bash
-python examples/sf_vs_is.py  # on a CPU, with the embedded pipeline: some minutes on two cores
+python examples/sf_vs_is.py  # embedded pipeline on a CPU: a few minutes on two cores
 python examples/sf_vs_is.py --total_episodes 2560 --seed 1
 ```
 
-As in the paper, importance sampling makes four optimizer steps of a round, and the score function, which is unbiased
-for the first one only, a single larger one. The figure is `sf_vs_is.png` in the output folder.
+As in the paper, importance sampling makes four optimizer steps per round. The score function is unbiased only for the
+first step, so it makes a single larger one. The figure is `sf_vs_is.png` in the output folder.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ LABELS = {"is": "importance sampling", "sf": "score function"}
 @dataclass
 class ScriptArguments:
     sf_learning_rate: float = field(
-        default=2e-3, metadata={"help": "For the score function; --learning_rate is that of importance sampling."}
+        default=2e-3, metadata={"help": "For the score function; --learning_rate is for importance sampling."}
     )
 
 

@@ -1,7 +1,7 @@
 """
-What every pipeline has to pass to count as a policy.
+Checks that every pipeline has to pass to work as a policy.
 
-Each check raises an `AssertionError` if it does not hold, and may return a remark for the table.
+Each check raises an `AssertionError` if it fails, and may return a remark for the table.
 """
 
 import contextlib
@@ -46,12 +46,12 @@ from ddpo_trl.update.one_pass import layers_of_samples, policy_gradient
 
 
 CASES = (*IMAGE_CASES, *NEWER_CASES, *MORE_CASES, *INPUT_CASES, *IMAGE_PROMPT_CASES)
-PROMPTS = ["a cat", "two dogs"]  # of different length
+PROMPTS = ["a cat", "two dogs"]  # of different lengths
 STEPS = 3
 NOT_APPLICABLE = "does not apply"
 ROUNDING = 1e-5  # of pixel values, in float32
 
-# The layers of the default adapter that no gradient can reach, with the reason.
+# Layers of the default adapter that no gradient can reach, with the reason.
 LAST_TEXT = "the last block drops its text stream, so no gradient reaches"
 WITHOUT_GRADIENT = {
     "Stable Diffusion 3": (LAST_TEXT, ["transformer_blocks.1.attn.add_q_proj"]),
@@ -92,14 +92,14 @@ def config(case: Case, **overrides: Any) -> DDPOConfig:
 
 
 def make_policy(case: Case) -> Policy:
-    """A policy whose adapter is not the identity, as after some training."""
+    """Create a policy whose adapter is not the identity, as after some training."""
     pipeline = case.build(0)
     policy = Policy(pipeline, config(case), add_adapter(pipeline, None))
-    randomise_adapter(policy.denoiser)
+    randomize_adapter(policy.denoiser)
     return policy
 
 
-def randomise_adapter(denoiser: torch.nn.Module) -> None:
+def randomize_adapter(denoiser: torch.nn.Module) -> None:
     torch.manual_seed(1)
     with torch.no_grad():
         for name, parameter in denoiser.named_parameters():
@@ -112,7 +112,7 @@ def context(policy: Policy, case: Case) -> Context:
 
 
 def replay_equals_sampling(case: Case) -> None:
-    """Every step that can be trained on, replayed, has the log-probability of sampling to the bit."""
+    """In every trainable step, the replayed log-probability is bitwise identical to the sampled one."""
     policy = make_policy(case)
     batch = policy.sample(context(policy, case), record=range(STEPS))
     trainable = [index for index, std in enumerate(policy.scheduler.stds) if std > 0]
@@ -125,7 +125,7 @@ def replay_equals_sampling(case: Case) -> None:
 
 
 def replay_needs_the_prompt(case: Case) -> None:
-    """Under the other prompt a step has another log-probability: replay is not blind."""
+    """With the other prompt, the log-probability of a step is different: replay depends on the prompt."""
     policy = make_policy(case)
     batch = policy.sample(context(policy, case), record=[0])
     step = batch.steps[0]
@@ -135,7 +135,7 @@ def replay_needs_the_prompt(case: Case) -> None:
 
 
 def gradients_reach_the_adapter(case: Case) -> str | None:
-    """Every parameter of the adapter gets a gradient, and nothing else."""
+    """Every parameter of the adapter gets a gradient, and no other parameter does."""
     policy = make_policy(case)
     batch = policy.sample(context(policy, case), record=range(STEPS))
     index, step = min(batch.steps.items())
@@ -161,7 +161,7 @@ def is_without_gradient(case: Case, name: str) -> bool:
 
 
 def a_round_changes_the_adapter(case: Case) -> None:
-    """One round of the trainer moves every parameter of the adapter."""
+    """One round of the trainer changes every parameter of the adapter."""
     pipeline = case.build(0)
     pairs = list(zip(PROMPTS, metadata(case), strict=True))
     trainer = DDPOTrainer(config(case, num_ppo_epochs=2), brightness, pairs, pipeline)
@@ -169,8 +169,8 @@ def a_round_changes_the_adapter(case: Case) -> None:
     with contextlib.redirect_stdout(io.StringIO()):  # Trainer prints its logs
         trainer.train()
     (log,) = [log for log in trainer.state.log_history if "reward" in log]
-    # To the bit in the rows in which it was sampled, says another check. Micro-batches shuffle rows, and on some
-    # processors the last bit of a log-probability goes by the row.
+    # Replay in the sampled order is bitwise identical, as another check shows. Micro-batches shuffle rows, and on some
+    # processors the last bit of a log-probability depends on the row.
     assert log["val/ratio_deviation"] <= 4 * torch.finfo(torch.float32).eps
     for name, parameter in trainer.model.denoiser.named_parameters():
         if is_adapter(name) and not is_without_gradient(case, name):
@@ -179,7 +179,7 @@ def a_round_changes_the_adapter(case: Case) -> None:
 
 
 def brightness(images: Tensor, prompts: tuple[str, ...], metadata: tuple[Any, ...]) -> Tensor:
-    """Mean pixel value of each image or video, in [0, 1]; and that it is in the format of rewards."""
+    """Return the mean pixel value of each image or video, in [0, 1], and check the format of the inputs."""
     assert images.ndim in (4, 5) and images.shape[-3] == 3 and len(images) == len(prompts)
     assert images.dtype == torch.float32 and images.min() >= 0 and images.max() <= 1
     return images.flatten(1).mean(1)
@@ -189,7 +189,7 @@ def saved_adapter_is_reloaded(case: Case) -> None:
     """The saved adapter, loaded by the pipeline's own loader (or peft's), gives the same images."""
     trained, fresh = case.build(0), case.build(0)
     adapter = add_adapter(trained, None)
-    randomise_adapter(Policy(trained, config(case), adapter).denoiser)
+    randomize_adapter(Policy(trained, config(case), adapter).denoiser)
     plain = images(fresh, case)
     with tempfile.TemporaryDirectory() as directory:
         save_adapter(trained, adapter, directory)
@@ -199,7 +199,7 @@ def saved_adapter_is_reloaded(case: Case) -> None:
             load_with_peft(fresh, directory)
     expected = images(trained, case)
     scale = expected.abs().max().clamp(min=1)
-    # Not to the bit: weights in a mapped file are aligned differently, and the matrix products round differently.
+    # Not bitwise: weights in a mapped file are aligned differently, so that matrix products round differently.
     assert (images(fresh, case) - expected).abs().max() < ROUNDING * scale
     assert (plain - expected).abs().max() > 100 * ROUNDING * scale
 
@@ -211,7 +211,7 @@ def load_with_peft(pipeline: DiffusionPipeline, directory: str) -> None:
 
 
 def images(pipeline: DiffusionPipeline, case: Case, prompts: Sequence[str] = PROMPTS) -> Tensor:
-    """What the pipeline's own users get for these prompts, with seeds 1, 2, ..."""
+    """Images of the unmodified pipeline for these prompts, with seeds 1, 2, ..."""
     return torch.cat([_images(pipeline, case, prompts, rows) for rows in rows_of_calls(case, prompts)])
 
 
@@ -241,7 +241,7 @@ def _images(pipeline: DiffusionPipeline, case: Case, prompts: Sequence[str], row
 
 
 def images_without_cache(policy: Policy, case: Case, prompts: Sequence[str] = PROMPTS) -> Tensor:
-    """The images of the policy without noise, made by the pipeline with its own `encode_prompt`."""
+    """Images of the policy without noise, made by the pipeline with its own `encode_prompt`."""
     plain = copy.copy(policy.pipeline)
     vars(plain).pop("encode_prompt", None)
     plain.scheduler = policy.scheduler
@@ -253,7 +253,7 @@ def images_without_cache(policy: Policy, case: Case, prompts: Sequence[str] = PR
 
 
 def cached_prompts_are_the_pipelines_own(case: Case) -> str | None:
-    """Without noise, images are those the pipeline makes without a cache from all prompts at once."""
+    """Without noise, images match those that the pipeline makes from all prompts at once without a cache."""
     policy = make_policy(case)
     if "encode_prompt" not in dir(policy.runner.policy_pipeline):
         return f"{NOT_APPLICABLE}: nothing is cached"
@@ -266,7 +266,7 @@ def cached_prompts_are_the_pipelines_own(case: Case) -> str | None:
 
 
 def without_noise_it_is_the_own_sampler(case: Case) -> str | None:
-    """Without noise, images are those of the pipeline's own DDIM or Euler sampler, within rounding."""
+    """Without noise, images match those of the pipeline's own DDIM or Euler sampler, within rounding."""
     policy = make_policy(case)
     if isinstance(policy.pipeline.scheduler, LCMScheduler):
         return f"{NOT_APPLICABLE}: the pipeline's own sampler can't be run without noise"
@@ -280,7 +280,7 @@ def without_noise_it_is_the_own_sampler(case: Case) -> str | None:
 
 
 def with_scheduler(pipeline: Any, scheduler: SchedulerMixin) -> Any:
-    """A shallow copy, its parts included, that steps with another scheduler."""
+    """Copy a pipeline, including its nested pipelines, with another scheduler."""
     twin = copy.copy(pipeline)
     for name, part in vars(pipeline).items():
         if isinstance(part, DiffusionPipeline) and part.scheduler is pipeline.scheduler:
@@ -290,7 +290,7 @@ def with_scheduler(pipeline: Any, scheduler: SchedulerMixin) -> Any:
 
 
 def own_sampler(scheduler: Any) -> SchedulerMixin:
-    """The deterministic sampler of first order with a scheduler's settings."""
+    """Create the deterministic first-order sampler with a scheduler's settings."""
     if isinstance(scheduler, FlowMatchEulerDiscreteScheduler | DDIMScheduler | CogVideoXDDIMScheduler):
         return scheduler
     settings = {name: value for name, value in scheduler.config.items() if name != "_use_default_values"}
@@ -301,7 +301,7 @@ def own_sampler(scheduler: Any) -> SchedulerMixin:
 
 
 class EulersStep:
-    """x + (σ' - σ) v over the sigmas of another solver, found by the timestep."""
+    """Step x + (σ' - σ) v with the sigmas of another solver, found by the timestep."""
 
     def step(self: Any, velocity: Tensor, timestep: Tensor, latents: Tensor, **_: Any) -> tuple[Tensor]:
         index = self.timesteps.tolist().index(timestep.item())
@@ -309,17 +309,17 @@ class EulersStep:
 
 
 class NoiseOnlyDDIM(DDIMScheduler):
-    """Diffusers' DDIM, for a model that predicts the variance as well."""
+    """DDIM of diffusers, for a model that also predicts the variance."""
 
     def step(self, model_output: Tensor, timestep: Any, sample: Tensor, **kwargs: Any) -> Any:
         return super().step(model_output[:, : sample.shape[1]], timestep, sample, **kwargs)
 
 
 def prompts_are_encoded_once(case: Case) -> str | None:
-    """Sampling the same prompts again, and replay, run no text encoder."""
+    """Replay, and sampling the same prompts again, run no text encoder."""
     policy = make_policy(case)
     if "encode_prompt" not in dir(policy.runner.policy_pipeline):
-        return f"{NOT_APPLICABLE}: the prior runs in every replay, for it draws its embeddings with the sample's seed"
+        return f"{NOT_APPLICABLE}: the prior runs in every replay: it draws its embeddings with the sample's seed"
     with counted_encodings(policy.pipeline) as calls:
         batch = policy.sample(context(policy, case), record=range(STEPS))
     assert calls
@@ -333,7 +333,7 @@ def prompts_are_encoded_once(case: Case) -> str | None:
 
 @contextlib.contextmanager
 def counted_encodings(pipeline: DiffusionPipeline) -> Iterator[list[str]]:
-    """Names of the modules inside of text encoders that ran."""
+    """Collect the names of the modules of text encoders that run."""
     calls: list[str] = []
     hooks = [
         module.register_forward_hook(lambda module, *_: calls.append(type(module).__name__))
@@ -349,7 +349,7 @@ def counted_encodings(pipeline: DiffusionPipeline) -> Iterator[list[str]]:
 
 
 def one_pass_is_exact(case: Case) -> None:
-    """Gradients taken while sampling, weighed by advantages, add up to that of replay; the images are the same."""
+    """Gradients computed during sampling, weighted by advantages, add up to that of replay; images are identical."""
     policy = make_policy(case)
     batch = policy.sample(context(policy, case), record=range(STEPS))
     layers = layers_of_samples(policy, batch.context, min(batch.steps))
@@ -367,7 +367,7 @@ def one_pass_is_exact(case: Case) -> None:
 
 
 def the_doctor_agrees(case: Case) -> None:
-    """`check_pipeline` finds no problem, a replay difference of 0, and leaves the pipeline as it was."""
+    """`check_pipeline` reports no problem and a replay difference of 0, and leaves the pipeline unchanged."""
     pipeline = case.build(0)
     before = images(pipeline, case)
     report = check_pipeline(pipeline, config(case), PROMPTS, metadata(case))
@@ -385,7 +385,7 @@ def adapter_names(component: Any) -> list[str]:
 
 
 def the_same_prompt_twice_is_right(case: Case) -> str | None:
-    """Without noise, the images of one prompt twice are those the pipeline makes."""
+    """Without noise, the images of a prompt that occurs twice match those that the pipeline makes."""
     if case.draws:
         return f"{NOT_APPLICABLE}: the pipeline draws from torch's global generator"
     policy = make_policy(case)
@@ -399,7 +399,7 @@ def the_same_prompt_twice_is_right(case: Case) -> str | None:
 
 
 def a_sample_does_not_depend_on_the_input_next_to_it(case: Case) -> str | None:
-    """With another input for the second sample, the first one stays as it is, and the second does not."""
+    """With another input for the second sample, the first image stays the same and the second changes."""
     if not case.make_inputs:
         return f"{NOT_APPLICABLE}: there are only prompts"
     policy = make_policy(case)
@@ -414,7 +414,7 @@ def a_sample_does_not_depend_on_the_input_next_to_it(case: Case) -> str | None:
 
 
 def batches_have_one_sample_if_asked(case: Case) -> None:
-    """With batch sizes of 1 a round is trained without a call for two samples, at construction neither."""
+    """With batch sizes of 1, no pipeline call has two samples, neither at construction nor in training."""
     pairs = list(zip(PROMPTS, metadata(case), strict=True))
     ones = {"per_device_sample_batch_size": 1, "per_device_train_batch_size": 1, "num_sample_batches": 2}
     with mock.patch.object(PipelineRunner, "run", autospec=True, side_effect=PipelineRunner.run) as run:
@@ -425,7 +425,7 @@ def batches_have_one_sample_if_asked(case: Case) -> None:
 
 
 def the_networks_are_as_they_were(case: Case) -> None:
-    """After sampling and replay the user's pipeline has its attention processors, hooks, weights and random state."""
+    """After sampling and replay, attention processors, hooks, weights and the random state are unchanged."""
     pipeline = case.build(0)
     images(pipeline, case)  # some text encoders put hooks on their layers the first time they run
     policy = Policy(pipeline, config(case), add_adapter(pipeline, None)).eval()
@@ -439,7 +439,7 @@ def the_networks_are_as_they_were(case: Case) -> None:
 
 
 def states(policy: Policy) -> list[Any]:
-    """What a call may change in the modules of the pipeline's networks."""
+    """Collect everything that a call might change in the modules of the pipeline's networks."""
     return [
         (
             name,
@@ -461,7 +461,7 @@ def states(policy: Policy) -> list[Any]:
 
 
 def an_input_in_pipeline_kwargs_serves_all(case: Case) -> str | None:
-    """Inputs that are the same for all samples may be in `pipeline_kwargs`: replay is exact, and they matter."""
+    """Inputs that all samples share may be in `pipeline_kwargs`: replay is exact, and they have an effect."""
     if not case.make_inputs:
         return f"{NOT_APPLICABLE}: there are only prompts"
     pipeline = case.build(0)
@@ -482,8 +482,8 @@ def an_input_in_pipeline_kwargs_serves_all(case: Case) -> str | None:
 
 def it_is_refused_with_the_cause(refusal: Refusal) -> str:
     """
-    The pipeline makes images, the same ones after `check_pipeline`. What that reports also stops `DDPOTrainer` when it
-    is built; it names the cause, and the way out if there is one.
+    The pipeline makes images, and the same ones after `check_pipeline`. The problem it reports also stops the
+    construction of `DDPOTrainer`; the message names the cause, and the remedy if there is one.
     """
     case = refusal.case
     pipeline = case.build(0)
@@ -496,7 +496,7 @@ def it_is_refused_with_the_cause(refusal: Refusal) -> str:
     except ValueError as error:
         stopped = str(error)
     else:
-        raise AssertionError("it is trained")
+        raise AssertionError("the trainer was built")
     for words in refusal.words:
         assert words in problem and words in stopped, f"{words!r} is in only one of {problem!r} and {stopped!r}"
     return problem

@@ -243,7 +243,7 @@ def images(count: int) -> list[Image.Image]:
 
 
 def masks(count: int) -> list[Image.Image]:
-    """White, to be painted anew, from a column that is another for each."""
+    """Masks of the area to repaint (white), which begins at a different column for each."""
     columns = np.arange(IMAGE_SIZE)[None].repeat(IMAGE_SIZE, axis=0)
     return [Image.fromarray((columns >= IMAGE_SIZE // 2 - 2 * (i % 4)).astype(np.uint8) * 255) for i in range(count)]
 

@@ -210,7 +210,7 @@ class Harmless(ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(self) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(1))  # tells where it is
+        self.weight = nn.Parameter(torch.zeros(1))  # gives it a device and dtype
 
     def check_text_safety(self, prompt: str) -> bool:
         return True

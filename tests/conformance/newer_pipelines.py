@@ -79,7 +79,7 @@ from conftest import tiny_tokenizer
 SPECIAL_TOKENS = ["<pad>", "</s>", "<unk>", "<bos>", "<cls>", "<sep>", "<|im_start|>", "<|im_end|>"]
 VOCABULARY_SIZE = 192  # the special tokens, the 100 printable characters, and the words of a pipeline's own template
 WIDTH = 16  # of the text encoders
-# The default initialisation (0.02) is for wide layers: in narrow ones attention would be uniform.
+# The default initialization (0.02) is for wide layers: in narrow ones attention would be uniform.
 LANGUAGE_MODEL = {
     "vocab_size": VOCABULARY_SIZE,
     "hidden_size": WIDTH,

@@ -1,4 +1,4 @@
-"""`make conformance`: runs every check on every pipeline, writes the table to docs/conformance.md, prints it."""
+"""`make conformance`: runs every check on every pipeline, writes the table to docs/conformance.md and prints it."""
 
 import logging
 import sys
@@ -23,8 +23,9 @@ DOCUMENT = Path(__file__).parents[2] / "docs" / "conformance.md"
 INTRODUCTION = """\
 # Conformance
 
-Written by `make conformance`, with diffusers {version}. Every pipeline is built tiny and random, of diffusers' own
-classes, and gets real prompts through real text encoders; `make test` runs the same checks.
+Written by `make conformance`, with diffusers {version}. Every pipeline is a tiny one with random weights,
+built from the classes of diffusers and transformers, and encodes its prompts with its own text encoders. `make test`
+runs a part of the same checks.
 
 {legend}
 """
@@ -42,7 +43,7 @@ Results = dict[str, dict[str, tuple[str, str]]]  # by pipeline and check: "yes",
 
 
 def main() -> int:
-    """Runs the suite; the exit status is 0 if all passed."""
+    """Run the suite; the exit status is 0 if all checks pass."""
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
     results = {case.name: {title: outcome(check, case) for title, check in CHECKS.items()} for case in CASES}
@@ -68,10 +69,10 @@ def main() -> int:
 
 
 def outcome(check: Callable[[Any], str | None], case: Any) -> tuple[str, str]:
-    """Whether a pipeline passes a check, and a remark."""
+    """Run a check on a pipeline, and return its answer ("yes", "no" or "-") and a remark."""
     try:
         remark = check(case) or ""
-    except Exception as error:  # a pipeline may fail in any way, and the table goes on
+    except Exception as error:  # whatever the failure, the table continues
         return "no", f"{type(error).__name__}: {error}"
     return "-" if remark.startswith(NOT_APPLICABLE) else "yes", remark
 
@@ -86,7 +87,7 @@ def remarks(results: Results) -> list[str]:
 
 
 def markdown(results: Results, refusals: dict[str, tuple[str, str]]) -> str:
-    """The tables as a documentation page."""
+    """Format the tables as a documentation page."""
     legend = "\n".join(f"- **{title}**: {(check.__doc__ or '').strip()}" for title, check in CHECKS.items())
     lines = [
         INTRODUCTION.format(version=diffusers.__version__, legend=legend),

@@ -3,7 +3,8 @@
     python tools/emoji/alignment.py             # first without a fifth of the 3d drawings, then with everything
     python tools/emoji/alignment.py --measure   # the shipped model on what the embedded pipeline draws
 
-The first run says how well such a model names drawings that it never saw; the second model is the one that ships.
+The first run measures how well such a model names drawings that it has not seen; the second one trains the shipped
+model.
 """
 
 import argparse
@@ -35,11 +36,11 @@ from text import MAX_LENGTH, styled, tokenize
 ROOT = Path(__file__).parents[2]
 TARGET = ROOT / "src" / "ddpo_trl" / "assets" / "emoji_alignment"
 
-# The first paragraph of the pipeline's NOTICE speaks of its contact sheet, which this folder does not have.
+# Replaces the first paragraph of the pipeline's NOTICE, which mentions a contact sheet that this folder does not have.
 NOTICE = """The weights in this folder were trained from scratch, by tools/emoji/alignment.py in this project's
 repository, on the images and words below."""
 
-# One concept in so many has its 3d drawing held out in the first run.
+# In the first run, the 3d drawing of one in this many concepts is held out.
 HELD_OUT_EVERY = 5
 HELD_OUT_STYLE = STYLES.index("3d")
 
@@ -48,7 +49,7 @@ PEAK_LEARNING_RATE = 1e-3
 WARMUP_STEPS = 100
 CONCEPTS_PER_BATCH = 64
 
-# Words that may stand around a caption; half of the texts have none. Few, because a text has only 14 tokens.
+# Words around a caption; half of the texts have none. Short, because a text has only 14 tokens.
 PHRASES = ("a {}", "an {}", "the {}", "one {}", "my {}", "some {}", "{} emoji", "emoji of {}", "{}, please")
 
 # Standard deviations of the noise that is added to latents of unit variance before they are decoded.
@@ -59,8 +60,8 @@ class Drawing(NamedTuple):
     """One training image.
 
     Attributes:
-        concept: Its index among the concepts.
-        style: Its index in [`STYLES`].
+        concept: Index of its concept.
+        style: Index of its style in [`STYLES`].
     """
 
     concept: int
@@ -68,7 +69,7 @@ class Drawing(NamedTuple):
 
 
 def create_model(tokenizer: CLIPTokenizer) -> CLIPModel:
-    """Builds the untrained model: patches of 8x8 pixels, 1.3 M parameters, of which a third are the text tower's."""
+    """Builds the untrained model: patches of 8x8 pixels, 1.3 M parameters, a third of them in the text tower."""
     text = {
         "vocab_size": len(tokenizer),
         "hidden_size": WIDTH,
@@ -89,13 +90,13 @@ def create_model(tokenizer: CLIPTokenizer) -> CLIPModel:
         "patch_size": 8,
     }
     model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=WIDTH))
-    # PyTorch's fused attention is slow backwards on a CPU: the plain one makes a whole step twice as fast.
+    # The backward pass of PyTorch's fused attention is slow on a CPU: with plain attention a step is twice as fast.
     model.set_attn_implementation("eager")
     return model
 
 
 def decoded_variants(images: Tensor) -> Tensor:
-    """What the embedded autoencoder makes of `(N, 3, 64, 64)` images in [-1, 1] and of noisy latents of them.
+    """Decodes `(N, 3, 64, 64)` images in [-1, 1] from their latents with noise, using the embedded autoencoder.
 
     Returns:
         `(1 + len(LATENT_NOISE), N, 3, 64, 64)` in [0, 1], the images themselves first.
@@ -112,7 +113,7 @@ def decoded_variants(images: Tensor) -> Tensor:
 
 
 def moved(images: Tensor) -> Tensor:
-    """Mirrors, turns by up to 12 degrees, scales by 0.8 to 1.2 and shifts by up to 6 pixels; white comes in."""
+    """Mirrors, turns by up to 12 degrees, scales by 0.8 to 1.2 and shifts by up to 6 pixels; the new area is white."""
     count = len(images)
     angle = (torch.rand(count) * 2 - 1) * math.radians(12)
     scale = 0.8 + 0.4 * torch.rand(count)
@@ -137,7 +138,7 @@ def faded(images: Tensor) -> Tensor:
 
 
 def noisy(images: Tensor) -> Tensor:
-    """Adds noise of up to 0.15 to each pixel, and as much in coarse spots."""
+    """Adds noise of up to 0.15 to each pixel, and as much again in coarse spots."""
     count = len(images)
     fine = torch.randn_like(images) * torch.rand(count, 1, 1, 1) * 0.15
     spots = F.interpolate(torch.randn(count, 3, 16, 16), size=IMAGE_SIZE, mode="bilinear")
@@ -145,22 +146,22 @@ def noisy(images: Tensor) -> Tensor:
 
 
 def as_jpeg(image: Tensor, quality: int) -> Tensor:
-    """A `(3, H, W)` image in [0, 1] as it comes out of a JPEG file."""
+    """Compresses a `(3, H, W)` image in [0, 1] as JPEG, and decodes it."""
     pixels = (image * 255).round().byte().permute(1, 2, 0).numpy()
     Image.fromarray(pixels).save(buffer := io.BytesIO(), format="JPEG", quality=quality)
     return torch.from_numpy(np.array(Image.open(buffer))).permute(2, 0, 1) / 255
 
 
 def augmented(images: Tensor, rng: random.Random) -> Tensor:
-    """What the pipeline might draw in place of these `(B, 3, 64, 64)` images in [0, 1]; a quarter are JPEGs."""
+    """Varies `(B, 3, 64, 64)` images in [0, 1] as the pipeline might draw them; a quarter are compressed as JPEG."""
     images = noisy(faded(moved(images)))
     return torch.stack([as_jpeg(image, rng.randint(20, 90)) if rng.random() < 0.25 else image for image in images])
 
 
 def scrambled(images: Tensor) -> Tensor:
-    """Images with the colours of these `(B, 3, 64, 64)` ones and no drawing: their tiles in any order, or blobs.
+    """Destroys the drawings of `(B, 3, 64, 64)` images but keeps their colors: tiles in random order, or blobs.
 
-    A policy that is trained on the reward would offer them next, if they were taken for what they are made of.
+    Otherwise a policy could exploit the reward with such images.
     """
     tiles = images.unflatten(3, (4, 16)).unflatten(2, (4, 16)).permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
     order = torch.rand(len(images), 16).argsort(1)
@@ -171,19 +172,19 @@ def scrambled(images: Tensor) -> Tensor:
     return torch.where(torch.rand(len(images), 1, 1, 1) < 0.5, puzzles, blobs)
 
 
-def normalised(images: Tensor) -> Tensor:
-    """From [0, 1] to [-1, 1], as the image processor that is shipped does it."""
+def normalized(images: Tensor) -> Tensor:
+    """Maps [0, 1] to [-1, 1], as the shipped image processor does."""
     return images * 2 - 1
 
 
 def image_features(model: CLIPModel, images: Tensor) -> Tensor:
     """`(B, WIDTH)` unit vectors of `(B, 3, 64, 64)` images in [0, 1]."""
-    hidden = model.vision_model(pixel_values=normalised(images)).pooler_output
+    hidden = model.vision_model(pixel_values=normalized(images)).pooler_output
     return F.normalize(model.visual_projection(hidden).float(), dim=-1)
 
 
 def all_image_features(model: CLIPModel, images: Tensor) -> Tensor:
-    """The same for any number of images."""
+    """Computes [`image_features`] in batches."""
     return torch.cat([image_features(model, batch) for batch in images.split(64)])
 
 
@@ -194,16 +195,16 @@ def text_features(model: CLIPModel, tokenizer: CLIPTokenizer, texts: Sequence[st
 
 
 def contrastive_loss(similarity: Tensor, drawings: list[Drawing], concepts: list[int], of_nothing: Tensor) -> Tensor:
-    """CLIP's loss in both directions, where a caption without a style word means every drawing of its concept.
+    """CLIP's loss in both directions, where a caption without a style word matches every drawing of its concept.
 
-    Captions with a style word compete with each other, and those without do, but not the ones with the others.
+    Captions with a style word compete only with each other, and so do those without.
 
     Args:
-        similarity: `(len(drawings), 3 * len(concepts))` logits; of each concept a column without style, then one for
-            each of [`STYLES`].
-        drawings: What the rows show.
-        concepts: What the columns say.
-        of_nothing: `(M, 3 * len(concepts))` logits of images that show nothing: any caption is as likely.
+        similarity: `(len(drawings), 3 * len(concepts))` logits; for each concept a column without style, then one
+            for each of [`STYLES`].
+        drawings: Drawings of the rows.
+        concepts: Concepts of the columns.
+        of_nothing: `(M, 3 * len(concepts))` logits of images that show nothing: all captions are equally likely.
     """
     place = {concept: index for index, concept in enumerate(concepts)}
     concept = torch.tensor([place[drawing.concept] for drawing in drawings])
@@ -224,9 +225,9 @@ def contrastive_loss(similarity: Tensor, drawings: list[Drawing], concepts: list
 
 
 def batch_texts(concepts: list[Concept], rng: random.Random) -> list[str]:
-    """Three texts for each concept: its caption or, in one case of six, a keyword, without and with the styles.
+    """Builds three texts for each concept: its caption (or in one of six cases a keyword) without and with the styles.
 
-    All three are in the same one of [`PHRASES`], or in none.
+    All three use the same one of [`PHRASES`], or none.
     """
     texts = []
     for concept in concepts:
@@ -244,11 +245,11 @@ def train(
     known: set[Drawing],
     steps: int,
 ) -> CLIPModel:
-    """Trains on a cosine after a warm-up.
+    """Trains with a cosine schedule after a warm-up.
 
     Args:
         variants: `(V, concepts, styles, 3, 64, 64)` in [0, 1], see [`decoded_variants`].
-        known: The drawings to train on.
+        known: Drawings to train on.
     """
     rng = random.Random(0)
     model.train()
@@ -287,7 +288,7 @@ def train(
 def retrieval(
     model: CLIPModel, tokenizer: CLIPTokenizer, concepts: list[Concept], images: Tensor, drawings: list[Drawing]
 ) -> tuple[float, float]:
-    """How often the right one of all the captions comes first, and how often among the first five.
+    """Measures how often the right caption comes first among all captions, and how often among the first five.
 
     Args:
         images: `(len(drawings), 3, 64, 64)` in [0, 1].
@@ -303,12 +304,12 @@ def export(model: CLIPModel, tokenizer: CLIPTokenizer, target: Path) -> None:
     shutil.rmtree(target, ignore_errors=True)
     model.half().save_pretrained(target)
     tokenizer.save_pretrained(target)
-    grey = [0.5] * 3
+    gray = [0.5] * 3
     side = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
     CLIPImageProcessorPil(
-        size={"shortest_edge": IMAGE_SIZE}, crop_size=side, image_mean=grey, image_std=grey
+        size={"shortest_edge": IMAGE_SIZE}, crop_size=side, image_mean=gray, image_std=gray
     ).save_pretrained(target)
-    # Told float16, transformers would compute in half precision, which is slow on a CPU.
+    # With dtype float16 in its config, transformers would compute in half precision, which is slow on a CPU.
     config = json.loads((target / "config.json").read_text())
     (target / "config.json").write_text(json.dumps({**config, "dtype": "float32"}, indent=2) + "\n")
     for file in target.iterdir():
@@ -320,13 +321,13 @@ def export(model: CLIPModel, tokenizer: CLIPTokenizer, target: Path) -> None:
 
 
 def build(work_dir: Path, target: Path, steps: int, only: str | None, begin: Path | None) -> None:
-    """Trains on the split, says what the held-out drawings are taken for, trains on everything, and exports.
+    """Trains on the split, evaluates on the held-out drawings, trains on everything, and exports.
 
     Args:
-        target: The folder that the model replaces.
-        steps: Of each of the two trainings.
-        only: `"split"` or `"everything"` to do only that one.
-        begin: A folder with a model to go on from, in place of an untrained one.
+        target: Folder that the model replaces.
+        steps: Steps of each of the two trainings.
+        only: `"split"` or `"everything"` to run only one of them.
+        begin: Folder with a model to continue from, instead of an untrained one.
     """
     concepts, arrays = load_dataset(work_dir)
     images = torch.from_numpy(arrays).permute(0, 1, 4, 2, 3).float()
@@ -353,13 +354,13 @@ def build(work_dir: Path, target: Path, steps: int, only: str | None, begin: Pat
             export(model, tokenizer, target)
 
 
-# How the samples of the measurement are drawn: around the caption, steps, guidance scale.
+# Samples of the measurement: text around the caption, steps, guidance scale.
 SAMPLERS = (("{}", 5, 2.5), ("{}", 2, 1.0), ("a {}", 5, 1.0))
 
 
 @torch.no_grad()
 def measure() -> None:
-    """Draws every caption once in each of three ways and compares the reward with the nearest-image measure."""
+    """Draws every caption once with each of [`SAMPLERS`] and compares the reward with the nearest-image measure."""
     pipeline = load_emoji_pipeline()
     pipeline.set_progress_bar_config(disable=True)
     captions = emoji_captions()
@@ -396,18 +397,18 @@ def measure() -> None:
 
 
 def share(names: list[str], others: list[str]) -> str:
-    """How many are equal."""
+    """Formats the share of equal names."""
     return f"{sum(a == b for a, b in zip(names, others, strict=True)) / len(names):.3f}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work-dir", type=Path, default=ROOT / "build" / "emoji", help="where the packages are")
-    parser.add_argument("--target", type=Path, default=TARGET, help="the folder that the model replaces")
-    parser.add_argument("--steps", type=int, default=1800, help="of each of the two trainings")
-    parser.add_argument("--only", choices=("split", "everything"), help="do only one of them")
-    parser.add_argument("--begin", type=Path, help="a folder with a model to go on from")
-    parser.add_argument("--measure", action="store_true", help="train nothing, measure the model that ships")
+    parser.add_argument("--target", type=Path, default=TARGET, help="folder that the model replaces")
+    parser.add_argument("--steps", type=int, default=1800, help="steps of each of the two trainings")
+    parser.add_argument("--only", choices=("split", "everything"), help="run only one of the two trainings")
+    parser.add_argument("--begin", type=Path, help="folder with a model to continue from")
+    parser.add_argument("--measure", action="store_true", help="only measure the model that ships")
     args = parser.parse_args()
     if args.measure:
         measure()

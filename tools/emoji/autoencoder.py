@@ -12,9 +12,9 @@ from training import TrainingState, load_training_state, save_training_state
 
 
 LATENT_CHANNELS = 4
-# The decoder has to forgive what the denoiser gets slightly wrong, so it never sees a clean latent in training.
+# The decoder has to tolerate small errors of the denoiser, so it never sees a clean latent in training.
 LATENT_NOISE = 0.03
-# Posterior noise would be redundant, and with it the model had collapsed: the log-variance is a constant this low.
+# Posterior noise would be redundant, and made the model collapse: the log-variance is this constant.
 LOG_VARIANCE = -6.0
 
 
@@ -52,9 +52,9 @@ def reconstruction_loss(output: torch.Tensor, target: torch.Tensor) -> torch.Ten
 
 
 def augmented_batches(images: torch.Tensor, batch_size: int, generator: torch.Generator) -> Iterator[torch.Tensor]:
-    """Yields shuffled batches for ever, half of them mirrored and some with exchanged colour channels.
+    """Yields shuffled batches forever, half of them mirrored and some with permuted color channels.
 
-    Colours the emoji do not have are drawn too, so that a fine-tuned denoiser may leave the training images.
+    These have colors that no emoji has, so that a fine-tuned denoiser may leave the training images.
     """
     while True:
         for chosen in torch.randperm(len(images), generator=generator).split(batch_size):
@@ -80,7 +80,7 @@ def fold_latent_scale(autoencoder: AutoencoderKL, images: torch.Tensor) -> None:
         quant, post = autoencoder.quant_conv, autoencoder.post_quant_conv
         quant.weight[:LATENT_CHANNELS] /= std
         quant.bias[:LATENT_CHANNELS] = (quant.bias[:LATENT_CHANNELS] - mean) / std
-        # The decoder was trained on latents divided by the std with their mean still in.
+        # The decoder was trained on latents that were divided by the std but not centered.
         post.bias += post.weight[:, :, 0, 0] @ (mean / std)
         quant.weight[LATENT_CHANNELS:] = 0
         quant.bias[LATENT_CHANNELS:] = LOG_VARIANCE
@@ -102,7 +102,7 @@ def train_autoencoder(
     learning_rate: float = 2e-3,
     device: str = "cpu",
 ) -> AutoencoderKL:
-    """Trains on `(N, 3, 64, 64)` images in [-1, 1]; resumes from `work_dir`, where the result is kept too."""
+    """Trains on `(N, 3, 64, 64)` images in [-1, 1]; resumes from `work_dir`, where the result is saved too."""
     finished = work_dir / "autoencoder"
     if finished.exists():
         return AutoencoderKL.from_pretrained(finished)

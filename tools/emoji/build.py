@@ -1,4 +1,4 @@
-"""Builds the embedded pipeline from nothing: packages, autoencoder, denoiser, export. Run it again to go on.
+"""Builds the embedded pipeline from scratch: packages, autoencoder, denoiser, export. Run it again to resume.
 
 python tools/emoji/build.py --minutes 65
 """
@@ -20,10 +20,10 @@ ROOT = Path(__file__).parents[2]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work-dir", type=Path, default=ROOT / "build" / "emoji", help="packages and checkpoints")
-    parser.add_argument("--target", type=Path, default=ASSETS, help="the folder that the pipeline replaces")
-    parser.add_argument("--device", default="cpu", help="where to train, such as cpu or cuda")
-    parser.add_argument("--minutes", type=float, default=65, help="time to train the denoiser, over all resumptions")
-    parser.add_argument("--autoencoder-steps", type=int, default=2400, help="steps to train the autoencoder")
+    parser.add_argument("--target", type=Path, default=ASSETS, help="folder that the pipeline replaces")
+    parser.add_argument("--device", default="cpu", help="device to train on, such as cpu or cuda")
+    parser.add_argument("--minutes", type=float, default=65, help="minutes of denoiser training, over all resumptions")
+    parser.add_argument("--autoencoder-steps", type=int, default=2400, help="training steps of the autoencoder")
     args = parser.parse_args()
     args.work_dir.mkdir(parents=True, exist_ok=True)
 

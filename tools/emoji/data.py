@@ -1,4 +1,4 @@
-"""From three npm packages to arrays: every concept drawn in two styles at 64x64 on white, with the words for it."""
+"""Converts three npm packages to arrays: every concept drawn in two styles at 64x64 on white, with its words."""
 
 import io
 import json
@@ -17,24 +17,24 @@ NOTO = "emoji-datasource-google@16.0.0"
 FLUENT = "@lobehub/fluent-emoji-3d@1.1.0"
 WORDS = "emojibase-data@17.0.0"
 
-# The word that asks for a style, in the order in which the two drawings of a concept are stored.
+# Words that ask for a style, in the order in which the two drawings of a concept are stored.
 STYLES = ("flat", "3d")
 
 IMAGE_SIZE = 64
 GROUPS = ("animal", "plant", "food", "face")
 
-# The emojibase tags that name the thing drawn, chosen by eye. Most tags are associations ("bat": vampire, "potato":
-# couch), and a bat drawn for "vampire" would be a surprise.
+# The emojibase tags that name the thing drawn, selected by hand. Most tags are associations ("bat": vampire, "potato":
+# couch), and a bat drawn for "vampire" would be unexpected.
 KEYWORDS = frozenset((Path(__file__).parent / "keywords.txt").read_text().split())
 
 
 @dataclass(frozen=True)
 class Concept:
-    """One thing that is drawn twice.
+    """A thing that is drawn twice.
 
     Attributes:
         caption: Its name in lower case, such as `"dog face"`; unique.
-        keywords: Other words that mean this concept and no other one of the data set.
+        keywords: Other words that mean this concept and no other one in the dataset.
         group: One of [`GROUPS`].
     """
 
@@ -44,13 +44,13 @@ class Concept:
 
 
 def pack(package: str, folder: Path) -> Path:
-    """Returns the package's tarball in `folder`, fetched with `npm pack` unless it lies there already."""
+    """Returns the package's tarball in `folder`, fetched with `npm pack` unless it is already there."""
     name, version = package.removeprefix("@").replace("/", "-").rsplit("@", 1)
     tarball = folder / f"{name}-{version}.tgz"
     if not tarball.exists():
         if shutil.which("npm") is None:
             raise FileNotFoundError(
-                f"{tarball} is absent and npm is not installed: install npm or put the file there."
+                f"{tarball} does not exist and npm is not installed: install npm or copy the file there."
             )
         folder.mkdir(parents=True, exist_ok=True)
         subprocess.run(["npm", "pack", "--silent", package], cwd=folder, check=True, stdout=subprocess.DEVNULL)
@@ -58,7 +58,7 @@ def pack(package: str, folder: Path) -> Path:
 
 
 def group_of(subgroup: str) -> str | None:
-    """Maps an emojibase subgroup to one of our groups; `None` for what this data set leaves out."""
+    """Maps an emojibase subgroup to one of [`GROUPS`]; `None` if this dataset leaves it out."""
     if subgroup.startswith("animal-"):
         return "animal"
     if subgroup.startswith("plant-"):
@@ -71,12 +71,12 @@ def group_of(subgroup: str) -> str | None:
 
 
 def join_key(hexcode: str) -> str:
-    """Spells a hexcode alike for all three packages, which disagree on case and on the variation selector."""
+    """Normalizes a hexcode: the three packages disagree on case and on the variation selector."""
     return "-".join(part for part in hexcode.lower().split("-") if part != "fe0f")
 
 
 def plain(words: str) -> str:
-    """Lower case, ASCII quotes: what a user types."""
+    """Converts to lower case and ASCII quotes, as a user types."""
     return words.lower().replace("’", "'").replace("“", "").replace("”", "")
 
 
@@ -95,9 +95,9 @@ def read_drawings(tarball: Path, prefix: str, suffix: str) -> dict[str, bytes]:
 def on_white(encoded: bytes) -> np.ndarray:
     """Decodes an image with transparency to `(64, 64, 3)` uint8 on white."""
     drawing = Image.open(io.BytesIO(encoded)).convert("RGBA")
-    # Composite before resizing: the hidden colour of transparent pixels would bleed into the outline.
+    # Composite before resizing: the hidden color of transparent pixels would bleed into the outline.
     image = Image.alpha_composite(Image.new("RGBA", drawing.size, "white"), drawing).convert("RGB")
-    # Pad to a square, should a vendor's image not be one.
+    # Pad to a square, in case a vendor's image is not one.
     side = max(image.size)
     square = Image.new("RGB", (side, side), "white")
     square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
@@ -105,7 +105,7 @@ def on_white(encoded: bytes) -> np.ndarray:
 
 
 def build_dataset(packages: Path) -> tuple[list[Concept], np.ndarray]:
-    """Joins the three packages on the emoji's hexcode.
+    """Joins the three packages by hexcode.
 
     Returns:
         The concepts, sorted by caption, and their drawings `(len(concepts), len(STYLES), 64, 64, 3)` uint8.
@@ -125,7 +125,7 @@ def build_dataset(packages: Path) -> tuple[list[Concept], np.ndarray]:
         if group is not None and all(key in drawings for drawings in vendors):
             found[plain(emoji["label"])] = (group, [plain(tag) for tag in emoji.get("tags", [])], key)
 
-    # A keyword is good for training only if it names one concept: count in how many each occurs.
+    # A keyword is used only if it names a single concept: count the concepts of each.
     uses: dict[str, int] = {}
     for _, tags, _ in found.values():
         for tag in set(tags):
@@ -140,15 +140,10 @@ def build_dataset(packages: Path) -> tuple[list[Concept], np.ndarray]:
 
 
 def load_dataset(work_dir: Path) -> tuple[list[Concept], np.ndarray]:
-    """Returns [`build_dataset`], kept in `work_dir` after the first call."""
+    """Returns the result of [`build_dataset`], cached in `work_dir`."""
     arrays, words = work_dir / "images.npy", work_dir / "concepts.json"
     if not (arrays.exists() and words.exists()):
         concepts, images = build_dataset(work_dir / "packages")
         words.write_text(json.dumps([asdict(concept) for concept in concepts], indent=1))
         np.save(arrays, images)
     return [Concept(**entry) for entry in json.loads(words.read_text())], np.load(arrays)
-
-
-def words_for(concept: Concept) -> list[str]:
-    """All the words that mean `concept`: its caption and its keywords."""
-    return [concept.caption, *concept.keywords]

@@ -1,4 +1,4 @@
-"""Writes what ships: the pipeline's folder, the contact sheet, the list of concepts and the credits.
+"""Writes the shipped files: the pipeline's folder, the contact sheet, the list of concepts and the credits.
 
 python tools/emoji/export.py            # from the newest checkpoint, while training goes on
 """
@@ -25,7 +25,7 @@ from unet import create_scheduler, load_average
 ROOT = Path(__file__).parents[2]
 ASSETS = ROOT / "src" / "ddpo_trl" / "assets" / "emoji"
 
-# The contact sheet: all the drawings in the order of the concepts, both styles of each side by side.
+# The contact sheet has all drawings in the order of the concepts, with both styles next to each other.
 TILE_SIZE = 32
 SHEET_COLUMNS = 48
 
@@ -35,7 +35,7 @@ def create_pipeline(concepts: list[Concept], work_dir: Path) -> StableDiffusionP
     tokenizer = create_tokenizer(concepts)
     denoiser = load_average(work_dir, tokenizer)
     denoiser.unet.set_default_attn_processor()
-    # Built anew, not loaded: what from_pretrained returns would note the path of this machine in its configuration.
+    # A new object: the one from from_pretrained would write a path of this machine into its config.
     autoencoder = create_autoencoder()
     autoencoder.load_state_dict(AutoencoderKL.from_pretrained(work_dir / "autoencoder").state_dict())
     return StableDiffusionPipeline(
@@ -51,7 +51,7 @@ def create_pipeline(concepts: list[Concept], work_dir: Path) -> StableDiffusionP
 
 
 def index_drawings(concepts: list[Concept], drawings: np.ndarray) -> tuple[list[dict[str, object]], np.ndarray]:
-    """Gives every drawing a place in the contact sheet; two equal ones (Fluent has such a pair) share theirs.
+    """Gives every drawing a place in the contact sheet; identical drawings (Fluent has a pair) share one.
 
     Args:
         drawings: `(concepts, styles, 64, 64, 3)` uint8.
@@ -84,16 +84,16 @@ def contact_sheet(images: np.ndarray) -> Image.Image:
 
 
 def export(work_dir: Path, target: Path) -> None:
-    """Writes the whole folder beside `target` and then swaps it in: whoever loads it finds the old or the new one."""
+    """Writes the whole folder next to `target` and then swaps the two, so that `target` is never incomplete."""
     concepts, drawings = load_dataset(work_dir)
     target.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=".emoji-", dir=target.parent))
     folder.chmod(0o755)
     pipeline = create_pipeline(concepts, work_dir).to(torch.float16)
     pipeline.save_pretrained(folder)
-    # transformers 5 writes tokenizer.json alone; these two are CLIP's classic files, read by older versions.
+    # transformers 5 writes only tokenizer.json; these are vocab.json and merges.txt, which older versions read.
     pipeline.tokenizer.backend_tokenizer.model.save(str(folder / "tokenizer"))
-    # Told float16, transformers would load the text encoder in half precision and diffusers the rest in single.
+    # With dtype float16 in its config, the text encoder would load in half precision, and the rest in single.
     config = json.loads((folder / "text_encoder" / "config.json").read_text())
     (folder / "text_encoder" / "config.json").write_text(json.dumps({**config, "dtype": "float32"}, indent=2) + "\n")
     for weights in folder.rglob("*.safetensors"):
@@ -117,7 +117,7 @@ def export(work_dir: Path, target: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work-dir", type=Path, default=ROOT / "build" / "emoji", help="packages and checkpoints")
-    parser.add_argument("--target", type=Path, default=ASSETS, help="the folder to replace")
+    parser.add_argument("--target", type=Path, default=ASSETS, help="folder to replace")
     args = parser.parse_args()
     export(args.work_dir, args.target)
 

@@ -1,9 +1,9 @@
-"""Measures the embedded pipeline: the share of its samples whose nearest training image is the one asked for.
+"""Measures the embedded pipeline: the share of its samples whose nearest training image is that of their caption.
 
     python tools/emoji/quality.py
 
-Prints a line per caption and the share last, and draws what it sampled to outputs/. Needs no training data: the
-contact sheet beside the weights is the index.
+Prints a line per caption, then the share, and draws the samples to outputs/. Needs no training data: it compares with
+the contact sheet next to the weights.
 """
 
 import argparse
@@ -24,7 +24,7 @@ NUM_SEEDS = 4
 NUM_STEPS = 30
 GUIDANCE_SCALE = 4.0
 
-# What no training image is called: colours, and concepts and styles joined in a new way.
+# Captions of no training image: colors, and new combinations of concepts and styles.
 UNSEEN_CAPTIONS = (
     "blue dog face",
     "green cat face",
@@ -42,7 +42,7 @@ UNSEEN_CAPTIONS = (
 
 
 def fixed_captions() -> list[str]:
-    """Draws the captions of the measurement, the same on every machine: one in three asks for a style."""
+    """Selects the captions of the measurement, the same on every machine: one in three asks for a style."""
     rng = random.Random(0)
     captions = rng.sample(emoji_captions(), NUM_CAPTIONS)
     prefixes = ("", "", "", "", "flat ", "3d ")
@@ -52,7 +52,7 @@ def fixed_captions() -> list[str]:
 def draw_samples(
     pipeline: StableDiffusionPipeline, captions: list[str], num_seeds: int, guidance_scale: float
 ) -> torch.Tensor:
-    """Samples `(len(captions), num_seeds, 3, 64, 64)` images in [0, 1]; each depends on its caption and seed alone."""
+    """Samples `(len(captions), num_seeds, 3, 64, 64)` images in [0, 1]; each depends only on its caption and seed."""
     rows = []
     for caption in captions:
         generators = [torch.Generator().manual_seed(seed) for seed in range(num_seeds)]
@@ -68,10 +68,10 @@ def draw_samples(
     return torch.stack(rows)
 
 
-def labelled_sheet(
+def labeled_sheet(
     images: torch.Tensor, captions: list[str], columns: int, misses: list[list[bool]] | None = None
 ) -> Image.Image:
-    """Lays out `(len(captions), num_seeds, 3, H, W)` images in `columns` columns of captions, missed ones framed."""
+    """Lays out `(len(captions), num_seeds, 3, H, W)` images in `columns` columns of captions, with misses framed."""
     _, num_seeds, _, height, width = images.shape
     cell_width, cell_height = num_seeds * width + 12, height + 22
     rows = -(-len(captions) // columns)
@@ -92,7 +92,7 @@ def labelled_sheet(
 
 
 def save_sheet(sheet: Image.Image, path: Path) -> None:
-    """Writes a small PNG: 256 colours are plenty for a picture of emoji."""
+    """Writes a small PNG: 256 colors are enough for a picture of emoji."""
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
     print(f"wrote {path}")
@@ -109,10 +109,10 @@ def main() -> None:
     print(f"{EMOJI_PATH}: {NUM_STEPS} DDIM steps, guidance {args.guidance_scale}, {NUM_SEEDS} seeds")
 
     unseen = draw_samples(pipeline, list(UNSEEN_CAPTIONS), NUM_SEEDS, args.guidance_scale)
-    print("\nNever seen in training, and what comes nearest:")
+    print("\nNot seen in training, with the nearest captions:")
     for caption, row in zip(UNSEEN_CAPTIONS, unseen, strict=True):
         print(f"  {caption:24} {', '.join(nearest_captions(row))}")
-    save_sheet(labelled_sheet(unseen, list(UNSEEN_CAPTIONS), columns=3), args.output_dir / "emoji-unseen.png")
+    save_sheet(labeled_sheet(unseen, list(UNSEEN_CAPTIONS), columns=3), args.output_dir / "emoji-unseen.png")
 
     captions = fixed_captions()
     images = draw_samples(pipeline, captions, NUM_SEEDS, args.guidance_scale)
@@ -120,12 +120,12 @@ def main() -> None:
         [recognized_share(image[None], [caption]) == 1 for image in row]
         for caption, row in zip(captions, images, strict=True)
     ]
-    print("\nSeen in training, and what the misses come nearest to:")
+    print("\nSeen in training, with the nearest captions of the misses:")
     for caption, row, row_hits in zip(captions, images, hits, strict=True):
         misses = [name for name, hit in zip(nearest_captions(row), row_hits, strict=True) if not hit]
         print(f"  {caption:44} {sum(row_hits)}/{NUM_SEEDS}  {', '.join(misses)}")
     framed = [[not hit for hit in row] for row in hits]
-    save_sheet(labelled_sheet(images, captions, columns=4, misses=framed), args.output_dir / "emoji-quality.png")
+    save_sheet(labeled_sheet(images, captions, columns=4, misses=framed), args.output_dir / "emoji-quality.png")
     num_hits = sum(map(sum, hits))
     num_images = NUM_CAPTIONS * NUM_SEEDS
     print(f"recognized {num_hits / num_images:.2f} ({num_hits}/{num_images})")

@@ -1,8 +1,7 @@
-"""The words: a small tokenizer in CLIP's format, a small text encoder, and the captions of the training images."""
+"""Text: a small tokenizer in CLIP's format, a small text encoder, and the captions of the training images."""
 
 import json
 import random
-from pathlib import Path
 
 import torch
 from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
@@ -18,17 +17,17 @@ MAX_LENGTH = 16
 TEXT_WIDTH = 128
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 
-# How CLIP cuts a text into words before it applies byte pairs.
+# CLIP's split of a text into words, before byte pairs are applied.
 CLIP_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
 def styled(words: str, style: int) -> str:
-    """Asks for a style: `("dog face", 1)` becomes `"3d dog face"`."""
+    """Adds the word for a style: `("dog face", 1)` becomes `"3d dog face"`."""
     return f"{STYLES[style]} {words}"
 
 
 def create_tokenizer(concepts: list[Concept]) -> CLIPTokenizer:
-    """Trains byte pairs on the captions; a word that occurs in none is still spelled out in bytes."""
+    """Trains byte pairs on the captions; other words are spelled out in bytes."""
     words = [text for concept in concepts for text in (concept.caption, *concept.keywords)]
     corpus = [form for text in words for form in (text, styled(text, 0), styled(text, 1))]
     bpe = Tokenizer(BPE(end_of_word_suffix="</w>"))
@@ -81,15 +80,10 @@ def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
 def sample_caption(concept: Concept, style: int, rng: random.Random) -> str:
     """Draws one of the texts under which the drawing of `concept` in `style` is shown in training.
 
-    10 % are empty (for classifier-free guidance) and 40 % name the style; a keyword replaces the caption in one case
-    of six where the concept has any.
+    10% are empty (for classifier-free guidance) and 40% name the style; a keyword replaces the caption in one of six
+    cases if the concept has any.
     """
     if rng.random() < 0.1:
         return ""
     words = rng.choice(concept.keywords) if concept.keywords and rng.random() < 1 / 6 else concept.caption
     return styled(words, style) if rng.random() < 0.45 else words
-
-
-def save_tokenizer(tokenizer: CLIPTokenizer, folder: Path) -> None:
-    """Writes the tokenizer's files, `vocab.json` and `merges.txt` among them."""
-    tokenizer.save_pretrained(folder)

@@ -8,7 +8,7 @@ import torch
 
 @dataclass
 class TrainingState:
-    """How far a run has come.
+    """Progress of a training run.
 
     Attributes:
         step: Optimizer steps taken.
@@ -22,7 +22,7 @@ class TrainingState:
 def save_training_state(
     path: Path, state: TrainingState, model: torch.nn.Module, optimizer: torch.optim.Optimizer, **extra: object
 ) -> None:
-    """Writes everything needed to go on; the old checkpoint stays until the new one is whole."""
+    """Writes everything needed to resume; the old checkpoint stays until the new one is complete."""
     partial = path.with_suffix(".partial")
     torch.save(
         {"state": asdict(state), "model": model.state_dict(), "optimizer": optimizer.state_dict(), **extra}, partial
@@ -31,7 +31,7 @@ def save_training_state(
 
 
 def load_training_state(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> TrainingState:
-    """Restores what [`save_training_state`] wrote, bar the extras."""
+    """Restores a checkpoint of [`save_training_state`], except the extras."""
     saved = torch.load(path, weights_only=True)
     model.load_state_dict(saved["model"])
     optimizer.load_state_dict(saved["optimizer"])

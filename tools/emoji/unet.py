@@ -24,7 +24,7 @@ CHECKPOINT_SECONDS = 120
 
 
 def create_scheduler() -> DDIMScheduler:
-    """Stable Diffusion's noise schedule, with v-prediction: epsilon-prediction stayed grey in a short training."""
+    """Stable Diffusion's noise schedule with v-prediction: epsilon-prediction stayed gray in a short training."""
     return DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -37,7 +37,7 @@ def create_scheduler() -> DDIMScheduler:
 
 
 def create_unet() -> UNet2DConditionModel:
-    """Builds the untrained denoiser: two levels (64, 128), one layer a block, about 4 M parameters."""
+    """Builds the untrained denoiser: two levels (64, 128), one layer per block, about 4 M parameters."""
     return UNet2DConditionModel(
         sample_size=16,
         in_channels=4,
@@ -50,20 +50,20 @@ def create_unet() -> UNet2DConditionModel:
         # diffusers' old misnomer: this is the number of heads at each level
         attention_head_dim=(2, 4),
         cross_attention_dim=TEXT_WIDTH,
-        # The pooled text also joins the time embedding; without that, a short training hardly follows captions.
+        # The pooled text is also added to the time embedding; otherwise a short training hardly follows captions.
         addition_embed_type="text",
         addition_embed_type_num_heads=8,
     )
 
 
 class Denoiser(nn.Module):
-    """The two networks that train together, the text encoder and the UNet."""
+    """The two networks that are trained together, the text encoder and the UNet."""
 
     def __init__(self, tokenizer: CLIPTokenizer):
         super().__init__()
         self.text_encoder = create_text_encoder(tokenizer)
         self.unet = create_unet()
-        # PyTorch's fused attention is slow backwards on a CPU: the plain one makes a whole step a quarter faster.
+        # PyTorch's fused attention has a slow backward pass on a CPU: plain attention makes a step a quarter faster.
         self.unet.set_attn_processor(AttnProcessor())
 
     def forward(self, latents: torch.Tensor, timesteps: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
@@ -76,11 +76,11 @@ class Denoiser(nn.Module):
 def training_batches(
     concepts: list[Concept], latents: torch.Tensor, tokenizer: CLIPTokenizer, batch_size: int, seed: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yields `(B, 4, 16, 16)` latents and `(B, L)` caption ids for ever, each drawing once per pass.
+    """Yields `(B, 4, 16, 16)` latents and `(B, L)` caption ids forever, each drawing once per pass.
 
     Args:
-        latents: `(len(concepts), len(STYLES), 4, 16, 16)`, all the drawings.
-        seed: Of the order and of the choice of captions.
+        latents: `(len(concepts), len(STYLES), 4, 16, 16)`, all drawings.
+        seed: Seed for the order and the choice of captions.
     """
     rng = random.Random(seed)
     drawings = [(concept, style) for concept in range(len(concepts)) for style in range(len(STYLES))]
@@ -94,13 +94,13 @@ def training_batches(
 
 
 def stratified_timesteps(batch_size: int, num_timesteps: int) -> torch.Tensor:
-    """Draws `(B,)` timesteps, one from each of `batch_size` equal parts of the schedule: a less noisy loss."""
+    """Draws `(B,)` timesteps, one from each of `batch_size` equal parts of the schedule, for a less noisy loss."""
     parts = (torch.randperm(batch_size) + torch.rand(batch_size)) / batch_size
     return (parts * num_timesteps).long().clamp(max=num_timesteps - 1)
 
 
 def learning_rate_at(state: TrainingState, peak: float, minutes: float) -> float:
-    """Warms up over [`WARMUP_STEPS`], then follows a cosine in *time*: what is given is an hour, not a step count."""
+    """Warms up over [`WARMUP_STEPS`], then follows a cosine in *time*: the budget is in minutes, not in steps."""
     warmup = min(1.0, (state.step + 1) / WARMUP_STEPS)
     return peak * warmup * 0.5 * (1 + math.cos(math.pi * min(1.0, state.seconds / (60 * minutes))))
 
@@ -124,7 +124,7 @@ def train_unet(
     learning_rate: float = 1e-3,
     device: str = "cpu",
 ) -> None:
-    """Trains for `minutes` in all, over every resumption, and leaves its checkpoint in `work_dir / "unet.pt"`.
+    """Trains for `minutes` in total, over all resumptions, with its checkpoint in `work_dir / "unet.pt"`.
 
     Args:
         latents: `(len(concepts), len(STYLES), 4, 16, 16)`, of unit variance.
@@ -139,7 +139,7 @@ def train_unet(
     if checkpoint.exists():
         state = load_training_state(checkpoint, denoiser, optimizer)
         average.load_state_dict(torch.load(checkpoint, weights_only=True)["average"])
-        # Go on with fresh noise and captions, not with those of the first steps.
+        # Continue with new noise and captions, not with those of the first steps.
         torch.manual_seed(state.step)
     scheduler = create_scheduler()
     batches = training_batches(concepts, latents, tokenizer, batch_size, seed=state.step)
@@ -175,7 +175,7 @@ def load_average(work_dir: Path, tokenizer: CLIPTokenizer) -> Denoiser:
     """Returns the averaged weights of the checkpoint in `work_dir`, finished or not."""
     denoiser = Denoiser(tokenizer)
     average = torch.load(work_dir / "unet.pt", weights_only=True)["average"]
-    # AveragedModel keeps the weights under "module." and beside them a counter.
+    # AveragedModel keeps the weights under "module.", and a counter.
     prefix = "module."
     denoiser.load_state_dict({k.removeprefix(prefix): v for k, v in average.items() if k.startswith(prefix)})
     return denoiser.eval()
