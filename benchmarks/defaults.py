@@ -1,7 +1,7 @@
 """
 Defaults by measurement, on the embedded pipeline: `python benchmarks/defaults.py`; resumable, into `outputs/defaults`.
 
-A first look, with seed 0, compared one, two and four updates per round, learning rates of 3e-4 and 1e-3, and advantages
+A first look, with seed 0, compared one, two and four updates per round, learning rates of 3e-4 and 1e-3, advantages
 by round and by prompt (figures in docs/objective.md). It chose what is compared with three seeds: one update, 3e-4 and
 advantages by round, as in TRL 0.23; and advantages by prompt at 1e-3, with one update and with four. All have 512
 reward queries in 4 rounds of 128, IS, the reward `emoji_alignment`. The figure is the gain of the evaluation reward on

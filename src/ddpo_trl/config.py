@@ -165,10 +165,10 @@ class DDPOConfig(TrainingArguments):
         a longer call is abandoned; an `async` function is canceled. `None` sets no limit.""",
     )
     advantage_normalization: Literal["batch", "prompt", "group", "none"] = setting(
-        "batch",
-        """What a reward is standardized against: the round; the running statistics of its prompt and metadata (see
-        `prompt_key_fn` of the trainer); its group, the `num_images_per_prompt` images of one draw of a prompt; or
-        nothing.""",
+        "prompt",
+        """What a reward is standardized against: the round (`"batch"`); the running statistics of its prompt and
+        metadata (see `prompt_key_fn` of the trainer), which are those of the round until there are enough; its group,
+        the `num_images_per_prompt` images of one draw of a prompt; or nothing.""",
     )
     advantage_clip: Positive = setting(
         5.0,
