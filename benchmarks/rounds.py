@@ -39,6 +39,7 @@ def quiet_config(**settings: Any) -> Any:
     quiet: dict[str, Any] = {
         "output_dir": tempfile.mkdtemp(dir=runs_folder().name),
         "guidance_scale": GUIDANCE,
+        "num_mini_batches": 1,
         "log_images_rounds": 0,
         "save_strategy": "no",
         "report_to": "none",

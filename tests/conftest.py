@@ -145,6 +145,7 @@ def make_config(tmp_path, one_pass) -> Callable[..., DDPOConfig]:
                 "num_sample_batches": 2,
                 "per_device_train_batch_size": 4,
                 "learning_rate": 1e-2,
+                "num_mini_batches": 1,
                 "one_pass": one_pass,
                 **overrides,
             }

@@ -51,6 +51,7 @@ def make_config(output_dir: str, num_processes: int, **settings: Any) -> DDPOCon
         "per_device_sample_batch_size": 2,
         "num_sample_batches": SAMPLES_PER_ROUND // 2 // num_processes,
         "per_device_train_batch_size": 2,
+        "num_mini_batches": 1,
         "learning_rate": 1e-2,
     }
     config = DDPOConfig(**{**defaults, **settings})

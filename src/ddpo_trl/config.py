@@ -236,7 +236,11 @@ class DDPOConfig(TrainingArguments):
     # ---- Optimization ----
 
     num_ppo_epochs: Count = setting(1, 'Number of passes over a rollout. `"sf"` allows only one.')
-    num_mini_batches: Count = setting(1, 'Number of optimizer steps per pass. `"sf"` allows only one.')
+    num_mini_batches: OptionalCount = setting(
+        None,
+        """Number of optimizer steps per pass. `None` is 4, or 2 or 1 if the samples of a round do not divide into 4
+        mini-batches; with `one_pass=True` and for `"sf"`, which allows only one, it is 1.""",
+    )
     per_device_train_batch_size: Count = setting(
         4,
         """Number of samples per micro-batch, all at one timestep. Gradients accumulate over all trained timesteps of
@@ -323,6 +327,8 @@ class DDPOConfig(TrainingArguments):
         check_given(self)  # before values are derived from others
         if self.per_device_eval_batch_size is None:
             self.per_device_eval_batch_size = self.per_device_sample_batch_size
+        if self.num_mini_batches is None:
+            self.num_mini_batches = self._default_mini_batches()
         if self.metric_for_best_model is None and (self.load_best_model_at_end or self.save_strategy == "best"):
             self.metric_for_best_model = "eval_reward"  # Trainer falls back to a loss, which evaluation does not have
         super().__post_init__()
@@ -336,6 +342,15 @@ class DDPOConfig(TrainingArguments):
             if value != default and (value or default) and field.name not in DERIVED_SETTINGS:
                 given[field.name] = value
         return f"DDPOConfig({', '.join(f'{name}={value!r}' for name, value in given.items())})"
+
+    def _default_mini_batches(self) -> int:
+        """Return the most mini-batches, out of 4, 2 and 1, into which the samples of a round divide."""
+        if self.loss_type == "sf" or self.one_pass:
+            return 1
+        samples = self.per_device_sample_batch_size * self.num_sample_batches
+        return next(
+            count for count in (4, 2, 1) if count == 1 or samples % (count * self.per_device_train_batch_size) == 0
+        )
 
     def steps_in_range(self, steps: int) -> range:
         """Indices of the denoising steps in `train_timestep_range`, out of `steps`."""
@@ -353,6 +368,7 @@ class DDPOConfig(TrainingArguments):
     @property
     def updates_per_round(self) -> int:
         """Number of optimizer steps per round."""
+        assert self.num_mini_batches is not None, "__post_init__ sets it"
         return self.num_ppo_epochs * self.num_mini_batches
 
     @property
