@@ -1,13 +1,16 @@
 """
-Defaults by measurement, on the embedded pipeline: `python benchmarks/defaults.py`; resumable, into `outputs/defaults`.
+Comparison of default values on the embedded pipeline: `python benchmarks/defaults.py`.
 
-A first look, with seed 0, compared one, two and four updates per round, learning rates of 3e-4 and 1e-3, advantages
-by round and by prompt (figures in docs/objective.md). It chose what is compared with three seeds: one update, 3e-4 and
-advantages by round, as in TRL 0.23; and advantages by prompt at 1e-3, with one update and with four. All have 512
-reward queries in 4 rounds of 128, IS, the reward `emoji_alignment`. The figure is the gain of the evaluation reward on
-256 images of fixed prompts and seeds, per 1000 queries and per CPU minute of training (`time.process_time`, which
-other work on the machine hardly changes), with the lowest and the highest seed. A value becomes the default if its
-lowest seed is better than the highest of the others by both measures; with equal bands, the faster one.
+A preliminary comparison with seed 0 had one, two and four updates per round, learning rates of 3e-4 and 1e-3, and
+advantages by round and by prompt (figures in docs/objective.md). It selected the settings that this script compares
+with three seeds: one update, 3e-4 and advantages by round, as in TRL 0.23; and advantages by prompt at 1e-3, with one
+update and with four. All have 512 reward queries in 4 rounds of 128, IS, and the reward `emoji_alignment`. The result
+is the gain of the evaluation reward on 256 images of fixed prompts and seeds, per 1000 queries and per CPU minute of
+training (`time.process_time`, which other work on the machine hardly changes), with the lowest and the highest seed.
+Runs are kept in outputs/defaults, so the command is resumable.
+
+A value becomes the default if its lowest seed is better than the highest of the others by both measures; if the bands
+are equal, the faster one does.
 """
 
 import argparse
@@ -45,7 +48,7 @@ def folder(flags: Sequence[str], seed: int) -> Path:
 
 
 def figures(flags: Sequence[str]) -> dict[str, list[float]]:
-    """Gains of the seeds, per 1000 queries and per CPU minute, and the change of the share that is recognized."""
+    """Return the gain per 1000 queries and per CPU minute, and the change of the recognized share, for each seed."""
     found: dict[str, list[float]] = {"query": [], "minute": [], "recognized": []}
     for seed in SEEDS:
         summary: dict[str, Any] = json.loads((folder(flags, seed) / "summary.json").read_text())
@@ -57,7 +60,7 @@ def figures(flags: Sequence[str]) -> dict[str, list[float]]:
 
 
 def shown(values: Sequence[float], digits: int) -> str:
-    """Mean, lowest and highest value."""
+    """Format the mean, the lowest and the highest value."""
     mean = sum(values) / len(values)
     return f"{mean:+.{digits}f} ({min(values):+.{digits}f} to {max(values):+.{digits}f})"
 

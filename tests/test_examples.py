@@ -135,7 +135,7 @@ def test_a_preset_is_a_run_whose_sizes_divide(path):
     assert [reward_spec(name) for name in arguments.reward] and load_prompt_source(arguments.prompts)
     plan = plan_batches(config, stds=[1.0] * config.num_inference_steps)
     text = path.read_text()
-    assert f"# {plan.samples_per_round} images a round" in text
+    assert f"# {plan.samples_per_round} images per round" in text
     assert f"optimizer steps of {plan.samples_per_mini_batch}" in text
     assert f"GPU with {path.stem.upper().replace('GB', ' GB')}" in text
 
