@@ -32,7 +32,7 @@ def parse(*arguments: str, output_dir: Path) -> DDPOConfig:
 # ---- Defaults ----
 
 
-def test_the_defaults_are_those_of_the_design(tmp_path):
+def test_the_defaults_are_those_of_the_design_and_the_measured_ones(tmp_path):
     expected = {
         "loss_type": "is",
         "num_train_epochs": 100,
@@ -41,10 +41,10 @@ def test_the_defaults_are_those_of_the_design(tmp_path):
         "guidance_scale": 5.0,
         "eta": 1.0,
         "num_ppo_epochs": 1,
-        "num_mini_batches": 1,
+        "num_mini_batches": 4,  # benchmarks/defaults.py
         "cliprange": 1e-4,
         "log_prob_reduction": "mean",
-        "advantage_normalization": "batch",
+        "advantage_normalization": "prompt",  # benchmarks/defaults.py
         "advantage_clip": 5.0,
         "on_invalid_reward": "raise",
         "reward_timeout": None,
@@ -65,6 +65,22 @@ def test_the_defaults_are_those_of_the_design(tmp_path):
     }
     config = vars(DDPOConfig(output_dir=str(tmp_path), use_cpu=True))
     assert {name: config[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "updates"),
+    [
+        ({}, 4),  # 32 samples per round, micro-batches of 4
+        ({"num_sample_batches": 2}, 2),
+        ({"num_sample_batches": 3}, 1),
+        ({"num_mini_batches": 8}, 8),
+        ({"loss_type": "sf"}, 1),
+        ({"one_pass": True}, 1),
+    ],
+)
+def test_a_round_has_four_updates_where_it_divides_into_them_unless_one_is_asked_for(tmp_path, settings, updates):
+    config = DDPOConfig(output_dir=str(tmp_path), use_cpu=True, **settings)
+    assert config.num_mini_batches == config.updates_per_round == updates
 
 
 def test_ranges_of_two_configs_are_two_lists(tmp_path):
@@ -531,4 +547,6 @@ def test_target_kl_is_refused_under_deepspeed(make_config):
 
 def test_a_config_is_shown_by_what_differs_from_the_defaults(make_config):
     config = DDPOConfig(output_dir="run", use_cpu=True, eta=0.5, stop_on_signal=[], bf16=True)
-    assert repr(config) == "DDPOConfig(output_dir='run', bf16=True, use_cpu=True, eta=0.5, stop_on_signal=[])"
+    assert repr(config) == (
+        "DDPOConfig(output_dir='run', bf16=True, use_cpu=True, eta=0.5, num_mini_batches=4, stop_on_signal=[])"
+    )

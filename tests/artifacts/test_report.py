@@ -268,6 +268,7 @@ def test_settings_that_differ_from_the_defaults_are_those_that_were_given(tmp_pa
     assert {one.name: (one.value, one.default) for one in settings if one.chosen} == {
         "eta": ("0.5", "1.0"),
         "train_timestep_range": ("[0, 0.8]", "[0.0, 1.0]"),
+        "num_mini_batches": ("4", "–"),
         "output_dir": (str(tmp_path), "–"),
         "seed": ("7", "42"),
     }
