@@ -465,8 +465,8 @@ def kinds_table() -> list[str]:
 def updates_of(run: Run) -> tuple[int, int]:
     """Return the updates per round and the images per update."""
     config = parse_arguments(run.flags)[1]
-    updates = config.num_mini_batches * config.num_ppo_epochs
-    return updates, config.per_device_sample_batch_size * config.num_sample_batches // config.num_mini_batches
+    samples = config.per_device_sample_batch_size * config.num_sample_batches
+    return config.updates_per_round, samples * config.num_ppo_epochs // config.updates_per_round
 
 
 def task_section(task: str, results: Sequence[Result]) -> str:
