@@ -296,7 +296,7 @@ def test_early_stopping_works_on_every_figure(make_config, tmp_path):
     kwargs = {"eval_prompts": REPEATED, "eval_reward_fn": [redness]}
     free = trainer_for(make_config(**settings, output_dir=str(tmp_path / "free")), **kwargs)
     free.train()
-    for metric in ("eval_reward", "reward_std", "eval_reward_sde_gap", "eval_diversity", "eval_rewards/redness/mean"):
+    for metric in ("reward_std", "eval_reward_sde_gap", "eval_rewards/redness/mean"):
         name = "eval_" + metric.removeprefix("eval_")
         first, second, _ = [log[name] for log in evaluations(free)]
         recorder = WeightsAtEvaluations()

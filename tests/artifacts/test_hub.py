@@ -20,8 +20,8 @@ SCHEDULER = "scheduler/scheduler_config.json"  # which the card's example loads
 ALWAYS = {"README.md", "ddpo_config.json", "environment.json", "metrics.csv", SCHEDULER}
 LORA = {*ALWAYS, "pytorch_lora_weights.safetensors"}
 CHECKPOINT = {
-    "batch_plan.json", "ddpo_config.json", "optimizer.pt", "prompts.pt", "pytorch_lora_weights.safetensors",
-    "rng_state.pth", "run.json", "scheduler.pt", "trainer_state.json",
+    "batch_plan.json", "ddpo_config.json", "optimizer.pt", "prompt_statistics.json", "prompts.pt",
+    "pytorch_lora_weights.safetensors", "rng_state.pth", "run.json", "scheduler.pt", "trainer_state.json",
 }  # fmt: skip
 
 

@@ -49,6 +49,7 @@ def trained(folder: Path, pipeline: Any = None, **settings: Any) -> DDPOTrainer:
             "guidance_scale": 3.0,
             "per_device_sample_batch_size": 4,
             "num_sample_batches": 2,
+            "num_mini_batches": 1,
             "learning_rate": 1e-2,
             "log_images_rounds": EVERY,
             "num_logged_images": FIXED,

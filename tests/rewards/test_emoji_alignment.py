@@ -155,6 +155,7 @@ def test_it_loads_late_and_a_pickled_copy_scores_the_same(samples):
     assert pickle.loads(pickle.dumps(reward))(samples, SAMPLED, [{}] * len(SAMPLED)) == scores
 
 
+@pytest.mark.slow
 def test_the_demo_trains_with_it_on_prompts_that_the_pipeline_does_not_know(tmp_path, monkeypatch, capsys):
     task = demo.TASKS["emoji_alignment"]
     task = dataclasses.replace(task, captions=task.captions[:16], eval_seeds=1)

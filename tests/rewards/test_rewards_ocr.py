@@ -75,6 +75,7 @@ def test_a_video_scores_the_mean_of_its_frames(reward):
     assert reward(frames, asked("open"), ({},)) == [0.75]
 
 
+@pytest.mark.slow
 def test_the_trainers_threads_get_the_same_rewards(reward):
     images, prompts = rendered("OPEN", "OPEM"), asked("open", "open")
     scorer = RewardScorer([reward, OCRAccuracy()], max_workers=2)

@@ -6,9 +6,11 @@ import sys
 import threading
 import time
 import weakref
+from pathlib import Path
 
 import pytest
 
+from ddpo_trl.rewards import workers
 from ddpo_trl.rewards.workers import CallTimeout, DaemonPool, call_within
 
 
@@ -105,7 +107,8 @@ def test_a_calls_own_timeout_error_is_not_mistaken_for_the_limit():
 
 EXIT = """
 import sys, time
-from ddpo_trl.rewards.workers import CallTimeout, DaemonPool, call_within
+sys.path.insert(0, {folder!r})  # the file alone: importing the package takes seconds
+from workers import CallTimeout, DaemonPool, call_within
 pool = DaemonPool(1, "pool")
 futures = [pool.submit(lambda: call_within({limit}, lambda: time.sleep(600))) for _ in range(3)]
 try:
@@ -117,7 +120,11 @@ except (CallTimeout, TimeoutError):
 
 @pytest.mark.parametrize("limit", ["0.2", "None"])
 def test_neither_an_abandoned_call_nor_a_queue_of_them_holds_up_the_exit_of_the_process(limit):
-    process = subprocess.Popen([sys.executable, "-c", EXIT.format(limit=limit)], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", EXIT.format(limit=limit, folder=str(Path(workers.__file__).parent))],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     assert process.stdout is not None
     with process, process.stdout:
         assert process.stdout.readline() == "done\n"

@@ -180,8 +180,8 @@ def converted(old: TRLConfig) -> dict[str, Any]:
         arguments["output_dir"] = output_dir
     if old.train_use_8bit_adam:
         arguments["optim"] = "adamw_bnb_8bit"
+    arguments["advantage_normalization"] = "prompt" if old.per_prompt_stat_tracking else "batch"
     if old.per_prompt_stat_tracking:
-        arguments["advantage_normalization"] = "prompt"
         arguments["per_prompt_stat_tracking_buffer_size"] = old.per_prompt_stat_tracking_buffer_size
         arguments["per_prompt_stat_tracking_min_count"] = old.per_prompt_stat_tracking_min_count
     if old.negative_prompts:
