@@ -15,7 +15,7 @@ demo: $(READY)  ## the main job: DDPO on the embedded pipeline, results in outpu
 	TRANSFORMERS_VERBOSITY=error $(BIN)/ddpo-trl demo $(FLAGS)  # it warns of a missing torchvision, which nothing here needs
 
 test: $(READY)  ## the test suite; 8 to 14 minutes on two cores, depending on the processor
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 4 --dist loadfile $(FLAGS)  # many tests wait, so four; what tests of a file share is made once
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 3 --dist loadfile $(FLAGS)  # some tests wait, so three; what tests of a file share is made once
 
 learning: $(READY)  ## the slow proof that the demo learns, and that its control does not
 	$(BIN)/pytest -q -m slow -s tests/learning $(FLAGS)
