@@ -368,7 +368,7 @@ class DDPOConfig(TrainingArguments):
     @property
     def updates_per_round(self) -> int:
         """Number of optimizer steps per round."""
-        assert self.num_mini_batches is not None, "__post_init__ sets it"
+        assert self.num_mini_batches is not None, "DDPOConfig sets it"
         return self.num_ppo_epochs * self.num_mini_batches
 
     @property

@@ -84,7 +84,6 @@ DEFAULTS: dict[str, Any] = {
     "num_sample_batches": 8,
     "num_images_per_prompt": 8,
     "per_device_train_batch_size": 16,
-    "num_mini_batches": 4,
     "advantage_normalization": "group",
     "learning_rate": 1e-3,
     "cliprange": 5e-3,

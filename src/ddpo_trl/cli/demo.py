@@ -30,7 +30,7 @@ def parse_arguments(argv: Sequence[str]) -> tuple[DemoArguments, DDPOConfig]:
     if chosen.reward in TASKS:  # other values are refused by the parser
         defaults |= TASKS[chosen.reward].defaults
     if chosen.loss_type == "sf":  # one optimizer step per round instead of four has to be larger
-        defaults |= {"num_mini_batches": 1, "learning_rate": SCORE_FUNCTION_RATE * defaults["learning_rate"]}
+        defaults["learning_rate"] *= SCORE_FUNCTION_RATE
     parser.set_defaults(**defaults)
     (arguments, config), _ = parser.parse(argv)
     return arguments, config

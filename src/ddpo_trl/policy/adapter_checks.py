@@ -16,6 +16,7 @@ from torch import nn
 from transformers.utils import logging
 
 from ddpo_trl.descriptions import in_a_line
+from ddpo_trl.settings import default_of
 
 
 logger = logging.get_logger(__name__)
@@ -99,22 +100,16 @@ def in_words(config: PeftConfig) -> str:
 
 def changed_fields(config: PeftConfig) -> dict[str, Any]:
     """Return the settings of a config that differ from its class's defaults, except those of every config."""
-    values = {field.name: vars(config)[field.name] for field in dataclasses.fields(config)}
     return {
-        name: value
-        for name, value in values.items()
-        if name not in BOOKKEEPING and value != _default(type(config), name)
+        field.name: value
+        for field in dataclasses.fields(config)
+        if field.name not in BOOKKEEPING and (value := vars(config)[field.name]) != default_of(field)
     }
-
-
-def _default(config_class: type[PeftConfig], name: str) -> Any:
-    field = next(field for field in dataclasses.fields(config_class) if field.name == name)
-    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
 def _with_default(config: PeftConfig, name: str) -> PeftConfig:
     changed = copy.deepcopy(config)
-    vars(changed)[name] = _default(type(config), name)
+    vars(changed)[name] = next(default_of(field) for field in dataclasses.fields(config) if field.name == name)
     return changed
 
 

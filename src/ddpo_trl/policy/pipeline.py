@@ -200,7 +200,7 @@ def policy_copy(
     """
     twin: Any = quiet_copy(pipeline)
     twin.scheduler = scheduler
-    twin.__class__ = policy_class(type(pipeline), denoiser)
+    twin.__class__ = policy_pipeline_class(type(pipeline), denoiser)
     for name, part in parts(pipeline).items():
         if part.components.get(denoiser) is pipeline.components[denoiser]:
             vars(twin)[name] = policy_copy(part, denoiser, scheduler, offload)
@@ -224,7 +224,7 @@ def with_denoiser(pipeline: DiffusionPipeline, name: str, denoiser: ModelMixin) 
     return twin
 
 
-def policy_class(pipeline_class: type[DiffusionPipeline], denoiser: str) -> type[DiffusionPipeline]:
+def policy_pipeline_class(pipeline_class: type[DiffusionPipeline], denoiser: str) -> type[DiffusionPipeline]:
     """
     Return a subclass without the `torch.no_grad()` of `__call__`, also of those that it calls by `super()`.
 

@@ -298,13 +298,14 @@ def plan_batches(config: DDPOConfig, stds: list[float], state_bytes: int = 0, em
             f"sde_window_size is {config.sde_window_size}, more than the {len(trainable_steps)} stochastic steps in "
             f"train_timestep_range={config.train_timestep_range}. Lower it, or raise num_inference_steps."
         )
+    assert config.num_mini_batches is not None, "DDPOConfig sets it"
     return BatchPlan(
         num_processes=config.world_size,
         per_device_sample_batch_size=config.per_device_sample_batch_size,
         num_sample_batches=config.num_sample_batches,
         num_images_per_prompt=config.num_images_per_prompt,
         per_device_train_batch_size=config.per_device_train_batch_size,
-        num_mini_batches=config.updates_per_round // config.num_ppo_epochs,
+        num_mini_batches=config.num_mini_batches,
         num_ppo_epochs=config.num_ppo_epochs,
         trainable_steps=trainable_steps,
         window_size=config.sde_window_size,
