@@ -14,28 +14,28 @@ export OMP_WAIT_POLICY ?= PASSIVE
 demo: $(READY)  ## the main job: DDPO on the embedded pipeline, results in outputs/demo
 	TRANSFORMERS_VERBOSITY=error $(BIN)/ddpo-trl demo $(FLAGS)  # it warns of a missing torchvision, which nothing here needs
 
-test: $(READY)  ## the test suite; 8 to 14 minutes on two cores, depending on the processor
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 3 --dist loadfile $(FLAGS)  # some tests wait, so three; what tests of a file share is made once
+test: $(READY)  ## the test suite; 9 to 14 minutes on two cores, depending on the processor
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 3 --dist loadfile $(FLAGS)  # three, because some tests wait; fixtures of a file are made once
 
-learning: $(READY)  ## the slow proof that the demo learns, and that its control does not
+learning: $(READY)  ## slow tests that the demo learns and that its control does not
 	$(BIN)/pytest -q -m slow -s tests/learning $(FLAGS)
 
 slow: $(READY)  ## all other slow tests: the wheel in a new environment, two processes by accelerate, the notebook
 	$(BIN)/pytest -q -m slow tests --ignore tests/learning --ignore tests/conformance $(FLAGS)
 
-torture: $(READY)  ## kills runs, in one pass and in two, 30 times at random moments; last line is survived N/N
+torture: $(READY)  ## kill runs, in one pass and in two, 30 times at random moments; last line is survived N/N
 	TRANSFORMERS_VERBOSITY=error $(BIN)/python tests/torture.py $(FLAGS)
 
 conformance: $(READY)  ## the table of pipelines and checks, into docs/conformance.md; last line is passed/total
 	TRANSFORMERS_VERBOSITY=error $(BIN)/python tests/conformance/table.py
 
 docs: $(READY)  ## the documentation as a site, into build/site; a warning is an error
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet  # the notice tells of the theme's successor
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet  # the notice is about the theme's successor
 
-bench: $(READY)  ## a round beside TRL 0.23.1's and beside the bare denoiser, into outputs/bench.json; 20 minutes, nothing else running
+bench: $(READY)  ## compare a round with TRL 0.23.1's and with the denoiser alone, into outputs/bench.json; 20 minutes, with nothing else running
 	TRANSFORMERS_VERBOSITY=error $(BIN)/python benchmarks/bench.py $(FLAGS)
 
-scaling: $(READY)  ## how a round's cost grows with its size, into outputs/scaling.json; 9 minutes, nothing beside
+scaling: $(READY)  ## cost of a round against its size, into outputs/scaling.json; 9 minutes, with nothing else running
 	$(BIN)/python benchmarks/scaling.py $(FLAGS)
 
 results: $(READY)  ## docs/results.md from 27 runs of the demo in outputs/results; two hours, resumable

@@ -1,4 +1,4 @@
-"""Private names of other libraries that the package uses. A release that removes one fails here, by that name."""
+"""Private names of other libraries that the package uses. If a release removes one, a test fails with its name."""
 
 import ast
 import importlib
@@ -13,7 +13,7 @@ import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from accelerate.state import GradientState
-from diffusers import DDIMScheduler, DiffusionPipeline
+from diffusers import DDIMScheduler, DiffusionPipeline, ModelMixin
 from diffusers.loaders import PeftAdapterMixin, StableDiffusionLoraLoaderMixin
 from transformers import Trainer
 
@@ -21,9 +21,9 @@ import ddpo_trl
 from test_layers import TREES
 
 
-# Where a name is found, and why no public name does. Instances stand for attributes that `__init__` sets.
+# Owner of each name, and its use. An instance is the owner of attributes that `__init__` sets.
 PRIVATE_NAMES: dict[str, tuple[Any, str]] = {
-    # The Trainer's steps that are another thing here: what a checkpoint holds, when one is made, what is pushed.
+    # Steps of the Trainer that the package replaces: content and time of checkpoints, and pushes.
     **dict.fromkeys(
         [
             "_determine_best_metric", "_evaluate", "_finish_current_push", "_get_output_dir", "_load_best_model",
@@ -37,12 +37,13 @@ PRIVATE_NAMES: dict[str, tuple[Any, str]] = {
     "_execution_device": (DiffusionPipeline, "walks through all modules, several times per replayed step"),
     "_lora_loadable_modules": (StableDiffusionLoraLoaderMixin, "which networks `save_lora_weights` saves"),
     "_hf_peft_config_loaded": (PeftAdapterMixin, "must be reset after adapters were removed"),
+    "_no_split_modules": (ModelMixin, "the blocks by which FSDP shards"),
     "_hf_hook": (add_hook_to_module(torch.nn.Linear(1, 1), ModelHook()), "offloading by accelerate is refused"),
 }  # fmt: skip
 
-# Attributes that are read only where `vars` says that they are there, or that the running Trainer sets.
+# Attributes that the running Trainer sets.
 CHECKED_ELSEWHERE = {
-    "_initial_global_step",  # every test that logs `eps`
+    "_initial_global_step",  # tests that log `eps` fail without it
 }
 
 
