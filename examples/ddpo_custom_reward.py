@@ -34,6 +34,7 @@ def main() -> None:
         num_images_per_prompt=4,
         advantage_normalization="group",
         per_device_train_batch_size=16,
+        num_mini_batches=1,
         save_strategy="no",
     )
     (config,) = parser.parse_args_and_config()
