@@ -14,13 +14,13 @@ export OMP_WAIT_POLICY ?= PASSIVE
 demo: $(READY)  ## the main job: DDPO on the embedded pipeline, results in outputs/demo
 	TRANSFORMERS_VERBOSITY=error $(BIN)/ddpo-trl demo $(FLAGS)  # it warns of a missing torchvision, which nothing here needs
 
-test: $(READY)  ## the test suite; 9 to 14 minutes on two cores, depending on the processor
+test: $(READY)  ## the test suite; 8 to 14 minutes on two cores, depending on the processor
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 3 --dist loadfile $(FLAGS)  # three, because some tests wait; fixtures of a file are made once
 
 learning: $(READY)  ## slow tests that the demo learns and that its control does not
 	$(BIN)/pytest -q -m slow -s tests/learning $(FLAGS)
 
-slow: $(READY)  ## all other slow tests: the wheel in a new environment, two processes by accelerate, the notebook
+slow: $(READY)  ## all other slow tests: the wheel, FSDP2, two processes by accelerate, the notebook
 	$(BIN)/pytest -q -m slow tests --ignore tests/learning --ignore tests/conformance $(FLAGS)
 
 torture: $(READY)  ## kill runs, in one pass and in two, 30 times at random moments; last line is survived N/N

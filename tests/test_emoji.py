@@ -149,6 +149,7 @@ class TestCaptions:
 
 
 class TestMeasure:
+    @pytest.mark.slow
     def test_every_training_image_is_its_own_nearest(self):
         tiles = contact_sheet_tiles()
         images = F.interpolate(torch.stack(list(tiles.values())), scale_factor=2)

@@ -13,6 +13,7 @@ import pytest
 
 
 ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.slow
 BUILT_FROM = ("src", "pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md")
 
 
@@ -74,7 +75,6 @@ def test_the_sdist_has_what_the_wheel_is_built_from(built):
     assert {"pyproject.toml", "README.md", "LICENSE"} <= names
 
 
-@pytest.mark.slow
 def test_what_is_installed_from_the_wheel_trains(wheel, tmp_path):
     """In a new environment, outside the tree: minutes of pip, then the demo."""
     venv.create(tmp_path / "venv", with_pip=True)

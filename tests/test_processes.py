@@ -263,6 +263,7 @@ def sharded(request, folder) -> tuple[Path, list[dict[str, Any]]]:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", ["whole", "full"])
 def test_sharding_trains_as_data_parallel_does(sharded, data_parallel, run):
     directory, (first, second) = sharded
@@ -273,6 +274,7 @@ def test_sharding_trains_as_data_parallel_does(sharded, data_parallel, run):
     assert first[run]["held"] == (0.5 if directory.name == "fsdp2" else 1.0)
 
 
+@pytest.mark.slow
 def test_a_sharded_adapter_is_saved_for_plain_diffusers(sharded):
     directory, (first, _) = sharded
     pipeline = tiny_pipeline()
@@ -281,6 +283,7 @@ def test_a_sharded_adapter_is_saved_for_plain_diffusers(sharded):
     assert largest_difference(first["whole"]["weights"], saved) == 0.0
 
 
+@pytest.mark.slow
 def test_full_fine_tuning_is_sharded_and_saved_for_plain_diffusers(sharded):
     directory, (first, _) = sharded
     saved = UNet2DConditionModel.from_pretrained(directory / "full", subfolder="unet")
@@ -288,6 +291,7 @@ def test_full_fine_tuning_is_sharded_and_saved_for_plain_diffusers(sharded):
     assert largest_difference(first["full"]["weights"], weights) == 0.0
 
 
+@pytest.mark.slow
 def test_checkpoints_of_a_sharded_adapter_leave_out_the_frozen_model(sharded):
     directory, _ = sharded
     if directory.name == "deepspeed_zero2":
@@ -298,11 +302,13 @@ def test_checkpoints_of_a_sharded_adapter_leave_out_the_frozen_model(sharded):
     assert max(files.values()) < frozen
 
 
+@pytest.mark.slow
 def test_a_sharded_run_resumes_as_if_never_interrupted(sharded):
     _, (first, _) = sharded
     assert largest_difference(first["whole"]["weights"], first["resumed"]["weights"]) == 0.0
 
 
+@pytest.mark.slow
 def test_replay_is_sampling_to_the_bit_when_sharded_in_half_precision_too(sharded):
     _, ranks = sharded
     for rank in ranks:

@@ -41,7 +41,7 @@ KILLS = {
 }
 
 
-@pytest.mark.parametrize("passes", KILLS)
+@pytest.mark.parametrize("passes", [pytest.param("one pass", marks=pytest.mark.slow), "two passes"])
 def test_a_run_killed_at_every_stage_of_a_round_equals_one_never_interrupted(tmp_path, passes):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert kill_a_run.run_until_done(whole, ROUNDS, [], passes) == 0

@@ -169,6 +169,23 @@ def test_a_second_adapter_is_refused_and_the_one_that_is_there_goes_on(build):
         add_adapter(pipeline, LoraConfig(target_modules=["to_q"]))
 
 
+@pytest.mark.parametrize(
+    ("place", "peft_config"),
+    [
+        ("ddpo_trl.policy.adapter_checks._leaves_base_alone", LoraConfig(r=2, target_modules=["to_q"])),
+        ("diffusers.UNet2DConditionModel.add_adapter", None),
+        ("diffusers.StableDiffusionPipeline.load_lora_weights", LoraConfig(r=2, target_modules=["to_q"])),
+    ],
+)
+def test_memory_that_runs_out_is_not_blamed_on_the_adapter(monkeypatch, place, peft_config):
+    def run_out(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(place, run_out)
+    with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
+        add_adapter(stable_diffusion(0), peft_config)
+
+
 # ---- Off and away ----
 
 

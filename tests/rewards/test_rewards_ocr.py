@@ -63,11 +63,10 @@ def test_the_metadatas_text_comes_before_the_prompts(reward):
 
 
 def test_images_of_a_batch_score_as_they_do_alone(reward):
-    words = ("OPEN", "", "0PEN", "Helo World")
-    images, prompts = rendered(*words), asked("open", "open", "open", "Hello World")
-    together = reward(images, prompts, ({},) * 4)
-    alone = [reward(images[i : i + 1], prompts[i : i + 1], ({},))[0] for i in range(4)]
-    assert together == alone and len(set(together)) >= 3
+    images, prompts = rendered("OPEN", "Helo World"), asked("open", "Hello World")
+    together = reward(images, prompts, ({},) * 2)
+    alone = [reward(images[i : i + 1], prompts[i : i + 1], ({},))[0] for i in range(2)]
+    assert together == alone == pytest.approx([1.0, 0.9])
 
 
 def test_a_video_scores_the_mean_of_its_frames(reward):

@@ -77,6 +77,8 @@ def check_config(config: PeftConfig, owner: str) -> None:
     try:
         if _leaves_base_alone(config):
             return
+    except torch.OutOfMemoryError:  # says what is wrong by itself
+        raise
     except Exception as error:  # any of peft's methods may come, with its own requirements
         raise ValueError(
             f"{owner} is {in_words(config)}, which can't be added to a linear layer of a diffusers model "

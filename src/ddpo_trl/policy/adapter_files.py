@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from diffusers import DiffusionPipeline
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.loaders.lora_base import LoraBaseMixin
@@ -137,6 +138,8 @@ def check_files(pipeline: DiffusionPipeline, adapter: str, owner: str) -> None:
             f"{weight} is not in the file" for weight, value in trained.items() if value.data_ptr() not in saved
         ]
         problem = unsaved[0] if unsaved else first_difference(denoiser, fresh, adapter)
+    except torch.OutOfMemoryError:  # says what is wrong by itself
+        raise
     except Exception as error:  # whatever the loaders of diffusers and peft raise here, they will raise for users too
         problem = in_a_line(error)
     if problem is None:

@@ -166,6 +166,8 @@ def _add_adapter(denoiser: nn.Module, peft_config: PeftConfig) -> None:
             denoiser.add_adapter(peft_config, ADAPTER_NAME)  # as below, and diffusers' methods know of it
         else:
             inject_adapter_in_model(peft_config, denoiser, ADAPTER_NAME)
+    except torch.OutOfMemoryError:  # says what is wrong by itself
+        raise
     except Exception as error:  # peft's are of any type where a config does not suit a model
         raise ValueError(
             f"peft_config can't be added to {type(denoiser).__name__} ({in_a_line(error)}). Give it target_modules "
