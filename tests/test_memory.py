@@ -5,6 +5,7 @@ import gc
 import itertools
 import re
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -215,22 +216,28 @@ def test_offloaded_text_encoders_come_once_a_round_for_prompts_that_are_new(make
     assert moves.count("text_encoder") == 2 * 2  # there and back, for eight prompts in two batches
 
 
-def test_the_autoencoder_is_at_hand_only_while_images_are_made(make_config):
+def test_the_autoencoder_comes_after_the_last_step_and_leaves_when_the_images_are_made(make_config):
     pipeline = tiny_pipeline()
-    moves = []
-    original = pipeline.vae.to
+    happened: list[str] = []
+    move, decode = pipeline.vae.to, pipeline.vae.decode
 
-    def to(device: Any, dtype: Any = None) -> Any:
-        moves.append(str(device))
-        return original(device, dtype)
+    def noted(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        def note(*args: Any, **kwargs: Any) -> Any:
+            happened.append(name)
+            return method(*args, **kwargs)
 
-    pipeline.vae.to = to
+        return note
+
+    pipeline.vae.to, pipeline.vae.decode = noted("move", move), noted("decode", decode)
+    pipeline.unet.register_forward_hook(lambda *_: happened.append("step"))
     trainer = DDPOTrainer(make_config(offload_vae=True, num_sample_batches=1), brightness, PROMPTS, pipeline)
-    moves.clear()  # the trial at construction
-    trainer.train()
-    assert moves == ["cpu", "cpu"]  # to the denoiser's device, which is the CPU here, and back
+    happened.clear()  # the check at construction
     trainer.generate_samples(["cat"])
-    assert len(moves) == 4
+    # To the denoiser's device, which is the CPU here, and back. The last of the four steps is followed by no other.
+    assert happened == ["step"] * 4 + ["move", "decode", "move"]
+    happened.clear()
+    trainer.train()
+    assert happened.count("move") == 2 and "".join(happened).endswith("stepmovedecodemove")
 
 
 @pytest.mark.parametrize(

@@ -833,7 +833,7 @@ def test_in_a_log_that_spans_rounds_times_are_sums_and_rewards_means(make_config
 def test_the_time_in_training_is_without_evaluation_and_sampling(monkeypatch):
     now = [0.0]
     monkeypatch.setattr("ddpo_trl.rollout.callbacks.time.perf_counter", lambda: now[0])
-    clock, anything = TrainingClock(), cast(Any, None)
+    clock, anything = TrainingClock(torch.device("cpu")), cast(Any, None)
     for sampling, training, evaluation in ((10.0, 1.0, 100.0), (20.0, 2.0, 200.0)):
         now[0] += sampling
         clock.start()

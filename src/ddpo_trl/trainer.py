@@ -243,7 +243,7 @@ class DDPOTrainer(SavingTrainer):
         self.progress = RoundProgress(disable=self.args.disable_tqdm or not self.is_world_process_zero())
         self.remove_callback(ProgressCallback)
         self.add_callback(self.progress)
-        self.clock = TrainingClock()
+        self.clock = TrainingClock(self.args.device)
         self.add_callback(self.clock)
         first = functools.partial(preview, self.prompts)
         fixed = fixed_prompts(self.args, self.eval_prompts, first, self.plan.prompts_per_round)

@@ -9,6 +9,8 @@ import torch
 from accelerate.utils import recursively_apply
 from torch import Tensor
 
+from ddpo_trl.transfers import to_device
+
 
 # Bound of the embeddings that are kept. In bfloat16 a prompt has 0.1 MiB for Stable Diffusion, 4 for Wan.
 MAX_CACHED_BYTES = 2 * 2**30
@@ -28,6 +30,10 @@ class Kept:
 
     tensor: Tensor
     device: torch.device
+
+    def moved_back(self) -> Tensor:
+        """Return the tensor on its device."""
+        return to_device(self.tensor, self.device)
 
     def equals(self, other: "Kept") -> bool:
         """Return `True` if both hold the same tensor of the same device."""
@@ -72,9 +78,7 @@ class EmbeddingCache:
     def get(self, key: Hashable) -> Any:
         """Return an embedding on the device it came from."""
         embedding, _ = self._entries[key]
-        return recursively_apply(
-            lambda kept: kept.tensor.to(kept.device), embedding, test_type=lambda value: isinstance(value, Kept)
-        )
+        return recursively_apply(Kept.moved_back, embedding, test_type=lambda value: isinstance(value, Kept))
 
     def put(self, key: Hashable, embedding: Any) -> None:
         """Add an embedding."""

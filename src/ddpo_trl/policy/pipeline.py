@@ -8,9 +8,9 @@ from types import CellType, FunctionType, MethodType
 from typing import Any
 
 import torch
-from diffusers import CacheMixin, DiffusionPipeline, ModelMixin
+from diffusers import CacheMixin, DiffusionPipeline
 from diffusers.models.autoencoders.vae import AutoencoderMixin
-from torch import nn
+from torch import Tensor, nn
 
 from ddpo_trl.config import DDPOConfig
 from ddpo_trl.config_checks import OWN_PIPELINE_ARGUMENTS
@@ -214,13 +214,31 @@ def policy_copy(
     return twin
 
 
-def with_denoiser(pipeline: DiffusionPipeline, name: str, denoiser: ModelMixin) -> DiffusionPipeline:
-    """Return a shallow copy with another denoiser, also in its parts."""
+def with_component(pipeline: DiffusionPipeline, name: str, component: nn.Module) -> DiffusionPipeline:
+    """Return a shallow copy with another component of that name, also in its parts."""
     twin = copy.copy(pipeline)
     for part_name, part in parts(pipeline).items():
         if part.components.get(name) is pipeline.components[name]:
-            vars(twin)[part_name] = with_denoiser(part, name, denoiser)
-    twin.register_modules(**{name: denoiser})
+            vars(twin)[part_name] = with_component(part, name, component)
+    twin.register_modules(**{name: component})
+    return twin
+
+
+def moving_to_decode(autoencoder: nn.Module, denoiser: nn.Module) -> nn.Module:
+    """
+    Return an autoencoder that shares all weights, and moves to the denoiser's device when it is asked to decode: it is
+    not there during the denoising steps.
+    """
+    twin: Any = copy.copy(autoencoder)
+    decode = twin.decode
+
+    @functools.wraps(decode)
+    def move_and_decode(latents: Tensor, *args: Any, **kwargs: Any) -> Any:
+        device = next(denoiser.parameters()).device
+        autoencoder.to(device)
+        return decode(latents.to(device), *args, **kwargs)
+
+    twin.decode = move_and_decode
     return twin
 
 

@@ -14,7 +14,7 @@ from ddpo_trl.policy.calls import BatchCalls, attention_modules, images_tensor, 
 from ddpo_trl.policy.denoiser import adapters_off
 from ddpo_trl.policy.embeddings import OnlyInPlace, PromptEncoder
 from ddpo_trl.policy.fingerprint import Fingerprint, adapter_switches, settings_in_use, weight_sums
-from ddpo_trl.policy.pipeline import policy_copy, quiet_copy, with_denoiser
+from ddpo_trl.policy.pipeline import moving_to_decode, policy_copy, quiet_copy, with_component
 from ddpo_trl.policy.records import Context, join_samples
 from ddpo_trl.policy.schedulers import PolicyScheduler, Replay, Sampling, StepReplayed
 from ddpo_trl.policy.schedulers.actions import BeforeSteps, StartingFrom
@@ -65,21 +65,22 @@ class PipelineRunner:
         self.pipeline_kwargs = pipeline_kwargs
         self.scheduler: Any = scheduler
         self.denoiser: ModelMixin = pipeline.components[denoiser_name]
-        self.policy_pipeline = policy_copy(pipeline, denoiser_name, scheduler, config.offload_text_encoders)
-        self.pipeline: Any = quiet_copy(pipeline)
-        if config.offload_vae:
-            self.pipeline.vae.to("cpu")
+        own: Any = pipeline
         if config.vae_slicing:  # for good: images that are encoded in replay must be as they were in sampling
-            self.pipeline.vae.enable_slicing()
+            own.vae.enable_slicing()
         if config.vae_tiling:
-            self.pipeline.vae.enable_tiling()
+            own.vae.enable_tiling()
+        if config.offload_vae:
+            own = with_component(pipeline, "vae", moving_to_decode(own.vae.to("cpu"), self.denoiser))
+        self.policy_pipeline = policy_copy(own, denoiser_name, scheduler, config.offload_text_encoders)
+        self.pipeline: Any = quiet_copy(own)
         if "encode_prompt" in vars(self.policy_pipeline):  # the same cache for both
             self.pipeline.encode_prompt = self.policy_pipeline.encode_prompt
         self._has_adapter = has_adapter
         self._reference_pipeline = self.policy_pipeline
         if not has_adapter and config.kl_coef > 0:
             frozen = copy.deepcopy(self.denoiser).requires_grad_(False).to(config.device)
-            self._reference_pipeline = with_denoiser(self.policy_pipeline, denoiser_name, frozen)
+            self._reference_pipeline = with_component(self.policy_pipeline, denoiser_name, frozen)
         self._attention_modules = attention_modules(
             [*self.policy_pipeline.components.values(), self._reference_pipeline.components[denoiser_name]]
         )
@@ -184,10 +185,13 @@ class PipelineRunner:
     ) -> Tensor:
         """Make one call of a pipeline to its end."""
         self.denoiser.eval()  # an adapter that was just added is in training mode, with its dropout
-        with self._vae_on_device():
+        try:
             # Without a processor "pt" is the decoder's output, usually in [-1, 1].
             kind = "pt" if {"image_processor", "video_processor"} & vars(pipeline).keys() else "np"
             images = images_tensor(self.run(pipeline, context, generator=generators, output_type=kind))
+        finally:
+            if self.settings.offload_vae:
+                self.pipeline.vae.to("cpu")
         return images.to(self.denoiser.device)
 
     def sample_images(self, source: Sampling, context: Context) -> Tensor:
@@ -199,18 +203,6 @@ class PipelineRunner:
     def _images_after_one_step(self, context: Context) -> Tensor:
         source = Sampling(seeded(context), (), self.settings.log_prob_reduction, stochastic=None, max_steps=1)
         return self.sample_images(source, context)
-
-    @contextmanager
-    def _vae_on_device(self) -> Iterator[None]:
-        """The autoencoder is on the denoiser's device while the context is open."""
-        if not self.settings.offload_vae:
-            yield
-            return
-        self.pipeline.vae.to(self.denoiser.device)
-        try:
-            yield
-        finally:
-            self.pipeline.vae.to("cpu")
 
     # ---- The call ----
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from ddpo_trl.descriptions import own_copy
 from ddpo_trl.rewards.function import RewardFunction
 from ddpo_trl.rewards.workers import CallTimeout, call_within
+from ddpo_trl.transfers import Behind
 
 
 # Process-wide settings that a reward function may change: getter and setter.
@@ -30,6 +31,7 @@ def call_as_guest(
     prompts: tuple[str, ...],
     metadata: tuple[Any, ...],
     timeout: float | None = None,
+    behind: Behind = contextlib.nullcontext,
 ) -> Any:
     """
     Call a reward function so that changes to its arguments or to torch's settings have no effect outside: with copies
@@ -43,6 +45,8 @@ def call_as_guest(
             Its arguments.
         timeout (`float`, *optional*):
             Time limit in seconds.
+        behind (`Callable`, *optional*):
+            Context for work on the images, see [`~ddpo_trl.transfers.behind`].
 
     Returns:
         The value that the function returned.
@@ -54,7 +58,7 @@ def call_as_guest(
     def call() -> Any:
         # Every thread starts on GPU 0: a model that the function loads to "cuda" would be there on all ranks.
         on_gpu = torch.accelerator.device_index(None if images.device.type == "cpu" else images.device.index)
-        with GUESTS.visit(), on_gpu, torch.no_grad():
+        with GUESTS.visit(), on_gpu, behind(), torch.no_grad():
             answer = function(images.detach().clone(), prompts, tuple(map(own_copy, metadata)))
             return asyncio.run(_await_within(timeout, answer)) if inspect.isawaitable(answer) else answer
 

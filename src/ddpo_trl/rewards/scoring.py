@@ -17,13 +17,15 @@ from ddpo_trl.rewards.function import RewardFunction, check_signature, reward_na
 from ddpo_trl.rewards.guests import call_as_guest
 from ddpo_trl.rewards.pending import PendingRewards
 from ddpo_trl.rewards.workers import CallTimeout, DaemonPool
+from ddpo_trl.transfers import Behind, behind
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScoredBatch:
     """
-    Arguments of [`RewardScorer.submit`], and which images (and their latents) are finite: `(B,)`. The others get no
-    reward, and are not passed to the reward functions.
+    Arguments of [`RewardScorer.submit`]; which images (and their latents) are finite, `(B,)`: the others get no
+    reward, and are not passed to the reward functions; and the context for work on them, see
+    [`~ddpo_trl.transfers.behind`].
     """
 
     images: Tensor
@@ -31,6 +33,7 @@ class ScoredBatch:
     metadata: tuple[Any, ...]
     when: str
     finite: Tensor
+    behind: Behind
     finite_steps: Tensor | None
     steps: int
 
@@ -145,6 +148,7 @@ class RewardScorer:
             metadata=tuple(metadata),
             when=when,
             finite=finite,
+            behind=behind(images.device),
             finite_steps=finite_steps,
             steps=steps,
         )
@@ -177,23 +181,24 @@ def score(function: RewardFunction, name: str, batch: ScoredBatch, timeout: floa
     them raises, and because the run may be configured to drop only the affected samples.
     """
     start = time.perf_counter()
-    finite = batch.finite.tolist()
-    rows = [row for row, is_finite in enumerate(finite) if is_finite]
-    rewards = torch.full((len(finite),), math.nan, dtype=torch.float64)
-    answer = _answer(function, name, batch.only(rows), timeout) if rows else Answer(rewards=rewards[:0])
-    rewards[rows] = answer.rewards
-    return Answer(
-        rewards=rewards,
-        problem=batch.problem(finite) or answer.problem,
-        not_applicable={rows[index]: error for index, error in answer.not_applicable.items()},
-        seconds=time.perf_counter() - start,
-    )
+    with batch.behind():
+        finite = batch.finite.tolist()
+        rows = [row for row, is_finite in enumerate(finite) if is_finite]
+        rewards = torch.full((len(finite),), math.nan, dtype=torch.float64)
+        answer = _answer(function, name, batch.only(rows), timeout) if rows else Answer(rewards=rewards[:0])
+        rewards[rows] = answer.rewards
+        return Answer(
+            rewards=rewards,
+            problem=batch.problem(finite) or answer.problem,
+            not_applicable={rows[index]: error for index, error in answer.not_applicable.items()},
+            seconds=time.perf_counter() - start,
+        )
 
 
 def _answer(function: RewardFunction, name: str, batch: ScoredBatch, timeout: float | None) -> Answer:
     where = f"{batch.when}, prompts {list(batch.prompts)}"
     try:
-        answer = call_as_guest(function, batch.images, batch.prompts, batch.metadata, timeout)
+        answer = call_as_guest(function, batch.images, batch.prompts, batch.metadata, timeout, batch.behind)
     except BaseException as error:  # a user's function may raise anything, SystemExit too
         problem = _failure(error, name, where, timeout)
     else:

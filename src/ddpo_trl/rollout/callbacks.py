@@ -9,6 +9,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ddpo_trl.transfers import wait_for
+
 
 class RoundProgress(TrainerCallback):
     """
@@ -91,9 +93,10 @@ class RoundProgress(TrainerCallback):
 
 
 class TrainingClock(TrainerCallback):
-    """Clock of the time that rounds spend in training, without sampling, evaluation and saving."""
+    """Clock of the time that rounds spend in training on `device`, without sampling, evaluation and saving."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._since: float | None = None
         self._seconds = 0.0
 
@@ -115,6 +118,7 @@ class TrainingClock(TrainerCallback):
 
     def _count(self) -> None:
         if self._since is not None:
+            wait_for(self._device)
             now = time.perf_counter()
             self._seconds += now - self._since
             self._since = now

@@ -1,7 +1,7 @@
 """Figures of the training logs, collected between two logs and combined over processes."""
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from accelerate import Accelerator
@@ -28,11 +28,24 @@ class Metrics:
 
     def take(self, accelerator: Accelerator) -> dict[str, float]:
         """Combine the figures and forget them. All processes have to call it."""
-        metrics = {}
-        for name, values in self._values.items():
-            local = torch.tensor([float(value) for value in values], device=accelerator.device)
-            combine = torch.max if name == "val/ratio_deviation" else torch.mean
-            own = torch.sum(local) if name.startswith("time/") else combine(local)
-            metrics[name] = combine(accelerator.gather(own)).item()
+        names, own = list(self._values), self._own()
         self._values.clear()
-        return metrics
+        if not names:
+            return {}
+        of_processes = accelerator.gather(own.to(accelerator.device)[None]).cpu()  # (processes, figures)
+        return {name: combination(name)(column).item() for name, column in zip(names, of_processes.T, strict=True)}
+
+    def _own(self) -> Tensor:
+        """Figures of this process, `(figures,)`, combined over the time since the last log."""
+        tensors = [value.float() for values in self._values.values() for value in values if isinstance(value, Tensor)]
+        read = iter(torch.stack(tensors).tolist() if tensors else ())  # the one wait for the device
+        combined = []
+        for name, values in self._values.items():
+            numbers = torch.tensor([next(read) if isinstance(value, Tensor) else value for value in values])
+            combined.append(numbers.sum() if name.startswith("time/") else combination(name)(numbers))
+        return torch.stack(combined) if combined else torch.zeros(0)
+
+
+def combination(name: str) -> Callable[[Tensor], Tensor]:
+    """Return the function that combines a figure over micro-batches, rounds and processes; a time only over these."""
+    return torch.max if name == "val/ratio_deviation" else torch.mean

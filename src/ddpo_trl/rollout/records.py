@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ddpo_trl.policy.records import Context, SampledBatch
+from ddpo_trl.transfers import to_device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +58,7 @@ class Transition:
 
     def counted(self, values: Tensor) -> Tensor:
         """Return the `(B,)` values of the valid rows; all of them if no row is valid."""
-        return values[list(self.valid)] if self.valid else values
+        return torch.stack([values[row] for row in self.valid]) if self.valid else values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +137,7 @@ class Rollout:
             samples = [sample if sample in self.valid else [*self.valid, sample][0] for sample in samples]
 
         def batched(rows: Sequence[Tensor]) -> Tensor:
-            values = torch.stack(list(rows)).to(device)
+            values = to_device(torch.stack(list(rows)), device)
             return values if self.valid else torch.zeros_like(values)
 
         size = len(self.batches[0].context)
@@ -146,7 +147,7 @@ class Rollout:
             latents=batched([step.latents[row] for step, row in recorded]),
             next_latents=batched([step.next_latents[row] for step, row in recorded]),
             log_probs=batched([step.log_probs[row] for step, row in recorded]),
-            advantages=self.advantages[list(samples)],
+            advantages=torch.stack([self.advantages[sample] for sample in samples]),
             context=self.context.rows(samples),
             on_policy=on_policy,
             samples=samples,

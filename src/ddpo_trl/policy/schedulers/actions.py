@@ -12,6 +12,7 @@ from ddpo_trl.finite import finite_rows
 from ddpo_trl.policy.gaussian import Reduction, log_prob
 from ddpo_trl.policy.records import Step
 from ddpo_trl.policy.schedulers.layout import StateLayout
+from ddpo_trl.transfers import to_device
 
 
 class StepReplayed(Exception):
@@ -139,7 +140,9 @@ class Sampling(ActionSource):
         """Draw an action of N(mean, std² I), in the dtype of `latents`."""
         action = mean
         if std > 0:
-            action = mean + std * randn_tensor(mean.shape, generator=self.generators, device=mean.device)
+            # Drawn while the device is still busy with the network, the same numbers on every device.
+            noise = randn_tensor(mean.shape, generator=self.generators, device=torch.device("cpu"))
+            action = mean + std * to_device(noise, mean.device)
         # Rounded before the density is taken: in bf16 the rounding alone moves a log-probability by more than ε.
         action = action.to(latents.dtype)
         self._count_finite(action)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ddpo_trl.policy.schedulers.actions import ActionSource
 from ddpo_trl.policy.schedulers.layout import WHOLE, StateLayout, is_whole
+from ddpo_trl.transfers import to_device
 
 
 class PolicyScheduler(ABC):
@@ -224,7 +225,7 @@ def policy_class(policy: Any, base: Any) -> Any:
         arguments.arguments["device"] = "cpu"  # the schedule is read as numbers: a GPU would have to wait
         base.set_timesteps(*arguments.args, **arguments.kwargs)
         self.begin_schedule()
-        self.timesteps = self.timesteps.to(device)
+        self.timesteps = to_device(self.timesteps, device)
 
     return type(
         f"{base.__name__.removesuffix('Scheduler')}PolicyScheduler",
