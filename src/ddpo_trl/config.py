@@ -206,8 +206,8 @@ class DDPOConfig(TrainingArguments):
         None,
         """Whether per-sample gradients are taken while images are sampled and combined once the rewards are known,
         instead of replaying every step. The gradient is the same. `None` does so where it is exact and possible: one
-        update per round, no KL, checkpointing, fp16 or sharding, linear layers and convolutions only, and enough
-        memory on all processes; the batch plan names the reason if not. `True` makes that reason an error.""",
+        update per round, no KL, fp16 or sharding, linear layers and convolutions only, and enough memory on all
+        processes; the batch plan names the reason if not. `True` makes that reason an error.""",
     )
     target_kl: Annotated[float | None, Bounds(above=0)] = setting(
         None,

@@ -186,17 +186,13 @@ def one_pass_disabled_reason(config: Any) -> str | None:
 
     One pass is exact if the whole gradient of a round is taken by the policy that sampled it.
     """
-    sample_size, train_size = config.per_device_sample_batch_size, config.per_device_train_batch_size
     reasons = {
         f"a round has {config.updates_per_round} updates": config.updates_per_round > 1,
         f"kl_coef is {config.kl_coef:g}": config.kl_coef > 0,
         f"timestep_fraction is {config.timestep_fraction:g}": config.timestep_fraction < 1,
-        "gradient_checkpointing is on": config.gradient_checkpointing,
         "fp16 scales the loss": config.fp16,
         "the weights are sharded": bool(config.fsdp) or parse_flag_from_env("ACCELERATE_USE_FSDP"),
         "DeepSpeed takes the gradients": config.deepspeed_plugin is not None,
-        f"per_device_sample_batch_size ({sample_size}) is above per_device_train_batch_size ({train_size}), the "
-        "samples that a backward pass may hold": sample_size > train_size,
     }
     return next((reason for reason, applies in reasons.items() if applies), None)
 

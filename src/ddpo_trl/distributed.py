@@ -29,6 +29,11 @@ def first_reason(own: str | None) -> str | None:
     return next((f"on process {rank} {reason}" for rank, reason in reasons if reason is not None), None)
 
 
+def smallest(own: int) -> int:
+    """Return the smallest value that any process has. All processes have to call it."""
+    return own if PartialState().num_processes == 1 else min(gather_object([own]))
+
+
 def note_process(error: BaseException) -> None:
     """Add to an error the process that raised it: the others stop with an error about the connection."""
     if (count := PartialState().num_processes) > 1:

@@ -8,7 +8,7 @@ import contextlib
 import copy
 import io
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 from unittest import mock
 
@@ -37,9 +37,9 @@ from ddpo_trl.policy.adapter_files import has_lora_loader, save_adapter
 from ddpo_trl.policy.denoiser import denoiser_name
 from ddpo_trl.policy.embeddings import text_encoders
 from ddpo_trl.policy.lora import ADAPTER_NAME, add_adapter
-from ddpo_trl.policy.per_sample_gradients import trained_weights
+from ddpo_trl.policy.per_sample_gradients import TrainedLayer, trained_weights
 from ddpo_trl.policy.policy import Policy
-from ddpo_trl.policy.records import Context
+from ddpo_trl.policy.records import Context, SampledBatch
 from ddpo_trl.policy.runner import PipelineRunner, seeded
 from ddpo_trl.policy.schedulers import Sampling
 from ddpo_trl.update.one_pass import layers_of_samples, policy_gradient
@@ -348,13 +348,17 @@ def counted_encodings(pipeline: DiffusionPipeline) -> Iterator[list[str]]:
             hook.remove()
 
 
-def one_pass_is_exact(case: Case) -> None:
-    """Gradients computed during sampling, weighted by advantages, add up to that of replay; images are identical."""
+def one_pass_is_exact(case: Case) -> str | None:
+    """
+    Gradients computed during sampling, weighted by advantages, add up to that of replay; images are identical. With
+    activation checkpointing the gradients are identical.
+    """
     policy = make_policy(case)
     batch = policy.sample(context(policy, case), record=range(STEPS))
     layers = layers_of_samples(policy, batch.context, min(batch.steps))
     taken = policy.sample_with_gradients(batch.context, dict.fromkeys(sorted(batch.steps), 1.0), layers)
     assert torch.equal(taken.images, batch.images)
+    remark = checkpointing_changes_nothing(policy, taken, layers)
     advantages = torch.tensor([1.0, -2.0])
     for index, step in batch.steps.items():
         log_probs, _ = policy(index, step.latents, step.next_latents, batch.context)
@@ -364,6 +368,24 @@ def one_pass_is_exact(case: Case) -> None:
     for own, grad in zip(policy_gradient([taken], advantages), wanted, strict=True):
         expected = torch.zeros_like(own) if grad is None else grad
         assert (own - expected).abs().max() < ROUNDING * largest
+    return remark
+
+
+def checkpointing_changes_nothing(
+    policy: Policy, taken: SampledBatch, layers: Mapping[TrainedLayer, int]
+) -> str | None:
+    try:
+        policy.activation_checkpointing_enable()
+    except ValueError:
+        return f"{type(policy.denoiser).__name__} has no activation checkpointing"
+    steps = [index for index, std in enumerate(policy.scheduler.stds) if std > 0]
+    assert layers_of_samples(policy, taken.context, steps[0]) == layers
+    again = policy.sample_with_gradients(taken.context, dict.fromkeys(steps, 1.0), layers)
+    assert taken.gradients is not None and again.gradients is not None
+    for own, expected in zip(again.gradients.weights, taken.gradients.weights, strict=True):
+        assert torch.equal(own, expected)
+    policy.denoiser.disable_gradient_checkpointing()
+    return None
 
 
 def the_doctor_agrees(case: Case) -> None:

@@ -94,6 +94,8 @@ def plan_round(
     move(pipeline, config.device, config)
     batches = trial_samples(policy, prompts)
     trial = batches.rows(range(min(TRIAL_SAMPLES, config.per_device_sample_batch_size)))
+    if config.gradient_checkpointing:  # one pass is tried with it
+        policy.activation_checkpointing_enable()
     with autocast(config):
         plan = plan_batches(config, *policy.probe_schedule(batches))
         plan, layers = choose_passes(config, policy, trial, plan)

@@ -205,16 +205,22 @@ class Policy(nn.Module):
         offload: bool = False,
     ) -> None:
         """
-        Enable gradient checkpointing: called by the Trainer for `gradient_checkpointing=True`.
+        Enable gradient checkpointing: called for `gradient_checkpointing=True`, at construction and by the Trainer.
 
         Raises:
-            `ValueError`: For the options that diffusers' models don't have.
+            `ValueError`: If the denoiser does not support it, or for the options that diffusers' models don't have.
         """
         if activation_checkpointing_kwargs or every_n_layers != 1 or offload:
             raise ValueError(
                 "gradient_checkpointing_kwargs is set, but diffusers' models take no options there; leave it out."
             )
-        self.denoiser.enable_gradient_checkpointing()
+        try:
+            self.denoiser.enable_gradient_checkpointing()
+        except ValueError as error:
+            raise ValueError(
+                f"gradient_checkpointing is True, but {type(self.denoiser).__name__} does not support it. Leave it "
+                "out, and lower per_device_train_batch_size if memory is short."
+            ) from error
 
     @torch.no_grad()
     def sample(
@@ -249,6 +255,7 @@ class Policy(nn.Module):
         weights: Mapping[int, float],
         layers: Mapping[TrainedLayer, int],
         stochastic: Collection[int] | None = None,
+        max_samples: int | None = None,
     ) -> SampledBatch:
         """
         Draw the images that [`~Policy.sample`] draws, and take the gradients of their log-probabilities meanwhile.
@@ -262,8 +269,11 @@ class Policy(nn.Module):
                 See [`~ddpo_trl.policy.per_sample_gradients.SampleGradients`].
             stochastic (`Collection[int]`, *optional*):
                 Indices of the steps that get noise, all by default.
+            max_samples (`int`, *optional*):
+                Number of samples, at most, whose activations are in memory at a time; all by default.
         """
-        calls = self.runner.calls.split(context)
+        parts = context.split(max_samples or len(context))
+        calls = [call for part in parts for call in self.runner.calls.split(part)]
         return SampledBatch.joined(
             context, [sample_with_gradients(self.runner, call, weights, layers, stochastic) for call in calls]
         )

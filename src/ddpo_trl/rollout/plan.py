@@ -48,6 +48,9 @@ class BatchPlan:
             Whether gradients are taken while sampling.
         one_pass_disabled_reason (`str`, *optional*):
             Reason for two passes.
+        samples_per_part (`int`, *optional*):
+            In one pass, the number of samples that are sampled together at most, where memory does not hold the
+            activations of a whole batch.
         gradient_bytes (`int`):
             Memory of one sample's gradient.
         image_bytes, embedding_bytes (`int`):
@@ -74,6 +77,7 @@ class BatchPlan:
     state_bytes: int = 0
     one_pass: bool = False
     one_pass_disabled_reason: str | None = None
+    samples_per_part: int | None = None
     gradient_bytes: int = 0
     image_bytes: int = 0
     embedding_bytes: int = 0
@@ -237,14 +241,17 @@ class BatchPlan:
     @property
     def _samples_at_once(self) -> int:
         """Number of samples per backward pass."""
-        return self.per_device_sample_batch_size if self.one_pass else self.per_device_train_batch_size
+        if self.one_pass:
+            return self.samples_per_part or self.per_device_sample_batch_size
+        return self.per_device_train_batch_size
 
     def _rows_of_passes(self) -> list[tuple[str, str]]:
         memory = f"{self.rollout_bytes / 2**20:.3g} MiB on each process"
         if self.one_pass:
             each = f"{self.samples_per_process} x {self.gradient_bytes / 2**20:.3g} MiB"
+            parts = f", in parts of {self.samples_per_part} samples" if self.samples_per_part else ""
             return [
-                ("passes", "one: gradients are taken while sampling"),
+                ("passes", f"one: gradients are taken while sampling{parts}"),
                 ("memory of the samples' gradients", f"{memory} = {each}"),
             ]
         because = f", because {self.one_pass_disabled_reason}" if self.one_pass_disabled_reason else ""
