@@ -33,6 +33,7 @@ from conformance.newer_pipelines import NEWER_CASES
 from conformance.refused_pipelines import Refusal
 from ddpo_trl import DDPOConfig, DDPOTrainer, check_pipeline
 from ddpo_trl.checks.causes import changed_settings
+from ddpo_trl.checks.gradients import check_checkpointing
 from ddpo_trl.policy.adapter_files import has_lora_loader, save_adapter
 from ddpo_trl.policy.denoiser import denoiser_name
 from ddpo_trl.policy.embeddings import text_encoders
@@ -349,10 +350,7 @@ def counted_encodings(pipeline: DiffusionPipeline) -> Iterator[list[str]]:
 
 
 def one_pass_is_exact(case: Case) -> str | None:
-    """
-    Gradients computed during sampling, weighted by advantages, add up to that of replay; images are identical. With
-    activation checkpointing the gradients are identical.
-    """
+    """Weighted gradients of sampling add up to that of replay, with checkpointing too; images are identical."""
     policy = make_policy(case)
     batch = policy.sample(context(policy, case), record=range(STEPS))
     layers = layers_of_samples(policy, batch.context, min(batch.steps))
@@ -376,15 +374,18 @@ def checkpointing_changes_nothing(
 ) -> str | None:
     try:
         policy.activation_checkpointing_enable()
-    except ValueError:
-        return f"{type(policy.denoiser).__name__} has no activation checkpointing"
+        check_checkpointing(policy, taken.context.rows([0]))
+    except ValueError as refusal:
+        return str(refusal).partition(". ")[0]
+    finally:
+        policy.denoiser.disable_gradient_checkpointing()
+    policy.activation_checkpointing_enable()
     steps = [index for index, std in enumerate(policy.scheduler.stds) if std > 0]
     assert layers_of_samples(policy, taken.context, steps[0]) == layers
     again = policy.sample_with_gradients(taken.context, dict.fromkeys(steps, 1.0), layers)
     assert taken.gradients is not None and again.gradients is not None
     for own, expected in zip(again.gradients.weights, taken.gradients.weights, strict=True):
         assert torch.equal(own, expected)
-    policy.denoiser.disable_gradient_checkpointing()
     return None
 
 

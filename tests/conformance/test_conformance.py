@@ -26,7 +26,8 @@ FAMILIES = [
 LAYOUTS = [*FAMILIES, "Stable Diffusion XL", "Sana", "CogVideoX", "Lumina 2", "Qwen-Image", "Z-Image", "FLUX.2 klein"]
 PROOFS = {
     **dict.fromkeys(["prompt matters", "one round", "encoded once"], FAMILIES),
-    **dict.fromkeys(["save, reload", "cache", "one pass"], LAYOUTS),
+    **dict.fromkeys(["save, reload", "cache"], LAYOUTS),
+    "one pass": [*LAYOUTS, "Stable Diffusion 3", "AnimateDiff", "Chroma"],
     "doctor": [*FAMILIES, "Stable Diffusion IP-Adapter", "FLUX.2 klein with a reference image"],
     "same prompt twice": ["FLUX.1", "Qwen-Image", "Z-Image", "HiDream"],
     "other inputs": [

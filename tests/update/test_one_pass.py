@@ -317,6 +317,17 @@ def test_a_denoiser_without_checkpointing_is_refused_by_name(make_config):
         DDPOTrainer(make_config(one_pass=None, gradient_checkpointing=True), brightness, PROMPTS, pipeline)
 
 
+@pytest.mark.parametrize("one_pass", [None, False])
+def test_a_denoiser_that_computes_something_else_with_checkpointing_is_refused_by_name(make_config):
+    """As Chroma, which leaves out the mask of its prompt there: it would sample from another policy than its users."""
+    pipeline = tiny_pipeline()
+    block = pipeline.unet.down_blocks[0].resnets[0]
+    forward = block.forward
+    block.forward = lambda *args: forward(*args) * (1.1 if torch.is_grad_enabled() else 1.0)
+    with pytest.raises(ValueError, match="gradient_checkpointing is True, but UNet2DConditionModel computes someth"):
+        DDPOTrainer(make_config(gradient_checkpointing=True), brightness, PROMPTS, pipeline)
+
+
 # ---- The arithmetic, against autograd ----
 
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from diffusers import DiffusionPipeline
 from transformers import TrainerCallback
 
+from ddpo_trl.checks.gradients import check_checkpointing
 from ddpo_trl.config import DDPOConfig
 from ddpo_trl.policy.per_sample_gradients import TrainedLayer
 from ddpo_trl.policy.pipeline import move
@@ -94,10 +95,11 @@ def plan_round(
     move(pipeline, config.device, config)
     batches = trial_samples(policy, prompts)
     trial = batches.rows(range(min(TRIAL_SAMPLES, config.per_device_sample_batch_size)))
-    if config.gradient_checkpointing:  # one pass is tried with it
-        policy.activation_checkpointing_enable()
     with autocast(config):
         plan = plan_batches(config, *policy.probe_schedule(batches))
+        if config.gradient_checkpointing:  # the Trainer enables it too late for one pass to be tried with it
+            policy.activation_checkpointing_enable()
+            check_checkpointing(policy, trial.rows([0]))
         plan, layers = choose_passes(config, policy, trial, plan)
     config.gradient_accumulation_steps = plan.micro_batches_per_update
     if config.save_total_limit == 1 and config.metric_for_best_model is not None:
