@@ -247,6 +247,10 @@ class DDPOConfig(TrainingArguments):
         all samples of a mini-batch, so `gradient_accumulation_steps` is derived and must not be set.""",
     )
     use_lora: bool = setting(True, "Whether to train a LoRA adapter. `False` trains all weights of the denoiser.")
+    adapter_compute_dtype: Literal["float32", "denoiser"] = setting(
+        "float32",
+        """Dtype of products with the adapter's weights, which are float32: that of the denoiser saves memory.""",
+    )
     learning_rate: NotNegative = setting(3e-4, "Initial learning rate of AdamW.")
     weight_decay: NotNegative = setting(1e-4, "Weight decay of AdamW.")
     lr_scheduler_type: str = setting("constant", "Learning rate schedule.")

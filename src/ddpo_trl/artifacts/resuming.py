@@ -20,6 +20,8 @@ ROUNDING = {
     "num_sample_batches": "the composition of mini-batches",
     "per_device_train_batch_size": "gradients, by the rounding of other batches and another order",
     "one_pass": "gradients, by the rounding of their sums",
+    "samples_per_part": "images and gradients, by the rounding of other batches",
+    "adapter_compute_dtype": "images and gradients, by the rounding of the adapter's products",
     **dict.fromkeys(
         ("gradient_checkpointing", "activation_checkpointing", "torch_compile", "tf32"), "gradients, by rounding"
     ),
@@ -77,7 +79,9 @@ def read(checkpoint: str) -> SavedRun:
 def with_plan(settings: Mapping[str, Any], plan: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields of the config and what the batch plan adds to them; `one_pass` as it was decided."""
     stds = plan["stds"]
-    added = {name: plan[name] for name in ("num_processes", "one_pass", "state_bytes")}
+    added = {
+        name: plan[name] for name in ("num_processes", "one_pass", "samples_per_part", "state_bytes") if name in plan
+    }
     if stds:
         added["the sampler"] = f"{len(stds)} steps of σ {stds[0]:.6g} to {stds[-1]:.6g}, {sum(stds):.6g} in all"
     return {**settings, **added}

@@ -10,6 +10,7 @@ from peft import PeftConfig
 from torch import Tensor, nn
 
 from ddpo_trl.config import DDPOConfig
+from ddpo_trl.policy.adapter_dtype import set_compute_dtype
 from ddpo_trl.policy.adapter_files import load_adapter, save_adapter
 from ddpo_trl.policy.denoiser import denoiser_name, present_classes
 from ddpo_trl.policy.full_weights import freeze_all_but_denoiser, load_denoiser, save_denoiser
@@ -127,6 +128,8 @@ class Policy(nn.Module):
                 f"Nothing is trainable: no parameter of pipeline.{self.denoiser_name} requires a gradient. Set "
                 "`requires_grad_(True)` on what you want to train, or use_lora=True."
             )
+        if adapter is not None:
+            set_compute_dtype(self.denoiser, adapter, config.adapter_compute_dtype)
         # FSDP shards by these blocks and gathers one at a time.
         self._no_split_modules = present_classes(self.denoiser, self.denoiser._no_split_modules or ())
         self.runner = PipelineRunner(pipeline, self.denoiser_name, self.scheduler, config, adapter is not None)
