@@ -1,8 +1,8 @@
 """
-Learning with the adapter's products in float32 and in the dtype of the denoiser: `python benchmarks/adapter_dtype.py`.
+Learning with the adapter's products in float32 and in the denoiser's dtype: `python benchmarks/adapter_dtype.py`.
 
-The embedded pipeline in bfloat16 learns JPEG compressibility, as in the demo but smaller, because bfloat16 is slow on a
-CPU: without guidance, 6 rounds of 64 images in groups of 4, four updates per round, the first 3 of 5 steps, three
+The embedded pipeline in bfloat16 learns JPEG compressibility, as in the demo but smaller (bfloat16 is slow on a CPU):
+without guidance, 6 rounds of 64 images in groups of 4, four updates per round, the first 3 of 5 steps, three
 seeds for each value of `adapter_compute_dtype`. The result is the gain of the evaluation reward (kB) on 64 images of
 fixed prompts and seeds, with the lowest and the highest seed, and the change of the share of images that show their
 subject. Runs are kept in outputs/adapter_dtype, so the command is resumable.
@@ -96,7 +96,7 @@ def main() -> None:
         gains = [each["gain"] for each in found]
         print(
             f"{dtype:<10} gain {sum(gains) / 3:+.3f} kB ({', '.join(f'{gain:+.3f}' for gain in gains)}), recognized "
-            f"{sum(each['recognized'] for each in found) / 3:+.0%}, largest deviation of a first replay's ratio from 1: "
+            f"{sum(each['recognized'] for each in found) / 3:+.0%}, first replay's ratio differs from 1 by at most "
             f"{max(deviation for each in found for deviation in each['deviations']):.1g}"
         )
 
