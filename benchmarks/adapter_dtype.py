@@ -8,7 +8,7 @@ fixed prompts and seeds, with the lowest and the highest seed, and the change of
 subject. Runs are kept in outputs/adapter_dtype, so the command is resumable.
 
 Products in the denoiser's dtype become the default if their mean gain is at least the mean gain with float32 products
-less half of the spread of its three seeds; this rule was written before the first run.
+less half of the spread of its three seeds; this rule was written before the first run. No run has been finished yet.
 """
 
 import argparse
