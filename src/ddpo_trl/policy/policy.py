@@ -216,6 +216,12 @@ class Policy(nn.Module):
             )
         self.denoiser.enable_gradient_checkpointing()
 
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
+    ) -> None:
+        """Enable gradient checkpointing, by the name that transformers before 5.24 calls."""
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **options)
+
     @torch.no_grad()
     def sample(
         self,
