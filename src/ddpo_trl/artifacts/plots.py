@@ -96,7 +96,7 @@ def save_comparison(rows: Sequence[ImageRow], captions: Sequence[str], path: str
     for row, cells in zip(rows, grid, strict=True):
         has_rewards = any(reward is not None for reward in row.rewards)
         for axes, image, reward in zip(cells, row.images, row.rewards, strict=True):
-            axes.imshow(image, interpolation="auto")
+            axes.imshow(image)
             axes.set(xticks=[], yticks=[])
             axes.spines[:].set_color("#cccccc")
             if has_rewards:
