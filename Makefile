@@ -28,7 +28,7 @@ NOT_CORE := benchmarks learning test_docs_site.py test_documentation.py test_exa
 	rewards/test_rewards_ocr.py rewards/test_rewards_safety.py
 
 test-versions: .venv-$(SET)/ready  ## the core of the suite with the versions in tests/versions/$(SET).txt
-	VERSIONS=$(SET) OMP_NUM_THREADS=1 .venv-$(SET)/bin/pytest -q -n 3 --dist loadfile -rs \
+	TESTED_VERSIONS=$(SET) OMP_NUM_THREADS=1 .venv-$(SET)/bin/pytest -q -n 3 --dist loadfile -rs \
 		tests $(NOT_CORE:%=--ignore tests/%) $(FLAGS)
 
 learning: $(READY)  ## slow tests that the demo learns and that its control does not

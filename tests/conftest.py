@@ -27,7 +27,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 # The set of library versions, a file in tests/versions, that `make test-versions` runs; the newest ones otherwise.
-VERSIONS = os.environ.get("VERSIONS", "newest")
+VERSIONS = os.environ.get("TESTED_VERSIONS", "newest")
 
 
 def needs_newest(reason: str) -> pytest.MarkDecorator:

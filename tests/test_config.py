@@ -426,8 +426,8 @@ def test_every_field_of_training_arguments_is_used_or_refused():
 
 @needs_newest("older versions have fewer fields")
 def test_no_field_is_listed_that_does_not_exist():
-    listed = {name for names in USED.values() for name in names.split()} | TRUE_EITHER_WAY | {*REFUSED, *WITHOUT_EFFECT}
-    assert listed <= {field.name for field in dataclasses.fields(TrainingArguments)}
+    used = {name for names in USED.values() for name in names.split()}
+    assert used | TRUE_EITHER_WAY | {*REFUSED, *WITHOUT_EFFECT} <= {field.name for field in dataclasses.fields(TrainingArguments)}
 
 
 @pytest.mark.parametrize("name", WITHOUT_EFFECT)
