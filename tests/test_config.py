@@ -427,7 +427,8 @@ def test_every_field_of_training_arguments_is_used_or_refused():
 @needs_newest("older versions have fewer fields")
 def test_no_field_is_listed_that_does_not_exist():
     used = {name for names in USED.values() for name in names.split()}
-    assert used | TRUE_EITHER_WAY | {*REFUSED, *WITHOUT_EFFECT} <= {field.name for field in dataclasses.fields(TrainingArguments)}
+    fields = {field.name for field in dataclasses.fields(TrainingArguments)}
+    assert used | TRUE_EITHER_WAY | {*REFUSED, *WITHOUT_EFFECT} <= fields
 
 
 @pytest.mark.parametrize("name", WITHOUT_EFFECT)
