@@ -467,7 +467,8 @@ def test_images_of_an_evaluation_are_made_in_batches_of_their_own_size(make_conf
 
 def test_no_number_may_be_nan_or_a_text_and_no_count_a_fraction(make_config):
     """YAML takes 1e-4 for a text."""
-    kinds = {field.name: field.type for field in dataclasses.fields(DDPOConfig) if field.type in NUMBERS}
+    fields = [field for field in dataclasses.fields(DDPOConfig) if field.name not in OF_OLDER_VERSIONS]
+    kinds = {field.name: field.type for field in fields if field.type in NUMBERS}
     assert len(kinds) > 30
     for name, kind in kinds.items():
         with pytest.raises(TypeError, match=rf"{name} is '1e-4'; give an? .*In YAML, 1e-4 is a text"):
@@ -559,6 +560,7 @@ def test_target_kl_is_refused_under_deepspeed(make_config):
         check_relations(config)
 
 
+@needs_newest("older versions of Trainer fill fsdp_config, which is then shown too")
 def test_a_config_is_shown_by_what_differs_from_the_defaults(make_config):
     config = DDPOConfig(output_dir="run", use_cpu=True, eta=0.5, stop_on_signal=[], bf16=True)
     assert repr(config) == (
