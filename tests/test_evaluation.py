@@ -9,7 +9,7 @@ from diffusers import StableDiffusionPipeline
 from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.integrations.integration_utils import rewrite_logs
 
-from conftest import LORA_FILE, brightness, in_both_passes, tiny_pipeline
+from conftest import brightness, in_both_passes, tiny_pipeline
 from ddpo_trl import DDPOConfig, DDPOTrainer
 from ddpo_trl.evaluation.evaluator import Samples, check_evaluation, diversity, metric_names, repeated
 from ddpo_trl.seeding import Stream, derived_seed
@@ -64,7 +64,7 @@ def test_evaluation_images_are_those_of_the_plain_pipeline(make_config, tmp_path
     trainer.train()
     trainer.save_model(tmp_path / "lora")
     user = tiny_pipeline()
-    user.load_lora_weights(tmp_path / "lora", **LORA_FILE)
+    user.load_lora_weights(tmp_path / "lora")
     assert torch.allclose(trainer.generate_samples().images, images_of_plain_diffusers(user, PROMPTS), atol=1e-6)
 
 
@@ -286,7 +286,7 @@ def test_a_held_out_reward_that_falls_stops_the_run_and_the_best_weights_are_bac
     images = trainer.generate_samples().images
     user = tiny_pipeline()
     trainer.save_model(tmp_path / "best")
-    user.load_lora_weights(tmp_path / "best", **LORA_FILE)
+    user.load_lora_weights(tmp_path / "best")
     assert torch.allclose(images, images_of_plain_diffusers(user, PROMPTS, FALLING), atol=1e-6)
 
 

@@ -18,7 +18,7 @@ from PIL import Image
 
 import run_accelerate_config
 import run_in_processes
-from conftest import LORA_FILE, tiny_pipeline
+from conftest import tiny_pipeline
 from ddpo_trl import DDPOConfig
 from ddpo_trl.distributed import check_wrapping, note_process
 from ddpo_trl.update.one_pass import free_memory
@@ -278,7 +278,7 @@ def test_sharding_trains_as_data_parallel_does(sharded, data_parallel, run):
 def test_a_sharded_adapter_is_saved_for_plain_diffusers(sharded):
     directory, (first, _) = sharded
     pipeline = tiny_pipeline()
-    pipeline.load_lora_weights(directory / "whole", **LORA_FILE, adapter_name="default")
+    pipeline.load_lora_weights(directory / "whole", adapter_name="default")
     saved = {f"denoiser.{name}": p for name, p in pipeline.unet.named_parameters() if "lora_" in name}
     assert largest_difference(first["whole"]["weights"], saved) == 0.0
 

@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 
 from conformance.image_pipelines import images as different_images
 from conformance.image_pipelines import inpainting_inputs, stable_diffusion_img2img, stable_diffusion_inpainting
-from conftest import LORA_FILE, brightness, in_both_passes, needs_newest, tiny_pipeline
+from conftest import brightness, in_both_passes, needs_newest, tiny_pipeline
 from ddpo_trl import DDPOTrainer
 from ddpo_trl.rollout.callbacks import TrainingClock
 from ddpo_trl.rollout.records import Rollout
@@ -480,7 +480,7 @@ def test_saved_lora_loads_in_plain_diffusers_and_gives_the_same_images(make_conf
     trainer.save_model(tmp_path / "lora")
     assert (tmp_path / "lora" / "pytorch_lora_weights.safetensors").is_file()
     fresh = tiny_pipeline()
-    fresh.load_lora_weights(tmp_path / "lora", **LORA_FILE)
+    fresh.load_lora_weights(tmp_path / "lora")
     assert torch.allclose(images_of(fresh), images_of(pipeline), atol=1e-6)
     assert (images_of(fresh) - before).abs().max() > 1e-3
 
@@ -490,7 +490,7 @@ def test_an_adapter_that_the_pipeline_carries_goes_on_training(make_config, tmp_
     first.train()
     first.save_model(tmp_path / "lora")
     pipeline = tiny_pipeline()
-    pipeline.load_lora_weights(tmp_path / "lora", **LORA_FILE, adapter_name="mine")
+    pipeline.load_lora_weights(tmp_path / "lora", adapter_name="mine")
     second = DDPOTrainer(make_config(learning_rate=0.1), brightness, PROMPTS, pipeline)
     start = lora_weights(second)
     assert len(start) == len(lora_weights(first))
@@ -498,7 +498,7 @@ def test_an_adapter_that_the_pipeline_carries_goes_on_training(make_config, tmp_
     assert all(not torch.equal(weight, start[name]) for name, weight in lora_weights(second).items())
     second.save_model(tmp_path / "again")
     fresh = tiny_pipeline()
-    fresh.load_lora_weights(tmp_path / "again", **LORA_FILE)
+    fresh.load_lora_weights(tmp_path / "again")
     assert torch.allclose(images_of(fresh), images_of(pipeline), atol=1e-6)
 
 

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from transformers.debug_utils import DebugOption
 
 from conformance.image_pipelines import IMAGE_CASES
-from conftest import LORA_FILE, tiny_pipeline
+from conftest import tiny_pipeline
 from ddpo_trl import DDPOConfig, cli
 from ddpo_trl.cli import demo, doctor, errors, sources, train
 from ddpo_trl.cli.arguments import CommandParser
@@ -350,7 +350,7 @@ def test_training_the_embedded_pipeline_leaves_weights_that_diffusers_loads(tmp_
     assert status == 0
     assert f"Saved in {tmp_path / 'run'}: README.md, checkpoint-1, ddpo_config.json" in out
     assert f"ddpo-trl sample {tmp_path / 'run'}" in out
-    load_pipeline("emoji").load_lora_weights(tmp_path / "run", **LORA_FILE)
+    load_pipeline("emoji").load_lora_weights(tmp_path / "run")
     kept = yaml.safe_load((tmp_path / "run" / train.SETTINGS_NAME).read_text())
     assert kept["reward"] == ["jpeg_compressibility"] and "hub_token" not in kept and "eta" not in kept
 
@@ -491,7 +491,7 @@ def test_its_rows_are_what_plain_diffusers_draws_without_and_with_the_weights(tr
         return [image.tobytes() for image in images]
 
     expected = {"before": [draw(5), draw(6)]}
-    pipeline.load_lora_weights(trained, **LORA_FILE)
+    pipeline.load_lora_weights(trained)
     expected["after"] = [draw(5), draw(6)]
     for place, row in enumerate(rows):
         assert [image.tobytes() for image in row.images] == expected[row.title.partition(",")[0]][place // 2]

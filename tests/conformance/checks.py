@@ -31,7 +31,6 @@ from conformance.input_pipelines import INPUT_CASES
 from conformance.more_pipelines import MORE_CASES
 from conformance.newer_pipelines import NEWER_CASES
 from conformance.refused_pipelines import Refusal
-from conftest import LORA_FILE
 from ddpo_trl import DDPOConfig, DDPOTrainer, check_pipeline
 from ddpo_trl.checks.causes import changed_settings
 from ddpo_trl.policy.adapter_files import has_lora_loader, save_adapter
@@ -195,7 +194,7 @@ def saved_adapter_is_reloaded(case: Case) -> None:
     with tempfile.TemporaryDirectory() as directory:
         save_adapter(trained, adapter, directory)
         if has_lora_loader(fresh):
-            fresh.load_lora_weights(directory, **LORA_FILE)
+            fresh.load_lora_weights(directory)
         else:
             load_with_peft(fresh, directory)
     expected = images(trained, case)

@@ -28,7 +28,7 @@ from torch import nn
 
 from conformance.image_pipelines import PIXART_KWARGS, flux, pixart_sigma, stable_diffusion, stable_diffusion_3
 from conformance.newer_pipelines import flux2_klein, hunyuan_dit, kandinsky, qwen_image, z_image
-from conftest import LORA_FILE, needs_newest, tiny_pipeline
+from conftest import needs_newest, tiny_pipeline
 from ddpo_trl.policy.adapter_files import has_lora_loader, load_adapter, save_adapter
 from ddpo_trl.policy.denoiser import active_adapters, adapters_off, denoiser_name, remove_adapters
 from ddpo_trl.policy.full_weights import freeze_all_but_denoiser
@@ -421,7 +421,7 @@ def check_round_trip(build: Build, config: PeftConfig, directory: Path) -> None:
     assert not torch.equal(expected, plain)
     save_adapter(pipeline, adapter, directory)
     if has_lora_loader(fresh):
-        fresh.load_lora_weights(directory, **LORA_FILE)
+        fresh.load_lora_weights(directory)
     else:
         PeftModel.from_pretrained(denoiser_of(fresh), directory)
     assert torch.equal(images(fresh, 1), expected)
