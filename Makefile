@@ -89,5 +89,5 @@ $(READY): pyproject.toml
 .venv-%/ready: pyproject.toml tests/versions/%.txt
 	$(PYTHON) -m venv .venv-$*
 	.venv-$*/bin/pip install --quiet --upgrade pip
-	.venv-$*/bin/pip install --quiet --no-cache-dir --constraint tests/versions/$*.txt --editable ".[test,wandb,tensorboard]"
+	.venv-$*/bin/pip install --quiet --no-cache-dir --constraint tests/versions/$*.txt --editable ".[test]"
 	touch $@
