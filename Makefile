@@ -4,6 +4,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+SET ?= oldest
 READY := $(VENV)/ready
 
 # With two cores, spinning OpenMP threads of one process starve the other.
