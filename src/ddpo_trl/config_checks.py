@@ -96,6 +96,8 @@ def without_effect(config: Any) -> Iterator[str]:
     """Check for settings of the Trainer that would do nothing."""
     defaults = {field.name: field for field in dataclasses.fields(TrainingArguments)}
     for name, remedy in WITHOUT_EFFECT.items():
+        if name not in defaults:
+            continue  # a field of later versions
         value = vars(config)[name]
         if value != default_of(defaults[name]) and value is not None and value is not False:
             yield f"{name} is {value!r}, which would do nothing here: {remedy}. Leave it out."

@@ -393,7 +393,7 @@ class DDPOTrainer(SavingTrainer):
         )
         loss, metrics = result.loss, dict(result.metrics)
         if batch.on_policy:
-            is_first = self.state.global_step == self._initial_global_step
+            is_first = self.state.global_step == self.clock.first_step
             metrics["val/ratio_deviation"] = self._replay_check.deviation(
                 self._policy, batch, log_probs.detach(), self.rollout, is_first
             )
@@ -439,7 +439,7 @@ class DDPOTrainer(SavingTrainer):
             logs = {**logs, **self.metrics.take(self.accelerator), "episode": self.episodes}
             self._replay_check.warn_of_rounding(logs.get("val/ratio_deviation", 0.0))
             if start_time is not None:
-                rounds = (self.state.global_step - self._initial_global_step) / self.plan.updates_per_round
+                rounds = (self.state.global_step - self.clock.first_step) / self.plan.updates_per_round
                 logs["eps"] = rounds * self.plan.samples_per_round / (time.time() - start_time)
         is_evaluation = any(name.startswith("eval_") for name in logs)
         if is_evaluation:

@@ -14,6 +14,7 @@ from ddpo_trl.config import DDPOConfig
 from ddpo_trl.emoji import EMOJI_PATH
 from ddpo_trl.policy.adapter_files import has_lora_loader
 from ddpo_trl.policy.policy import Policy
+from ddpo_trl.versions import DTYPE
 
 
 # The scheduler is saved too, since it may have been replaced after loading and images depend on it.
@@ -46,7 +47,7 @@ def example(
     dtype = next(policy.denoiser.parameters()).dtype  # an adapter may have another dtype
     if dtype in (torch.float16, torch.bfloat16):
         imports.insert(0, "import torch")
-        arguments += f", dtype={dtype}"
+        arguments += f", {DTYPE}={dtype}"
     written, defined = written_arguments(config, inputs)
     if any("load_image(" in line for line in defined):
         imports.append("from diffusers.utils import load_image")

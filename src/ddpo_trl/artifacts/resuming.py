@@ -11,6 +11,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from ddpo_trl.artifacts.checkpoints import CONFIG_NAME, PLAN_NAME, RUN_NAME, read_json
 
 
+CODE = "The code of"  # a function: how the names of their entries in `run.json` begin
 ANOTHER_RUN = "from here on this is another run."
 
 # Settings that change results only by rounding, with the results that are no longer bitwise identical.
@@ -146,7 +147,17 @@ def run_changes(saved: Mapping[str, Any], current: Mapping[str, Any], new_reward
     for name in ("prompts", "eval_prompts"):
         if current[name] != saved[name]:
             yield f"The {name} are {current[name]} and were {saved[name]}: {ANOTHER_RUN}"
+    yield from _ingredient_changes(saved, current)
+
+
+def _ingredient_changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> Iterator[str]:
+    versions, saved_versions = current["versions"], saved.get("versions", current["versions"])
+    for name, value in versions.items():
+        if value != (before := saved_versions[name]):
+            yield f"{name} is {value} and was {before}: no longer bitwise identical are images and gradients."
     for name, value in current["ingredients"].items():
+        if name.startswith(CODE) and versions["python"] != saved_versions["python"]:
+            continue  # each version has its own bytecode
         saved_value = saved["ingredients"].get(name, value)
         if saved_value != value:
             yield f"{name} is {value!r} and was {saved_value!r}: {ANOTHER_RUN}"

@@ -18,11 +18,12 @@ class InputDtypeLinear(nn.Linear):
 
 
 class InputDtypeConv2d(nn.Conv2d):
-    """Convolution that computes in the dtype of its inputs."""
+    """Convolution that computes in the dtype of its inputs, padded with zeros as peft's are."""
 
     def forward(self, input: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(input.dtype)
-        return self._conv_forward(input, self.weight.to(input.dtype), bias)
+        weight = self.weight.to(input.dtype)
+        return F.conv2d(input, weight, bias, self.stride, self.padding, self.dilation, self.groups)
 
 
 INPUT_DTYPE: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: InputDtypeLinear, nn.Conv2d: InputDtypeConv2d}

@@ -225,6 +225,12 @@ class Policy(nn.Module):
                 "out, and lower per_device_train_batch_size if memory is short."
             ) from error
 
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
+    ) -> None:
+        """Enable gradient checkpointing, by the name that transformers before 5.24 calls."""
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **options)
+
     @torch.no_grad()
     def sample(
         self,

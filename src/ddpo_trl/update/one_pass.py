@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import gc
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -10,6 +9,8 @@ from typing import NamedTuple
 
 import psutil
 import torch
+from accelerate.utils import get_max_memory
+from accelerate.utils.memory import clear_device_cache
 from torch import Tensor
 
 from ddpo_trl.config import DDPOConfig
@@ -140,9 +141,7 @@ def _first_that_fits(samples: int, run: Callable[[int], None]) -> int:
         except torch.OutOfMemoryError as error:
             message, _, _ = str(error).partition(". GPU")
         # Only here are the error and its frames, which hold the tensors, released.
-        gc.collect()
-        if torch.accelerator.is_available():
-            torch.accelerator.empty_cache()
+        clear_device_cache(garbage_collection=True)
         samples = -(-samples // 2) if samples > 1 else 0
     raise ValueError(f"a step of one sample with gradients needs more memory than there is ({message})")
 
@@ -190,7 +189,7 @@ def free_memory(device: torch.device) -> int:
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
     if device.type not in ("cpu", "mps"):  # the latter computes in the host's memory
-        return torch.accelerator.get_memory_info(device)[0]
+        return get_max_memory()[device.index or 0]
     return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
