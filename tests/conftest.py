@@ -26,6 +26,13 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # a prompt of five let
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
+# Tests on a simulated GPU need processes of their own: `make real-size` runs them.
+collect_ignore = [] if "SIMULATED_GPU" in os.environ else ["real_size"]
+if "SIMULATED_GPU" in os.environ:
+    from real_size import device
+
+    device.load()  # before torch
+
 
 def pytest_collection_finish() -> None:
     """The Trainer collects garbage at the end of each run, half of a tiny run's time; what was imported is not any."""
