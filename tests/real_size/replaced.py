@@ -28,6 +28,7 @@ def replacements(gpu: Any) -> Iterator[AbstractContextManager[Any]]:
     yield mock.patch.object(torch._C, "_cuda_isCurrentStreamCapturing", lambda: False, create=True)
     yield mock.patch.object(nn.Module, "_apply", moving(gpu))
     yield mock.patch.object(FakeTensor, "__deepcopy__", deepcopied, create=True)
+    yield mock.patch.object(FakeTensor, "numpy", lambda tensor: on_cpu(tensor).numpy(), create=True)
     yield mock.patch.object(torch, "save", saving(torch.save))
     yield mock.patch.object(torch, "tensor", tensor_of(torch.tensor))
     yield mock.patch.object(threading.Thread, "run", running(gpu, threading.Thread.run))

@@ -47,16 +47,17 @@ def index_as_reward(images: torch.Tensor, prompts: Any, metadata: Any) -> list[f
 
 
 def trained(
-    gpu: SimulatedGPU, settings: DDPOConfig, pipeline: DiffusionPipeline, prompts: Any = PROMPTS, **arguments: Any
+    gpu: SimulatedGPU, settings: DDPOConfig, pipeline: DiffusionPipeline, prompts: Any = PROMPTS, evaluate: bool = True
 ) -> DDPOTrainer:
     """Construct a trainer, train, evaluate and save it."""
     with contextlib.redirect_stdout(io.StringIO()):  # Trainer prints its logs
         with gpu.during("construction"):
-            trainer = DDPOTrainer(settings, index_as_reward, prompts, pipeline, eval_prompts=prompts[:1], **arguments)
+            trainer = DDPOTrainer(settings, index_as_reward, prompts, pipeline, eval_prompts=prompts[:1])
         with gpu.during("training"):
             trainer.train()
-        with gpu.during("evaluation"):
-            trainer.evaluate()
+        if evaluate:
+            with gpu.during("evaluation"):
+                trainer.evaluate()
         with gpu.during("saving"):
             trainer.save_model(f"{settings.output_dir}/model")
     return trainer

@@ -30,7 +30,7 @@ from real_size.shapes import Shapes
 
 aten = torch.ops.aten
 BLOCK = 512  # PyTorch's allocator rounds sizes up to it
-MOST_KNOWN = 20_000  # elements of tensors whose values are kept
+MOST_KNOWN = 2_000  # elements of tensors whose values are kept
 
 MASKED = (aten.index.Tensor, aten.index_put_.default, aten.index_put.default)
 SIZED_BY_VALUES = (
@@ -154,14 +154,14 @@ class SimulatedGPU(TorchDispatchMode):
         if key in self._sizes or tensor.device.type != "cuda":
             return
         size = -(-storage.nbytes() // BLOCK) * BLOCK
-        self._sizes[key] = size, weakref.ref(storage, lambda _: self._free(key))
-        self.current += size
-        if self.capacity is not None and self.current > self.capacity:
+        if self.capacity is not None and self.current + size > self.capacity:
             raise torch.OutOfMemoryError(
                 f"CUDA out of memory. Tried to allocate {size / 2**20:.2f} MiB. GPU 0 has a total capacity of "
-                f"{self.capacity / 2**30:.2f} GiB of which {(self.capacity - self.current + size) / 2**20:.2f} MiB "
+                f"{self.capacity / 2**30:.2f} GiB of which {(self.capacity - self.current) / 2**20:.2f} MiB "
                 "is free."
             )
+        self._sizes[key] = size, weakref.ref(storage, lambda _: self._free(key))
+        self.current += size
         self.peaks[self.phase] = max(self.peaks[self.phase], self.current)
 
     def _free(self, key: int) -> None:
