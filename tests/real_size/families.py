@@ -1,4 +1,4 @@
-"""Pipelines of published sizes without weights: stock classes with the published configurations, on a simulated GPU."""
+"""Pipelines of published sizes without weights: stock classes with the published configurations."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""Functions of PyTorch that ask the driver, or read tensors where no dispatch mode sees it, replaced for a simulated GPU."""
+"""Functions of PyTorch that ask the driver, or read tensors where no mode sees it, replaced for a simulated GPU."""
 
 import math
 import threading

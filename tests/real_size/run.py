@@ -5,7 +5,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from device import problem  # type: ignore[import-not-found]  # found next to this file
 
 

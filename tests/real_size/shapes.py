@@ -1,4 +1,4 @@
-"""Results of operations on tensors without values: by PyTorch's FakeTensorMode, remembered by shapes, which is faster."""
+"""Results of operations on tensors without values: those of FakeTensorMode, remembered by shapes to be faster."""
 
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
@@ -41,13 +41,14 @@ class Shapes:
             return lambda tensors: result
         size, stride, offset = result.shape, result.stride(), result.storage_offset()
         dtype, device = result.dtype, result.fake_device
-        for index, tensor in enumerate(tensors):
-            if result is tensor:
-                return lambda tensors: tensors[index]
-            if result.untyped_storage()._cdata == tensor.untyped_storage()._cdata:
-                return lambda tensors: self._fake(
-                    lambda empty: empty.set_(tensors[index].untyped_storage(), offset, size, stride), dtype, device
-                )
+        own = result.untyped_storage()._cdata
+        index = next((i for i, tensor in enumerate(tensors) if tensor.untyped_storage()._cdata == own), None)
+        if index is not None and result is tensors[index]:
+            return lambda tensors: tensors[index]
+        if index is not None:
+            return lambda tensors: self._fake(
+                lambda empty: empty.set_(tensors[index].untyped_storage(), offset, size, stride), dtype, device
+            )
         elements = result.untyped_storage().nbytes() // result.element_size()
         if elements == result.numel() and not offset:
             return lambda tensors: self._fake(

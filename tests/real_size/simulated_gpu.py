@@ -2,9 +2,9 @@
 A simulated GPU. Tensors on the CPU are real; tensors on "cuda" have device, dtype, shape and storage, but no values.
 
 PyTorch's FakeTensorMode computes shapes and refuses operations on tensors of several devices. Around it, this mode
-counts the live bytes and the floating-point operations, and records each wait of the host for the device. Small tensors
-that are computed from known numbers (timesteps, masks, lengths) keep their values, because pipelines branch on them;
-any other value that is read is 0.
+counts the live bytes and the floating-point operations, and records each wait of the host for the device. Small
+tensors that are computed from known numbers (timesteps, masks, lengths) keep their values, because pipelines branch on
+them; any other value that is read is 0.
 
 It does not simulate numerics, speed, fragmentation, and the workspaces of kernels.
 """
@@ -47,7 +47,7 @@ WITHOUT_VALUES = (
     aten.new_empty_strided.default,
 )
 
-FakeTensorMode.avoid_device_init = property(lambda self: True)  # there is no driver to initialize
+FakeTensorMode.avoid_device_init = property(lambda self: True)  # type: ignore  # there is no driver
 
 
 class Wait(NamedTuple):

@@ -29,12 +29,21 @@ def run(family: Family, tmp_path: Any, evaluate: bool, **settings: Any) -> tuple
     with gpu, waits_between_steps(gpu, pipeline) as waits:
         trainer = trained(gpu, config(tmp_path, **own, **settings), pipeline, evaluate=evaluate)
     assert unexplained(waits) == []
+    check_forecast(trainer, gpu)
     assert sizes(trainer)["weights"] == pytest.approx(family.weights, abs=0.1)
     assert {parameter.dtype for parameter in trainer.model.parameters() if parameter.requires_grad} == {torch.float32}
     assert trainer.model.denoiser.dtype == torch.bfloat16
     assert devices(tensors(trainer.model)) == {"cuda"}
     assert devices(batch.images for batch in trainer.rollout.batches) == {"cpu"}
     return trainer, gpu
+
+
+def check_forecast(trainer: DDPOTrainer, gpu: SimulatedGPU) -> None:
+    """The peak is the plan's forecast, within 5 % above and 30 % below."""
+    forecast, peak = max(trainer.plan.forecast_peaks.values()), max(gpu.peaks.values())
+    parts = {name: round(size / 2**30, 2) for name, size in trainer.plan.forecast_peaks.items()}
+    print(f"forecast {forecast / 2**30:.2f} GiB {parts}, simulated {peak / 2**30:.2f} GiB")
+    assert 0.7 * forecast <= peak <= 1.05 * forecast
 
 
 def sizes(trainer: DDPOTrainer) -> dict[str, float]:

@@ -1,0 +1,142 @@
+"""Networks on PyTorch's "meta" device, whose tensors have shapes and no memory, with a count of what would be live."""
+
+import copy
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+
+ALLOCATION = 512  # PyTorch's allocator for CUDA rounds sizes up to it
+
+
+class Call(NamedTuple):
+    """
+    Call of a network.
+
+    Args:
+        args (`tuple`), kwargs (`dict`):
+            Its arguments, on "meta".
+        peak (`int`):
+            Most bytes that live at a time in it.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    peak: int
+
+
+@contextmanager
+def replaced(network: nn.Module, method: str, copied: Callable[..., Any]) -> Iterator[list[Call]]:
+    """Let a network's method return zeros while the context is open, and collect its calls, as run by a copy."""
+    calls: list[Call] = []
+
+    def recorded(*args: Any, **kwargs: Any) -> Any:
+        device = next(network.parameters()).device
+        args, kwargs = tree_map_only(Tensor, on_meta, (args, kwargs))
+        with linear_attention(), LiveBytes() as live, torch.no_grad():
+            result = copied(*args, **kwargs)
+        calls.append(Call(args, kwargs, live.peak))
+        return tree_map_only(Tensor, lambda each: torch.zeros_like(each, device=device), result)
+
+    before = vars(network).get(method)
+    vars(network)[method] = recorded
+    try:
+        yield calls
+    finally:
+        del vars(network)[method]
+        if before is not None:
+            vars(network)[method] = before
+
+
+def on_meta(tensor: Tensor) -> Tensor:
+    """Return a tensor like another without memory."""
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+
+
+def without_memory(network: Any) -> Any:
+    """Return a copy of a network whose weights have no memory."""
+    if "quantization_config" in network.config:
+        raise ValueError(f"{type(network).__name__} is quantized")
+    memo: dict[int, Any] = {}
+    for parameter in network.parameters():
+        memo[id(parameter)] = nn.Parameter(on_meta(parameter), parameter.requires_grad)
+    memo |= {id(buffer): on_meta(buffer) for buffer in network.buffers()}
+    return copy.deepcopy(network, memo)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Count the bytes of the tensors that are made while it is entered; `peak` is the most of them at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = self._current = 0
+        self._live: dict[int, Any] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            for tensor in tree_leaves(result):
+                if isinstance(tensor, Tensor):
+                    self._count(tensor.untyped_storage())
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key, size = id(storage), -(-storage.nbytes() // ALLOCATION) * ALLOCATION
+        if key not in self._live:
+            self._live[key] = weakref.ref(storage, lambda _: self._free(key, size))
+            self._current += size
+            self.peak = max(self.peak, self._current)
+
+    def _free(self, key: int, size: int) -> None:
+        del self._live[key]
+        self._current -= size
+
+
+@contextmanager
+def linear_attention() -> Iterator[None]:
+    """Let attention on "meta" keep no matrix of scores, as the kernels of GPUs do, while the context is open."""
+    functions = vars(torch.nn.functional)
+    plain = functions["scaled_dot_product_attention"]
+
+    def attend(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return (attention if query.is_meta else plain)(query, *args, **kwargs)
+
+    functions["scaled_dot_product_attention"] = attend
+    try:
+        yield
+    finally:
+        functions["scaled_dot_product_attention"] = plain
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """`scaled_dot_product_attention` by the memory-efficient kernel."""
+    if enable_gqa:
+        key, value = (each.repeat_interleave(query.shape[1] // each.shape[1], 1) for each in (key, value))
+    if attn_mask is not None:
+        attn_mask = attn_mask.to(query.dtype).expand(*query.shape[:3], key.shape[2])
+    kernel = torch.ops.aten._scaled_dot_product_efficient_attention
+    return kernel(query, key, value, attn_mask, torch.is_grad_enabled(), dropout_p, is_causal, scale=scale)[0]
+
+
+def backward_peak(network: Callable[..., Any], calls: Sequence[Call]) -> int:
+    """Return the most bytes that live at a time in calls of a network and the backward pass through all of them."""
+    with linear_attention(), LiveBytes() as live:
+        results = tree_leaves([network(*call.args, **call.kwargs) for call in calls])
+        outputs = [result for result in results if isinstance(result, Tensor)]
+        torch.autograd.backward(outputs, outputs)
+    return live.peak
