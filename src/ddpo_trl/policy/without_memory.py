@@ -2,14 +2,14 @@
 
 import copy
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+from accelerate.utils import recursively_apply
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 
 ALLOCATION = 512  # PyTorch's allocator for CUDA rounds sizes up to it
@@ -38,11 +38,11 @@ def replaced(network: nn.Module, method: str, copied: Callable[..., Any]) -> Ite
 
     def recorded(*args: Any, **kwargs: Any) -> Any:
         device = next(network.parameters()).device
-        args, kwargs = tree_map_only(Tensor, on_meta, (args, kwargs))
+        args, kwargs = recursively_apply(on_meta, (args, kwargs))
         with linear_attention(), LiveBytes() as live, torch.no_grad():
             result = copied(*args, **kwargs)
         calls.append(Call(args, kwargs, live.peak))
-        return tree_map_only(Tensor, lambda each: torch.zeros_like(each, device=device), result)
+        return recursively_apply(lambda tensor: torch.zeros_like(tensor, device=device), result)
 
     before = vars(network).get(method)
     vars(network)[method] = recorded
@@ -70,6 +70,15 @@ def without_memory(network: Any) -> Any:
     return copy.deepcopy(network, memo)
 
 
+def tensors_in(result: Any) -> Iterator[Tensor]:
+    """Yield the tensors of a result."""
+    if isinstance(result, Tensor):
+        yield result
+    elif isinstance(result, Mapping | list | tuple):
+        for part in result.values() if isinstance(result, Mapping) else result:
+            yield from tensors_in(part)
+
+
 class LiveBytes(TorchDispatchMode):
     """Count the bytes of the tensors that are made while it is entered; `peak` is the most of them at a time."""
 
@@ -81,9 +90,8 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if not func.is_view:
-            for tensor in tree_leaves(result):
-                if isinstance(tensor, Tensor):
-                    self._count(tensor.untyped_storage())
+            for tensor in tensors_in(result):
+                self._count(tensor.untyped_storage())
         return result
 
     def _count(self, storage: torch.UntypedStorage) -> None:
@@ -104,8 +112,10 @@ def linear_attention() -> Iterator[None]:
     functions = vars(torch.nn.functional)
     plain = functions["scaled_dot_product_attention"]
 
-    def attend(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return (attention if query.is_meta else plain)(query, *args, **kwargs)
+    def attend(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if not query.is_meta:
+            return plain(query, key, value, *args, **kwargs)
+        return LinearAttention.apply(query, key, value)
 
     functions["scaled_dot_product_attention"] = attend
     try:
@@ -114,29 +124,23 @@ def linear_attention() -> Iterator[None]:
         functions["scaled_dot_product_attention"] = plain
 
 
-def attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    """`scaled_dot_product_attention` by the memory-efficient kernel."""
-    if enable_gqa:
-        key, value = (each.repeat_interleave(query.shape[1] // each.shape[1], 1) for each in (key, value))
-    if attn_mask is not None:
-        attn_mask = attn_mask.to(query.dtype).expand(*query.shape[:3], key.shape[2])
-    kernel = torch.ops.aten._scaled_dot_product_efficient_attention
-    return kernel(query, key, value, attn_mask, torch.is_grad_enabled(), dropout_p, is_causal, scale=scale)[0]
+class LinearAttention(torch.autograd.Function):
+    """Shapes of attention that keeps its inputs, its output and a number per query for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        output = query.new_empty(*query.shape[:-1], value.shape[-1])
+        ctx.save_for_backward(query, key, value, output, query.new_empty(query.shape[:-1], dtype=torch.float32))
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.empty_like(each) for each in ctx.saved_tensors[:3])
 
 
 def backward_peak(network: Callable[..., Any], calls: Sequence[Call]) -> int:
     """Return the most bytes that live at a time in calls of a network and the backward pass through all of them."""
     with linear_attention(), LiveBytes() as live:
-        results = tree_leaves([network(*call.args, **call.kwargs) for call in calls])
-        outputs = [result for result in results if isinstance(result, Tensor)]
+        outputs = [*tensors_in([network(*call.args, **call.kwargs) for call in calls])]
         torch.autograd.backward(outputs, outputs)
     return live.peak
