@@ -7,11 +7,17 @@ import pytest
 from conformance.checks import CASES, PROMPTS, metadata
 from conformance.image_pipelines import Case
 from ddpo_trl import DDPOTrainer
+from ddpo_trl.checks import construction
 from ddpo_trl.policy.embeddings import text_encoders
+from ddpo_trl.rollout.forecast import MemoryForecast
 from real_size.rounds import ONE_PASS, TWO_PASSES, config, trained, waits_between_steps
 from real_size.simulated_gpu import SimulatedGPU
 from real_size.test_families import devices, networks_on, tensors
 from real_size.waits import unexplained
+
+
+# The denoiser reads the lengths of prompts from their mask, which has no values in a forecast.
+WITHOUT_FORECAST = {"Lumina 2"}
 
 
 def run(case: Case, tmp_path: Any, evaluate: bool, **settings: Any) -> tuple[DDPOTrainer, SimulatedGPU]:
@@ -42,12 +48,14 @@ def test_one_pass_with_offloaded_networks(case, tmp_path):
     settings = {**ONE_PASS, "offload_text_encoders": encoders, "offload_vae": vae}
     trainer, _ = run(case, tmp_path, evaluate=True, **settings)
     assert trainer.plan.one_pass
+    assert isinstance(trainer.plan.forecast, MemoryForecast) or case.name in WITHOUT_FORECAST, trainer.plan.forecast
     waiting = {*(text_encoders(trainer.pipeline) if encoders else ()), *(["vae"] * vae)}
     assert networks_on(trainer.pipeline, "cpu") == waiting
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_two_passes_with_an_offloaded_rollout(case, tmp_path):
+def test_two_passes_with_an_offloaded_rollout(case, tmp_path, monkeypatch):
+    monkeypatch.setattr(construction, "forecast_or_reason", lambda *args: "made in one pass")
     trainer, _ = run(case, tmp_path, evaluate=False, **TWO_PASSES, kl_coef=0.1, offload_rollout=True)
     assert not trainer.plan.one_pass
     assert networks_on(trainer.pipeline, "cpu") == set()

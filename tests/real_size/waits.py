@@ -5,11 +5,17 @@ from collections.abc import Iterable
 from real_size.simulated_gpu import Wait
 
 
+# By the innermost function, of a library where it is one.
 KNOWN = {
-    "blocking copy to the GPU policy/schedulers/actions.py:draw < diffusers/utils/torch_utils.py:randn_tensor": (
+    "diffusers/utils/torch_utils.py:randn_tensor": (
         "the noise of a step comes from CPU generators, so that it does not depend on the device; a copy from pinned "
         "memory would not wait (point 4 of issue 17)"
     ),
+    "diffusers/models/transformers/transformer_qwenimage.py:_get_device_freqs": "rotary frequencies kept on the CPU",
+    "diffusers/models/transformers/transformer_qwenimage.py:compute_text_seq_len_from_mask": "lengths of the prompts",
+    "diffusers/models/transformers/transformer_lumina2.py:_get_freqs_cis": "rotary frequencies kept on the CPU",
+    "diffusers/models/transformers/transformer_lumina2.py:forward": "lengths of the prompts, read from their mask",
+    "diffusers/pipelines/aura_flow/pipeline_aura_flow.py:__call__": "a new timestep tensor from a number in each step",
 }
 
 
@@ -20,4 +26,10 @@ def is_own_sampler(wait: Wait) -> bool:
 
 def unexplained(waits: Iterable[Wait]) -> list[str]:
     """Return the waits without a reason, as kind and place."""
-    return sorted({f"{wait.kind} {wait.place}" for wait in waits if not is_own_sampler(wait)} - KNOWN.keys())
+    return sorted(
+        {
+            f"{wait.kind}: {wait.place}"
+            for wait in waits
+            if not is_own_sampler(wait) and wait.place.rpartition(" < ")[2] not in KNOWN
+        }
+    )

@@ -11,7 +11,7 @@ from conftest import brightness, tiny_pipeline
 from ddpo_trl import DDPOTrainer
 from ddpo_trl.checks.doctor import check_pipeline, counted_activations, storage_bytes
 from ddpo_trl.policy.policy import Policy
-from ddpo_trl.policy.without_memory import Call, backward_peak, linear_attention
+from ddpo_trl.policy.without_memory import Call, backward_peak, linear_attention, without_memory
 from ddpo_trl.rollout.forecast import Cost, MemoryForecast, forecast, forecast_or_reason
 from rollout.test_plan import plan
 
@@ -146,6 +146,15 @@ def test_the_pipeline_is_left_as_it_was(make_config):
     assert "forward" not in vars(pipeline.unet) and "decode" not in vars(pipeline.vae)
     assert not pipeline.unet.is_gradient_checkpointing
     assert torch.equal(policy.sample(context).images, before)
+
+
+def test_tables_that_are_no_buffers_are_copied_too(make_config):
+    """A network may keep them on its device, where tensors without memory can't meet them."""
+    pipeline = tiny_pipeline()
+    pipeline.unet.tables = [torch.arange(3), {"more": torch.arange(3)}]
+    first, second = without_memory(pipeline.unet).tables
+    assert first.is_meta and second["more"].is_meta
+    assert not pipeline.unet.tables[0].is_meta
 
 
 def test_what_can_not_be_run_without_memory_has_no_forecast(make_config):

@@ -15,6 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 ALLOCATION = 512  # PyTorch's allocator for CUDA rounds sizes up to it
 
 
+class NoForecast(ValueError):
+    """The memory of a network can't be computed from shapes alone."""
+
+
 class Call(NamedTuple):
     """
     Call of a network.
@@ -62,11 +66,11 @@ def on_meta(tensor: Tensor) -> Tensor:
 def without_memory(network: Any) -> Any:
     """Return a copy of a network whose weights have no memory."""
     if "quantization_config" in network.config:
-        raise ValueError(f"{type(network).__name__} is quantized")
+        raise NoForecast(f"{type(network).__name__} is quantized")
     memo: dict[int, Any] = {}
-    for parameter in network.parameters():
-        memo[id(parameter)] = nn.Parameter(on_meta(parameter), parameter.requires_grad)
-    memo |= {id(buffer): on_meta(buffer) for buffer in network.buffers()}
+    for tensor in [each for module in network.modules() for each in tensors_in([*vars(module).values()])]:
+        without = on_meta(tensor)  # also of tables that are neither parameters nor buffers
+        memo[id(tensor)] = nn.Parameter(without, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else without
     return copy.deepcopy(network, memo)
 
 

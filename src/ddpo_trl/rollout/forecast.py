@@ -18,7 +18,7 @@ from ddpo_trl.config import DDPOConfig
 from ddpo_trl.policy.embeddings import text_encoders
 from ddpo_trl.policy.policy import Policy
 from ddpo_trl.policy.records import Context
-from ddpo_trl.policy.without_memory import Call, backward_peak, replaced, without_memory
+from ddpo_trl.policy.without_memory import Call, NoForecast, backward_peak, replaced, without_memory
 
 
 ADAMW_MOMENTS = 2  # tensors of the size of each trained weight
@@ -118,7 +118,8 @@ def forecast_or_reason(policy: Policy, context: Context, config: DDPOConfig, alo
     try:
         return forecast(policy, context, config, alone)
     except Exception as error:  # whatever a network does without values
-        return str(error).partition("\n")[0] or type(error).__name__
+        what = str(error).partition("\n")[0] or type(error).__name__
+        return what if isinstance(error, NoForecast) else f"a network can't be run without values ({what})"
 
 
 def forecast(policy: Policy, context: Context, config: DDPOConfig, alone: bool) -> MemoryForecast:
@@ -136,10 +137,10 @@ def forecast(policy: Policy, context: Context, config: DDPOConfig, alone: bool) 
             Whether offloaded text encoders encode all prompts before the other networks are on the GPU.
 
     Raises:
-        `ValueError` or any error of a network: If a network can't be run without memory.
+        [`~ddpo_trl.policy.without_memory.NoForecast`] or any error of a network: If it can't be run without memory.
     """
     if config.mixed_precision != "no":
-        raise ValueError("it is not known for autocast, which decides on the precision of each operation")
+        raise NoForecast("it is not known for autocast, which decides on the precision of each operation")
     pipeline: Any = policy.pipeline
     vae = pipeline.components.get("vae")
     denoiser, decoder = without_memory(policy.denoiser), None if vae is None else without_memory(vae)
@@ -150,7 +151,7 @@ def forecast(policy: Policy, context: Context, config: DDPOConfig, alone: bool) 
             images = [] if decoder is None else stack.enter_context(replaced(vae, "decode", decoder.decode))
             policy.sample(context.rows(range(size)), max_steps=1)
         if not steps:
-            raise ValueError("the denoiser was not called, or is compiled")
+            raise NoForecast("the denoiser was not called, or is compiled")
         denoising.append(max(call.peak for call in steps))
         decoding.append(max((call.peak for call in images), default=0))
     trained = sum(parameter.nbytes for parameter in policy.denoiser.parameters() if parameter.requires_grad)
@@ -192,7 +193,7 @@ def weight_bytes(parts: Any) -> int:
 
 def training_cost(denoiser: nn.Module, calls: Sequence[Call], samples: int, trained: int) -> Cost:
     """Return the cost of a training step, given the calls of the denoiser for some samples. All share a gradient."""
-    return Cost(trained, (backward_peak(denoiser, calls) - trained) // samples)
+    return Cost(trained, (backward_peak(denoiser.forward, calls) - trained) // samples)
 
 
 def cost(sizes: Sequence[int]) -> Cost:
