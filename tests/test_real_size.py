@@ -19,5 +19,12 @@ def test_a_round_on_a_simulated_gpu():
         pytest.skip(reason)
     command = [sys.executable, str(ROOT / "tests/real_size/run.py"), "-p", "no:xdist", "-k", PART]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=environment)
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500, env=environment)
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_a_missing_compiler_is_named(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert str(device.problem()).startswith("g++ is not installed")
+    with pytest.raises(RuntimeError, match=r"g\+\+ is not installed"):
+        device.load()

@@ -47,8 +47,8 @@ def built() -> Path:
 
 def load() -> None:
     """Load the device. What is called first wins, so that torch must not be imported yet."""
-    assert "torch" not in sys.modules, "the simulated device has to be loaded before torch"
     if reason := problem():
         raise RuntimeError(reason)
+    assert "torch" not in sys.modules, "the simulated device has to be loaded before torch"
     for library in (torch_folder() / "lib" / "libc10.so", built()):
         ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
