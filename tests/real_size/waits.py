@@ -11,11 +11,23 @@ KNOWN = {
         "the noise of a step comes from CPU generators, so that it does not depend on the device; a copy from pinned "
         "memory would not wait (point 4 of issue 17)"
     ),
+    # Pipelines and networks of diffusers themselves.
     "diffusers/models/transformers/transformer_qwenimage.py:_get_device_freqs": "rotary frequencies kept on the CPU",
     "diffusers/models/transformers/transformer_qwenimage.py:compute_text_seq_len_from_mask": "lengths of the prompts",
     "diffusers/models/transformers/transformer_lumina2.py:_get_freqs_cis": "rotary frequencies kept on the CPU",
     "diffusers/models/transformers/transformer_lumina2.py:forward": "lengths of the prompts, read from their mask",
-    "diffusers/pipelines/aura_flow/pipeline_aura_flow.py:__call__": "a new timestep tensor from a number in each step",
+    "diffusers/models/transformers/transformer_chroma.py:forward": "a guidance of zeros, made on the CPU",
+    "diffusers/pipelines/aura_flow/pipeline_aura_flow.py:__call__": "a timestep tensor made from a number",
+    "diffusers/pipelines/hunyuandit/pipeline_hunyuandit.py:__call__": "a timestep tensor made from a number",
+    **dict.fromkeys(
+        [
+            "diffusers/pipelines/flux/pipeline_flux_inpaint.py:__call__",
+            "diffusers/pipelines/stable_diffusion_3/pipeline_stable_diffusion_3_inpaint.py:__call__",
+            "diffusers/pipelines/z_image/pipeline_z_image_inpaint.py:__call__",
+            "diffusers/schedulers/scheduling_flow_match_euler_discrete.py:scale_noise",
+        ],
+        "inpainting: the noise level of the next step is read to put the given image back",
+    ),
 }
 
 
