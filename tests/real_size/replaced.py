@@ -4,7 +4,7 @@ import math
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -42,7 +42,7 @@ def driver(gpu: Any) -> dict[str, Callable[..., Any]]:
     state = torch.zeros(16, dtype=torch.uint8)
     properties = SimpleNamespace(name="Simulated GPU", major=9, minor=0, total_memory=total, multi_processor_count=132)
     nothing = dict.fromkeys(
-        ["set_device", "_lazy_init", "empty_cache", "synchronize", "manual_seed", "manual_seed_all", "set_rng_state"]
+        ["set_device", "_lazy_init", "empty_cache", "manual_seed", "manual_seed_all", "set_rng_state"]
         + ["set_rng_state_all", "ipc_collect", "reset_peak_memory_stats"],
         lambda *args, **kwargs: None,
     )
@@ -62,11 +62,28 @@ def driver(gpu: Any) -> dict[str, Callable[..., Any]]:
     return {
         **nothing,
         **{name: lambda *args, answer=answer, **kwargs: answer for name, answer in answers.items()},
+        "synchronize": lambda *args: gpu.wait("synchronize"),
+        "Stream": Queue,
+        "Event": Queue,
+        "current_stream": Queue,
+        "stream": lambda stream: nullcontext(),
         "mem_get_info": lambda *args: (total - gpu.current, total),
         "memory_allocated": lambda *args: gpu.current,
         "memory_reserved": lambda *args: gpu.current,
         "max_memory_allocated": lambda *args: max(gpu.peaks.values()),
     }
+
+
+class Queue:
+    """A stream, or an event in it. Nothing runs, so that nothing is ever waited for."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        pass
+
+    def record(self, *args: Any) -> None:
+        """Do nothing."""
+
+    wait_event = wait_stream = synchronize = record
 
 
 def moving(gpu: Any) -> Callable[..., nn.Module]:

@@ -174,6 +174,8 @@ class SimulatedGPU(TorchDispatchMode):
             kwargs = kwargs or {}
             if func is torch.ops.prim.device.default:
                 return args[0].fake_device
+            if func is aten._pin_memory.default:
+                return pinned(args[0])
             if is_gpu(kwargs.get("device")) or any(isinstance(each, FakeTensor) for each in tensors_in(args, kwargs)):
                 return self._dispatch(func, args, kwargs)
             return func(*args, **kwargs)
@@ -193,7 +195,7 @@ class SimulatedGPU(TorchDispatchMode):
         if func in MASKED:
             args = args[0], self._without_masks(args[1]), *args[2:]
         if func in SIZED_BY_VALUES:
-            self._wait("size depends on values")
+            self.wait("size depends on values")
             known = self._known(func, args, kwargs)
             if known is not None:
                 return tree_map_only(Tensor, self._with_values, known)
@@ -248,12 +250,13 @@ class SimulatedGPU(TorchDispatchMode):
 
     # ---- Waits ----
 
-    def _wait(self, kind: str) -> None:
+    def wait(self, kind: str) -> None:
+        """Record a wait, unless it is of a thread that scores images."""
         if threading.current_thread().name != "reward":
             self.waits.append(Wait(self.phase, kind, place()))
 
     def _read(self, func: Any, args: Any) -> Any:
-        self._wait("item" if func is aten._local_scalar_dense.default else "equal")
+        self.wait("item" if func is aten._local_scalar_dense.default else "equal")
         known = [values_of(each) for each in args]
         if all(each is not None for each in known):
             return func(*known)
@@ -267,14 +270,15 @@ class SimulatedGPU(TorchDispatchMode):
             return None
         target, source = (None, args[0]) if func is aten._to_copy.default else args[:2]
         if is_gpu(kwargs["device"] if target is None else target.device):
-            blocking = not (kwargs.get("non_blocking") or args[2:3] == (True,) or self.moving)
-            if not is_gpu(source.device) and blocking:
-                self._wait("blocking copy to the GPU")
+            # Of pageable memory, copies that don't block wait too.
+            queued = (kwargs.get("non_blocking") or args[2:3] == (True,)) and "pinned" in vars(source)
+            if not is_gpu(source.device) and not queued and not self.moving:
+                self.wait("blocking copy to the GPU")
             return None
         if self.moving or (isinstance(target, FakeTensor) and not is_gpu(source.device)):
             return None
         if is_gpu(source.device):
-            self._wait("copy to the CPU")
+            self.wait("copy to the CPU")
         known = values_of(source)
         if target is not None:
             return target.copy_(known) if known is not None else target.zero_()
@@ -286,13 +290,13 @@ class SimulatedGPU(TorchDispatchMode):
         result: list[Any] = []
         for index in indices:
             if isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8):
-                self._wait("index with a mask")
+                self.wait("index with a mask")
                 known = values_of(index)
                 known = torch.ones(index.shape) if known is None else known
                 result += [self._with_values(each) for each in known.bool().nonzero(as_tuple=True)]
             else:
                 if isinstance(index, Tensor) and not isinstance(index, FakeTensor):
-                    self._wait("index from the CPU")
+                    self.wait("index from the CPU")
                 result.append(index)
         return result
 
@@ -306,6 +310,13 @@ def tensors_in(args: Any, kwargs: dict[str, Any]) -> list[Tensor]:
         elif isinstance(each, list | tuple):
             found += [part for part in each if isinstance(part, Tensor)]
     return found
+
+
+def pinned(tensor: Tensor) -> Tensor:
+    """Return a copy of a tensor in memory that the device can read while the host goes on."""
+    copied = tensor.detach().clone()
+    vars(copied)["pinned"] = True
+    return copied
 
 
 def is_gpu(device: Any) -> bool:

@@ -32,6 +32,8 @@ def test_tensors_of_two_devices_are_not_mixed(gpu):
         (lambda tensor: torch.zeros(MiB).copy_(tensor), "copy to the CPU"),
         (lambda tensor: tensor.copy_(torch.zeros(MiB)), "blocking copy to the GPU"),
         (lambda tensor: torch.zeros(8).to("cuda"), "blocking copy to the GPU"),
+        (lambda tensor: torch.zeros(8).to("cuda", non_blocking=True), "blocking copy to the GPU"),  # not pinned
+        (lambda tensor: torch.cuda.synchronize(), "synchronize"),
         (lambda tensor: torch.equal(tensor, tensor), "equal"),
         (lambda tensor: tensor[tensor > 0], "index with a mask"),
     ],
@@ -43,7 +45,7 @@ def test_reading_and_blocking_copies_are_waits(gpu, read, kind):
 
 def test_what_stays_on_the_device_is_no_wait(gpu):
     values = torch.randn(MiB, device="cuda")
-    copied = torch.zeros(8).to("cuda", non_blocking=True)
+    copied = torch.zeros(8).pin_memory().to("cuda", non_blocking=True)
     (values.relu() * 2 + copied.sum()).to(torch.bfloat16).clone()
     assert gpu.waits == []
 

@@ -32,7 +32,6 @@ def made(**overrides: Any) -> MemoryForecast:
         "resident": 10 * GiB,
         "visiting": 0,
         "alone": True,
-        "decoder": 0,
         "denoising": Cost(0, GiB),
         "decoding": Cost(GiB, 2 * GiB),
         "training": Cost(GiB, 6 * GiB),
@@ -119,7 +118,9 @@ def test_resident_are_the_networks_and_the_moments_of_adamw(make_config):
     settings = make_config(offload_vae=True, offload_text_encoders=True)
     offloaded = forecast(policy, context, settings, alone=True)
     assert offloaded.resident == sizes["unet"] + moments
-    assert (offloaded.decoder, offloaded.visiting) == (sizes["vae"], sizes["text_encoder"])
+    assert offloaded.visiting == sizes["text_encoder"]
+    here = forecast(policy, context, policy.settings, alone=True)
+    assert offloaded.decoding.of(2) == here.decoding.of(2) + sizes["vae"]
 
 
 def test_a_chain_of_layers_takes_the_bytes_of_its_outputs():
@@ -168,8 +169,9 @@ def test_what_can_not_be_run_without_memory_has_no_forecast(make_config):
 
 
 def test_the_doctor_shows_the_largest_batches_of_the_users_settings(make_config):
-    report = check_pipeline(tiny_pipeline(), make_config(offload_vae=True))
-    assert report.forecast is not None and report.forecast.decoder > 0
+    plain, report = (check_pipeline(tiny_pipeline(), make_config(offload_vae=offload)) for offload in (False, True))
+    assert plain.forecast is not None and report.forecast is not None
+    assert report.forecast.resident < plain.forecast.resident
     rows = dict(report.rows())
     assert rows["forecast of the largest batch, two passes"].startswith("8 GB: 1024, ")
     assert len([name for name in rows if name.startswith("forecast of the largest batch")]) == 4

@@ -47,10 +47,8 @@ class MemoryForecast:
             Text encoders that come to encode prompts only.
         alone (`bool`):
             Whether they come only while no other network is there.
-        decoder (`int`):
-            Autoencoder, where it comes for sampling only.
         denoising, decoding ([`Cost`]):
-            A denoising step without gradients, and the autoencoder, in addition.
+            A denoising step without gradients, and decoding, with the autoencoder if that comes for it, in addition.
         training ([`Cost`]), checkpointed ([`Cost`], *optional*):
             Forward and backward pass of a denoising step, without and with activation checkpointing, in addition.
             `None` if the denoiser has no checkpointing.
@@ -61,7 +59,6 @@ class MemoryForecast:
     resident: int
     visiting: int
     alone: bool
-    decoder: int
     denoising: Cost
     decoding: Cost
     training: Cost
@@ -75,13 +72,12 @@ class MemoryForecast:
 
     def sampling(self, batch_size: int) -> int:
         """Peak of sampling a batch without gradients."""
-        return self.resident + self.decoder + max(self.denoising.of(batch_size), self.decoding.of(batch_size))
+        return self.resident + max(self.denoising.of(batch_size), self.decoding.of(batch_size))
 
     def updating(self, batch_size: int, one_pass: bool, checkpointing: bool) -> int:
         """Peak of the forward and backward pass of a batch."""
         cost = self.checkpointed if checkpointing and self.checkpointed else self.training
-        while_sampling = self.decoder + batch_size * self.gradient_bytes if one_pass else 0
-        return self.resident + cost.of(batch_size) + while_sampling
+        return self.resident + cost.of(batch_size) + one_pass * batch_size * self.gradient_bytes
 
     def peaks(self, sampled: int, trained: int | None, checkpointing: bool, kept: int) -> dict[str, int]:
         """
@@ -144,6 +140,8 @@ def forecast(policy: Policy, context: Context, config: DDPOConfig, alone: bool) 
     pipeline: Any = policy.pipeline
     vae = pipeline.components.get("vae")
     denoiser, decoder = without_memory(policy.denoiser), None if vae is None else without_memory(vae)
+    if decoder is not None:
+        vars(decoder).pop("decode", None)  # which moves the autoencoder, if that is offloaded
     denoising, decoding = [], []
     for size in range(1, len(context) + 1):
         with ExitStack() as stack:
@@ -159,7 +157,9 @@ def forecast(policy: Policy, context: Context, config: DDPOConfig, alone: bool) 
     visiting = weight_bytes(encoders.values()) if config.offload_text_encoders else 0
     staying = {name: part for name, part in networks(pipeline).items() if not visiting or name not in encoders}
     resident = weight_bytes(staying.values()) + ADAMW_MOMENTS * trained
-    decoder_bytes = weight_bytes([vae]) if config.offload_vae else 0
+    if config.offload_vae:
+        resident -= weight_bytes([vae])
+        decoding = [peak + weight_bytes([vae]) for peak in decoding]
     if policy.adapter is None and config.kl_coef > 0:
         resident += weight_bytes([policy.denoiser])  # the reference policy
     training = training_cost(denoiser, steps, len(context), trained)
@@ -168,10 +168,9 @@ def forecast(policy: Policy, context: Context, config: DDPOConfig, alone: bool) 
         denoiser.enable_gradient_checkpointing()
         checkpointed = training_cost(denoiser, steps, len(context), trained)
     return MemoryForecast(
-        resident=resident - decoder_bytes,
+        resident=resident,
         visiting=visiting,
         alone=alone,
-        decoder=decoder_bytes,
         denoising=cost(denoising),
         decoding=cost(decoding),
         training=training,
