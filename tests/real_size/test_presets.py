@@ -1,5 +1,6 @@
 """The presets in examples/configs fit on their GPUs, by the plan's forecast."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -46,5 +47,7 @@ def test_a_preset_fits_on_its_gpu(path, tmp_path):
     parts = ", ".join(f"{name} {size:.1f}" for name, size in peaks.items())
     total = max(peaks.values()) + REWARDS[reward] + CUDA
     print(f"{path.stem}: {parts}, reward {REWARDS[reward]}, CUDA {CUDA}: {total:.1f} of {card} GiB")
+    if stated := re.search(r"peak of a round.* ([\d.]+) GiB", path.read_text()):
+        assert max(peaks.values()) == pytest.approx(float(stated[1]), abs=0.2)
     assert max(gpu.peaks.values()) / 2**30 <= 1.05 * max(peaks.values())
     assert total <= card

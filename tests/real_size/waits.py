@@ -5,13 +5,9 @@ from collections.abc import Iterable
 from real_size.simulated_gpu import Wait
 
 
-# By the innermost function, of a library where it is one.
+# By the place, or by the innermost function of a library alone. None is this package's own.
 KNOWN = {
-    "diffusers/utils/torch_utils.py:randn_tensor": (
-        "the noise of a step comes from CPU generators, so that it does not depend on the device; a copy from pinned "
-        "memory would not wait (point 4 of issue 17)"
-    ),
-    # Pipelines and networks of diffusers themselves.
+    "policy/runner.py:run < diffusers/utils/torch_utils.py:randn_tensor": "noise that a pipeline draws itself",
     "diffusers/models/transformers/transformer_qwenimage.py:_get_device_freqs": "rotary frequencies kept on the CPU",
     "diffusers/models/transformers/transformer_qwenimage.py:compute_text_seq_len_from_mask": "lengths of the prompts",
     "diffusers/models/transformers/transformer_lumina2.py:_get_freqs_cis": "rotary frequencies kept on the CPU",
@@ -42,6 +38,6 @@ def unexplained(waits: Iterable[Wait]) -> list[str]:
         {
             f"{wait.kind}: {wait.place}"
             for wait in waits
-            if not is_own_sampler(wait) and wait.place.rpartition(" < ")[2] not in KNOWN
+            if not is_own_sampler(wait) and KNOWN.keys().isdisjoint([wait.place, wait.place.rpartition(" < ")[2]])
         }
     )
