@@ -26,6 +26,7 @@ from torch.utils.flop_counter import flop_registry
 from real_size.places import place
 from real_size.replaced import replacements
 from real_size.shapes import Shapes
+from real_size.values import elements, placeholder, set_values, values_of
 
 
 aten = torch.ops.aten
@@ -269,6 +270,8 @@ class SimulatedGPU(TorchDispatchMode):
         if func is aten._to_copy.default and kwargs.get("device") is None:
             return None
         target, source = (None, args[0]) if func is aten._to_copy.default else args[:2]
+        if target is None and torch.device(kwargs["device"]).type == "meta":  # a forecast is being made
+            return torch.empty_strided(source.shape, source.stride(), dtype=source.dtype, device="meta")
         if is_gpu(kwargs["device"] if target is None else target.device):
             # Of pageable memory, copies that don't block wait too.
             queued = (kwargs.get("non_blocking") or args[2:3] == (True,)) and "pinned" in vars(source)
@@ -322,33 +325,3 @@ def pinned(tensor: Tensor) -> Tensor:
 def is_gpu(device: Any) -> bool:
     """Return whether a device, its name or `None` is the GPU."""
     return device is not None and torch.device(device).type == "cuda"
-
-
-def values_of(tensor: Tensor) -> Tensor | None:
-    """Return the values of a tensor, `None` if they are not known."""
-    if isinstance(tensor, FakeTensor):
-        return vars(tensor).get("known")
-    return None if tensor.is_meta else tensor
-
-
-def set_values(result: FakeTensor, values: Any, func: Any) -> None:
-    """Keep the values of a result, or forget those of a tensor that was written to."""
-    fits = isinstance(values, Tensor) and values.shape == result.shape
-    vars(result).update(known=values.to(result.dtype) if fits else None, made_by=func)
-
-
-def elements(args: Any) -> int:
-    """Return the most elements that a factory called with these arguments makes."""
-    sizes = args[0] if args and isinstance(args[0], list | tuple) else [each for each in args if each is not None]
-    count = 1
-    for size in sizes:
-        count *= max(1, size) if isinstance(size, int) else 1
-    return count
-
-
-def placeholder(tensor: Tensor) -> bool | int | float:
-    """Return 0, or what a check for finite values expects."""
-    if tensor.dtype == torch.bool:
-        name = str(vars(tensor).get("made_by", ""))
-        return not any(part in name for part in ("any", "isnan", "isinf", "logical_or", "ne."))
-    return 0.0 if tensor.dtype.is_floating_point else 0
