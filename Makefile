@@ -10,7 +10,7 @@ READY := $(VENV)/ready
 # With two cores, spinning OpenMP threads of one process starve the other.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-versions test-oldest test-today learning slow torture conformance docs bench scaling results check format emoji emoji-quality emoji-alignment clean
+.PHONY: demo test test-versions test-oldest test-today learning slow torture conformance real-size docs bench scaling results check format emoji emoji-quality emoji-alignment clean
 
 demo: $(READY)  ## the main job: DDPO on the embedded pipeline, results in outputs/demo
 	TRANSFORMERS_VERBOSITY=error $(BIN)/ddpo-trl demo $(FLAGS)  # it warns of a missing torchvision, which nothing here needs
@@ -43,6 +43,9 @@ torture: $(READY)  ## kill runs, in one pass and in two, 30 times at random mome
 
 conformance: $(READY)  ## the table of pipelines and checks, into docs/conformance.md; last line is passed/total
 	TRANSFORMERS_VERBOSITY=error $(BIN)/python tests/conformance/table.py
+
+real-size: $(READY)  ## models of published size on a simulated GPU: devices, dtypes, waits, memory; last line is passed/total
+	OMP_NUM_THREADS=1 $(BIN)/python tests/real_size/run.py -n 2 $(FLAGS)
 
 docs: $(READY)  ## the documentation as a site, into build/site; a warning is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet  # the notice is about the theme's successor

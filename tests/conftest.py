@@ -35,6 +35,14 @@ def needs_newest(reason: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(VERSIONS != "newest", reason=f"{reason} (versions: {VERSIONS})")
 
 
+# Tests on a simulated GPU need processes of their own: `make real-size` runs them.
+collect_ignore = [] if "SIMULATED_GPU" in os.environ else ["real_size"]
+if "SIMULATED_GPU" in os.environ:
+    from real_size import device
+
+    device.load()  # before torch
+
+
 def pytest_collection_finish() -> None:
     """The Trainer collects garbage at the end of each run, half of a tiny run's time; what was imported is not any."""
     gc.collect()

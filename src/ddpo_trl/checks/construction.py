@@ -1,5 +1,6 @@
 """Checks and decisions at construction, before time is spent."""
 
+import dataclasses
 import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from ddpo_trl.policy.pipeline import move
 from ddpo_trl.policy.policy import Policy
 from ddpo_trl.policy.records import Context
 from ddpo_trl.prompts import PromptPair, PromptSource, ShuffledPrompts, check_inputs
+from ddpo_trl.rollout.forecast import forecast_or_reason
 from ddpo_trl.rollout.plan import BatchPlan, plan_batches
 from ddpo_trl.rollout.trial import TRIAL_SAMPLES, known_prompts, trial_samples
 from ddpo_trl.update.one_pass import autocast, choose_passes
@@ -101,6 +103,9 @@ def plan_round(
             policy.activation_checkpointing_enable()
             check_checkpointing(policy, trial.rows([0]))
         plan, layers = choose_passes(config, policy, trial, plan)
+        if config.device.type != "cpu":
+            alone = isinstance(prompts, ShuffledPrompts) and not policy.input_names
+            plan = dataclasses.replace(plan, forecast=forecast_or_reason(policy, batches, config, alone))
     config.gradient_accumulation_steps = plan.micro_batches_per_update
     if config.save_total_limit == 1 and config.metric_for_best_model is not None:
         config.save_total_limit = 2  # at the end Trainer would delete the last one, from which a stopped run resumes

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import itertools
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,9 +21,14 @@ from ddpo_trl.policy.adapter_files import has_lora_loader
 from ddpo_trl.policy.denoiser import adapter_layers, denoiser_name, remove_adapters
 from ddpo_trl.policy.lora import describe_adapter
 from ddpo_trl.policy.policy import Policy
-from ddpo_trl.policy.records import SampledBatch
+from ddpo_trl.policy.records import Context, SampledBatch
+from ddpo_trl.rollout.forecast import MemoryForecast, forecast_or_reason
 from ddpo_trl.rollout.records import Transition
 
+
+# Memory of GPUs, in GiB, and of it what CUDA itself takes: an assumption.
+CARDS = (8, 12, 16, 24, 40, 80)
+CUDA_GIB = 1
 
 # Images may leave [0, 1] by rounding.
 RANGE_TOLERANCE = 0.01
@@ -53,6 +59,8 @@ class PipelineReport:
             Memory of the recorded steps of one sample.
         training_bytes (`int`):
             Memory that the training step of one sample keeps for the backward pass.
+        forecast ([`~ddpo_trl.rollout.forecast.MemoryForecast`], *optional*):
+            Forecast of GPU memory. The report shows the largest batches that fit.
         notes (`list[str]`):
             Findings that don't prevent training.
         problem (`str`, *optional*):
@@ -68,6 +76,7 @@ class PipelineReport:
     replay_differences: dict[int, float] = field(default_factory=dict)
     trajectory_bytes: int = 0
     training_bytes: int = 0
+    forecast: MemoryForecast | None = None
     notes: list[str] = field(default_factory=list)
     problem: str | None = None
 
@@ -87,10 +96,25 @@ class PipelineReport:
             ("replay difference by step", differences),
             ("memory of a trajectory", per_sample(self.trajectory_bytes)),
             ("memory of a training step", per_sample(self.training_bytes)),
+            *self._rows_of_forecast(),
             *(("note", note) for note in self.notes),
             ("verdict", self.problem or "can be trained"),
         ]
         return [(name, finding) for name, finding in rows if finding]
+
+    def _rows_of_forecast(self) -> list[tuple[str, str]]:
+        """Return the largest per-device batch for each size of a GPU."""
+        if self.forecast is None:
+            return []
+        rows = []
+        for one_pass, checkpointing in itertools.product((True, False), (False, True)):
+            largest = [
+                self.forecast.largest_batch((card - CUDA_GIB) * 2**30, one_pass, checkpointing) for card in CARDS
+            ]
+            fitting = [f"{card} GB: {size or 'none'}" for card, size in zip(CARDS, largest, strict=True)]
+            passes = f"{'one pass' if one_pass else 'two passes'}{', checkpointing' if checkpointing else ''}"
+            rows.append((f"forecast of the largest batch, {passes}", ", ".join(fitting)))
+        return rows
 
 
 def per_sample(size: int) -> str:
@@ -132,12 +156,18 @@ def check_pipeline(
     Returns:
         [`PipelineReport`]: Its `problem` is `None` if the pipeline can be trained.
     """
-    config = copy.copy(config or DDPOConfig(num_inference_steps=4))
+    given = config or DDPOConfig(num_inference_steps=4)
+    config = copy.copy(given)
     config.offload_text_encoders = config.offload_vae = False  # the pipeline stays where it is
     report = PipelineReport(pipeline=type(pipeline).__name__)
     try:
         with untouched(pipeline):
-            _examine(report, pipeline, config, prompts, metadata)
+            policy, context = _examine(report, pipeline, config, prompts, metadata)
+            forecast = forecast_or_reason(policy, context, given, alone=True)
+        if isinstance(forecast, str):
+            report.notes.append(f"no forecast of GPU memory: {forecast}")
+        else:
+            report.forecast = forecast
     except Exception as error:  # whatever a pipeline raises is the finding
         report.problem = finding(error, pipeline)
     return report
@@ -164,7 +194,7 @@ def _examine(
     config: DDPOConfig,
     prompts: Sequence[str],
     metadata: Sequence[Any],
-) -> None:
+) -> tuple[Policy, Context]:
     name = denoiser_name(pipeline)
     denoiser = pipeline.components[name]
     weights = sum(parameter.numel() for parameter in denoiser.parameters())
@@ -188,6 +218,7 @@ def _examine(
     _examine_samples(report, batch, trained)
     _examine_replay(report, policy, batch)
     _examine_gradients(report, policy, batch)
+    return policy, context
 
 
 def _examine_samples(report: PipelineReport, batch: SampledBatch, trained: range) -> None:
