@@ -293,6 +293,7 @@ def untouched(pipeline: DiffusionPipeline) -> Iterator[None]:
                 remove_adapters(network)
         for parameter, requires_grad, dtype in weights:
             parameter.requires_grad_(requires_grad)
-            parameter.data = parameter.data.to(dtype)  # an adapter's, which trains in float32
+            if parameter.dtype != dtype:  # an adapter's, which trains in float32
+                parameter.data = parameter.data.to(dtype)
         for module, was_training in training:
             module.training = was_training

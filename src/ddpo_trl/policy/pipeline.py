@@ -3,14 +3,16 @@
 import copy
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from operator import attrgetter
 from types import CellType, FunctionType, MethodType
 from typing import Any
 
 import torch
 from diffusers import CacheMixin, DiffusionPipeline, ModelMixin
 from diffusers.models.autoencoders.vae import AutoencoderMixin
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ddpo_trl.config import DDPOConfig
 from ddpo_trl.config_checks import OWN_PIPELINE_ARGUMENTS
@@ -130,12 +132,23 @@ def frozen_weights_hash(network: nn.Module) -> str:
     """Return a hash of the first numbers of each tensor that is not trained: all of them would take minutes."""
     numbers = [torch.zeros(0)]
     for parameter in network.parameters():
-        if not (parameter.requires_grad or parameter.is_meta):
-            row = parameter.detach()
+        if parameter.requires_grad or parameter.is_meta:
+            continue
+        for row in plain_tensors(parameter.detach()):
             while row.ndim > 1:
                 row = row[0]
-            numbers.append(row[:8].reshape(-1).to("cpu", torch.float32))
+            numbers.append(row.reshape(-1)[:8].to("cpu", torch.float32))
     return digest(torch.cat(numbers))[:DIGITS]
+
+
+def plain_tensors(tensor: Tensor) -> Iterator[Tensor]:
+    """Return the tensors that a quantized weight of torchao or quanto consists of; any other tensor as it is."""
+    if not is_traceable_wrapper_subclass(tensor):
+        yield tensor
+        return
+    names, _ = tensor.__tensor_flatten__()
+    for name in names:
+        yield from plain_tensors(attrgetter(name)(tensor))
 
 
 def makes_video(pipeline: DiffusionPipeline) -> bool:
