@@ -14,11 +14,18 @@ import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from accelerate.state import GradientState
 from diffusers import DDIMScheduler, DiffusionPipeline, ModelMixin
+from diffusers.hooks import HookRegistry
 from diffusers.loaders import PeftAdapterMixin, StableDiffusionLoraLoaderMixin
 from transformers import Trainer
 
 import ddpo_trl
 from test_layers import TREES
+
+
+def hooked_layer() -> torch.nn.Module:
+    layer = torch.nn.Linear(1, 1)
+    HookRegistry.check_if_exists_or_initialize(layer)
+    return layer
 
 
 # Owner of each name, and its use. An instance is the owner of attributes that `__init__` sets.
@@ -39,6 +46,7 @@ PRIVATE_NAMES: dict[str, tuple[Any, str]] = {
     "_hf_peft_config_loaded": (PeftAdapterMixin, "must be reset after adapters were removed"),
     "_no_split_modules": (ModelMixin, "the blocks by which FSDP shards"),
     "_hf_hook": (add_hook_to_module(torch.nn.Linear(1, 1), ModelHook()), "offloading by accelerate is refused"),
+    "_diffusers_hook": (hooked_layer(), "layerwise casting forbids adapters to cast their inputs"),
 }  # fmt: skip
 
 # Attributes that the running Trainer sets.

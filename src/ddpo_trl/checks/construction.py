@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from diffusers import DiffusionPipeline
 from transformers import TrainerCallback
 
+from ddpo_trl.checks.quantization import check_quantized_layers
 from ddpo_trl.config import DDPOConfig
 from ddpo_trl.policy.per_sample_gradients import TrainedLayer
 from ddpo_trl.policy.pipeline import move
@@ -92,6 +93,7 @@ def plan_round(
         with autocast(config):
             policy.runner.encode(known_prompts(policy, prompts, eval_prompts or ()), config.device)
     move(pipeline, config.device, config)
+    check_quantized_layers(policy.denoiser, policy.denoiser_name)
     batches = trial_samples(policy, prompts)
     trial = batches.rows(range(min(TRIAL_SAMPLES, config.per_device_sample_batch_size)))
     with autocast(config):

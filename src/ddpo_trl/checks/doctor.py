@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ddpo_trl.checks import log_prob_difference, replay_problem
 from ddpo_trl.checks.gradients import no_gradient_cause
+from ddpo_trl.checks.quantization import check_quantized_layers
 from ddpo_trl.config import DDPOConfig
 from ddpo_trl.policy.adapter_files import has_lora_loader
 from ddpo_trl.policy.denoiser import adapter_layers, denoiser_name, remove_adapters
@@ -185,6 +186,7 @@ def _examine(
         report.notes.append(f"with another value of {names} a sample is the same after one step")
     trained = config.steps_in_range(len(report.stds))
     batch = policy.sample(context, record=trained)
+    check_quantized_layers(denoiser, name)
     _examine_samples(report, batch, trained)
     _examine_replay(report, policy, batch)
     _examine_gradients(report, policy, batch)

@@ -12,7 +12,6 @@ import torch
 from diffusers import CacheMixin, DiffusionPipeline, ModelMixin
 from diffusers.models.autoencoders.vae import AutoencoderMixin
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ddpo_trl.config import DDPOConfig
 from ddpo_trl.config_checks import OWN_PIPELINE_ARGUMENTS
@@ -143,7 +142,7 @@ def frozen_weights_hash(network: nn.Module) -> str:
 
 def plain_tensors(tensor: Tensor) -> Iterator[Tensor]:
     """Return the tensors that a quantized weight of torchao or quanto consists of; any other tensor as it is."""
-    if not is_traceable_wrapper_subclass(tensor):
+    if "__tensor_flatten__" not in dir(tensor):  # PyTorch's protocol of tensors that wrap others
         yield tensor
         return
     names, _ = tensor.__tensor_flatten__()
