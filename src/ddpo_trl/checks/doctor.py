@@ -20,6 +20,7 @@ from ddpo_trl.config import DDPOConfig
 from ddpo_trl.policy.adapter_files import has_lora_loader
 from ddpo_trl.policy.denoiser import adapter_layers, denoiser_name, remove_adapters
 from ddpo_trl.policy.lora import describe_adapter
+from ddpo_trl.policy.pipeline import plain_tensors
 from ddpo_trl.policy.policy import Policy
 from ddpo_trl.policy.records import SampledBatch
 from ddpo_trl.rollout.records import Transition
@@ -264,12 +265,11 @@ def storage_bytes(tensors: Sequence[Tensor]) -> int:
 @contextmanager
 def counted_activations(module: nn.Module) -> Iterator[list[Tensor]]:
     """Collect the tensors that autograd keeps for the backward pass, except the weights of the module."""
-    weights = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
+    weights = {part.untyped_storage().data_ptr() for whole in module.parameters() for part in plain_tensors(whole)}
     kept: list[Tensor] = []
 
     def keep(tensor: Tensor) -> Tensor:
-        if tensor.untyped_storage().data_ptr() not in weights:
-            kept.append(tensor)
+        kept.extend(part for part in plain_tensors(tensor) if part.untyped_storage().data_ptr() not in weights)
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):

@@ -1,6 +1,7 @@
 """Check of quantized layers: a gradient has to come through them, because the adapters before them are trained too."""
 
 import torch
+from diffusers import ModelMixin
 from torch import nn
 
 from ddpo_trl.descriptions import in_a_line
@@ -16,12 +17,12 @@ REMEDY = (
 )
 
 
-def check_quantized_layers(denoiser: nn.Module, name: str) -> None:
+def check_quantized_layers(denoiser: ModelMixin, name: str) -> None:
     """
     Try a quantized layer of each kind: its output is linear in its input, so the gradient is known from outputs.
 
     Args:
-        denoiser (`torch.nn.Module`):
+        denoiser ([`~diffusers.ModelMixin`]):
             The denoiser, on the device on which it is trained.
         name (`str`):
             Its name in the pipeline.
@@ -43,8 +44,8 @@ def check_quantized_layers(denoiser: nn.Module, name: str) -> None:
             raise ValueError(f"{kind}, which has no gradient here ({in_a_line(problem)}). {REMEDY}") from problem
         if not error <= TOLERANCE:
             raise ValueError(
-                f"{kind}, whose gradient is not that of its weights: they differ by {error:.0%} for a random input, so "
-                f"the adapters' gradients would be wrong. {REMEDY}"
+                f"{kind}, whose gradient is not that of its weights: they differ by {error:.0%} for a random input, "
+                f"so the adapters' gradients would be wrong. {REMEDY}"
             )
 
 

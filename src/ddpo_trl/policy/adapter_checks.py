@@ -158,10 +158,11 @@ def check_storage(denoiser: nn.Module, name: str) -> None:
     """
     for key, module in denoiser.named_modules():
         if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and module.weight.dtype.itemsize == 1:
+            kind = type(module).__name__
             raise ValueError(
-                f"pipeline.{name}.{key} is a {type(module).__name__} stored as {module.weight.dtype} by layerwise "
-                "casting, which has no gradient. Load the pipeline again and leave convolutions out: "
-                f"`pipeline.{name}.enable_layerwise_casting(..., skip_modules_classes=(torch.nn.{type(module).__name__},))`."
+                f"pipeline.{name}.{key} is a {kind} stored as {module.weight.dtype} by layerwise casting, which has "
+                "no gradient. Load the pipeline again and leave convolutions out: "
+                f"`pipeline.{name}.enable_layerwise_casting(..., skip_modules_classes=(torch.nn.{kind},))`."
             )
 
 

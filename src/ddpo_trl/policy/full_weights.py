@@ -54,9 +54,9 @@ def check_not_quantized(denoiser: ModelMixin, name: str) -> None:
         if is_quantized or parameter.dtype.itemsize == 1:
             kind = f"quantized ({type(parameter).__name__})" if is_quantized else f"stored as {parameter.dtype}"
             raise ValueError(
-                f"use_lora is False, which trains pipeline.{name} itself, but {key} is {kind} and can't be updated. Set "
-                "use_lora=True to train an adapter on it (QLoRA), or load the pipeline without quantization_config and "
-                "without layerwise casting."
+                f"use_lora is False, which trains pipeline.{name} itself, but {key} is {kind} and can't be updated. "
+                "Set use_lora=True to train an adapter on it (QLoRA), or load the pipeline without "
+                "quantization_config and without layerwise casting."
             )
 
 

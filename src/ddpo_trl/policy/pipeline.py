@@ -145,7 +145,7 @@ def plain_tensors(tensor: Tensor) -> Iterator[Tensor]:
     if "__tensor_flatten__" not in dir(tensor):  # PyTorch's protocol of tensors that wrap others
         yield tensor
         return
-    names, _ = tensor.__tensor_flatten__()
+    names, _ = attrgetter("__tensor_flatten__")(tensor)()
     for name in names:
         yield from plain_tensors(attrgetter(name)(tensor))
 
