@@ -45,6 +45,7 @@ PRIVATE_NAMES: dict[str, tuple[Any, str]] = {
     "_lora_loadable_modules": (StableDiffusionLoraLoaderMixin, "which networks `save_lora_weights` saves"),
     "_hf_peft_config_loaded": (PeftAdapterMixin, "must be reset after adapters were removed"),
     "_no_split_modules": (ModelMixin, "the blocks by which FSDP shards"),
+    "_compiled_call_impl": (torch.nn.Module, "whether a module was compiled in place"),
     "_hf_hook": (add_hook_to_module(torch.nn.Linear(1, 1), ModelHook()), "offloading by accelerate is refused"),
     "_diffusers_hook": (hooked_layer(), "layerwise casting forbids adapters to cast their inputs"),
 }  # fmt: skip

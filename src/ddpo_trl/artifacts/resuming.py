@@ -20,9 +20,8 @@ ROUNDING = {
     "num_sample_batches": "the composition of mini-batches",
     "per_device_train_batch_size": "gradients, by the rounding of other batches and another order",
     "one_pass": "gradients, by the rounding of their sums",
-    **dict.fromkeys(
-        ("gradient_checkpointing", "activation_checkpointing", "torch_compile", "tf32"), "gradients, by rounding"
-    ),
+    **dict.fromkeys(("gradient_checkpointing", "activation_checkpointing", "tf32"), "gradients, by rounding"),
+    "torch_compile": "images and gradients, by the rounding of other kernels",
     **dict.fromkeys(("vae_slicing", "vae_tiling"), "images"),
     **dict.fromkeys(("metric_for_best_model", "greater_is_better"), "the best checkpoint, which is chosen again"),
 }
