@@ -15,7 +15,10 @@ def gather(accelerator: Accelerator, values: Tensor) -> Tensor:
     """Return the `(N, ...)` values of all processes, in their order, on the CPU: `(N · processes, ...)`."""
     if accelerator.num_processes == 1:
         return values.cpu()
-    return accelerator.gather(values.to(accelerator.device)).cpu()
+    if values.dtype != torch.float64:
+        return accelerator.gather(values.to(accelerator.device)).cpu()
+    bits = values.view(torch.int64)  # not every device has float64
+    return accelerator.gather(bits.to(accelerator.device)).cpu().view(torch.float64)
 
 
 def first_reason(own: str | None) -> str | None:
