@@ -62,7 +62,7 @@ def test_a_compiled_denoiser_is_replayed_to_the_bit_and_compiled_in_the_first_ro
     graphs = []
     trainer.add_callback(OnRound(lambda: graphs.append(counter.frame_count)))
     trainer.train()
-    assert len(graphs) == 3 and graphs[2] == graphs[1]
+    assert len(graphs) == 3 and len({*graphs}) == 1
     assert {log["val/ratio_deviation"] for log in trainer.state.log_history if "val/ratio_deviation" in log} == {0.0}
 
     expected = DDPOTrainer(make_config(**settings), brightness, PROMPTS, plain())
