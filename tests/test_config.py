@@ -366,7 +366,7 @@ USED = {
     "restore_callback_states_from_checkpoint debug skip_memory_metrics local_rank",
     "batches and memory": "per_device_train_batch_size per_device_eval_batch_size torch_empty_cache_steps "
     "gradient_checkpointing gradient_checkpointing_kwargs activation_checkpointing activation_checkpointing_kwargs "
-    "bf16 fp16 tf32",
+    "bf16 fp16 tf32 torch_compile torch_compile_backend torch_compile_mode",
     "optimizer": "learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps optim optim_args weight_decay "
     "adam_beta1 adam_beta2 adam_epsilon optim_target_modules max_grad_norm",
     "logs": "logging_strategy logging_steps logging_first_step log_on_each_node log_level log_level_replica "
@@ -402,8 +402,6 @@ OTHER_VALUES: dict[str, Any] = {
     "length_column_name": "size",
     "liger_kernel_config": {"rope": True},
     "parallelism_config": object(),
-    "torch_compile_backend": "inductor",
-    "torch_compile_mode": "default",
     "train_sampling_strategy": "sequential",
     "dataloader_multiprocessing_context": "fork",
     "data_seed": 3,

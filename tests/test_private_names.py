@@ -14,12 +14,19 @@ import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from accelerate.state import GradientState
 from diffusers import DDIMScheduler, DiffusionPipeline, ModelMixin
+from diffusers.hooks import HookRegistry
 from diffusers.loaders import PeftAdapterMixin, StableDiffusionLoraLoaderMixin
 from transformers import Trainer
 
 import ddpo_trl
 from conftest import needs_newest
 from test_layers import TREES
+
+
+def hooked_layer() -> torch.nn.Module:
+    layer = torch.nn.Linear(1, 1)
+    HookRegistry.check_if_exists_or_initialize(layer)
+    return layer
 
 
 # Owner of each name, and its use. An instance is the owner of attributes that `__init__` sets.
@@ -39,7 +46,9 @@ PRIVATE_NAMES: dict[str, tuple[Any, str]] = {
     "_lora_loadable_modules": (StableDiffusionLoraLoaderMixin, "which networks `save_lora_weights` saves"),
     "_hf_peft_config_loaded": (PeftAdapterMixin, "must be reset after adapters were removed"),
     "_no_split_modules": (ModelMixin, "the blocks by which FSDP shards"),
+    "_compiled_call_impl": (torch.nn.Module, "whether a module was compiled in place"),
     "_hf_hook": (add_hook_to_module(torch.nn.Linear(1, 1), ModelHook()), "offloading by accelerate is refused"),
+    "_diffusers_hook": (hooked_layer(), "layerwise casting forbids adapters to cast their inputs"),
 }  # fmt: skip
 
 # The only module that has TorchDispatchMode, which is public by torch's documentation.

@@ -51,10 +51,6 @@ WITHOUT_EFFECT = {
     "neftune_noise_alpha": "it is noise on a language model's embeddings: eta and noise_level are the noise here",
     "parallelism_config": "every process runs the whole pipeline: use FSDP2 or DeepSpeed by accelerate's config",
     "prediction_loss_only": "an evaluation has no loss",
-    "torch_compile": "the pipeline calls the denoiser itself: compile its blocks before "
-    "(`pipeline.transformer.compile_repeated_blocks()`)",
-    "torch_compile_backend": "it belongs to torch_compile, which would do nothing",
-    "torch_compile_mode": "it belongs to torch_compile, which would do nothing",
     "train_sampling_strategy": "a list of prompts is shuffled in every pass: give a prompt function for another order",
     "use_cache": "a denoiser has no cache of keys and values",
     "use_liger_kernel": "its kernels are of language models",

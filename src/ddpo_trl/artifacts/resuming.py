@@ -23,9 +23,8 @@ ROUNDING = {
     "one_pass": "gradients, by the rounding of their sums",
     "samples_per_part": "images and gradients, by the rounding of other batches",
     "adapter_compute_dtype": "images and gradients, by the rounding of the adapter's products",
-    **dict.fromkeys(
-        ("gradient_checkpointing", "activation_checkpointing", "torch_compile", "tf32"), "gradients, by rounding"
-    ),
+    **dict.fromkeys(("gradient_checkpointing", "activation_checkpointing", "tf32"), "gradients, by rounding"),
+    "torch_compile": "images and gradients, by the rounding of other kernels",
     **dict.fromkeys(("vae_slicing", "vae_tiling"), "images"),
     **dict.fromkeys(("metric_for_best_model", "greater_is_better"), "the best checkpoint, which is chosen again"),
 }

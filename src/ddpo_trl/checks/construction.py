@@ -9,7 +9,9 @@ from diffusers import DiffusionPipeline
 from transformers import TrainerCallback
 
 from ddpo_trl.checks.gradients import check_checkpointing
+from ddpo_trl.checks.quantization import check_quantized_layers
 from ddpo_trl.config import DDPOConfig
+from ddpo_trl.policy.denoiser import compile_in_place
 from ddpo_trl.policy.per_sample_gradients import TrainedLayer
 from ddpo_trl.policy.pipeline import move
 from ddpo_trl.policy.policy import Policy
@@ -95,6 +97,9 @@ def plan_round(
         with autocast(config):
             policy.runner.encode(known_prompts(policy, prompts, eval_prompts or ()), config.device)
     move(pipeline, config.device, config)
+    check_quantized_layers(policy.denoiser, policy.denoiser_name)
+    if config.torch_compile:
+        compile_in_place(policy.denoiser, config.torch_compile_backend, config.torch_compile_mode)
     batches = trial_samples(policy, prompts)
     trial = batches.rows(range(min(TRIAL_SAMPLES, config.per_device_sample_batch_size)))
     with autocast(config):

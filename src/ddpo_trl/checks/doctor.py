@@ -16,10 +16,12 @@ from torch import Tensor, nn
 
 from ddpo_trl.checks import log_prob_difference, replay_problem
 from ddpo_trl.checks.gradients import no_gradient_cause
+from ddpo_trl.checks.quantization import check_quantized_layers
 from ddpo_trl.config import DDPOConfig
 from ddpo_trl.policy.adapter_files import has_lora_loader
 from ddpo_trl.policy.denoiser import adapter_layers, denoiser_name, remove_adapters
 from ddpo_trl.policy.lora import describe_adapter
+from ddpo_trl.policy.pipeline import plain_tensors
 from ddpo_trl.policy.policy import Policy
 from ddpo_trl.policy.records import Context, SampledBatch
 from ddpo_trl.rollout.forecast import MemoryForecast, forecast_or_reason
@@ -215,6 +217,7 @@ def _examine(
         report.notes.append(f"with another value of {names} a sample is the same after one step")
     trained = config.steps_in_range(len(report.stds))
     batch = policy.sample(context, record=trained)
+    check_quantized_layers(denoiser, name)
     _examine_samples(report, batch, trained)
     _examine_replay(report, policy, batch)
     _examine_gradients(report, policy, batch)
@@ -293,12 +296,11 @@ def storage_bytes(tensors: Sequence[Tensor]) -> int:
 @contextmanager
 def counted_activations(module: nn.Module) -> Iterator[list[Tensor]]:
     """Collect the tensors that autograd keeps for the backward pass, except the weights of the module."""
-    weights = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
+    weights = {part.untyped_storage().data_ptr() for whole in module.parameters() for part in plain_tensors(whole)}
     kept: list[Tensor] = []
 
     def keep(tensor: Tensor) -> Tensor:
-        if tensor.untyped_storage().data_ptr() not in weights:
-            kept.append(tensor)
+        kept.extend(part for part in plain_tensors(tensor) if part.untyped_storage().data_ptr() not in weights)
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
@@ -324,6 +326,7 @@ def untouched(pipeline: DiffusionPipeline) -> Iterator[None]:
                 remove_adapters(network)
         for parameter, requires_grad, dtype in weights:
             parameter.requires_grad_(requires_grad)
-            parameter.data = parameter.data.to(dtype)  # an adapter's, which trains in float32
+            if parameter.dtype != dtype:  # an adapter's, which trains in float32
+                parameter.data = parameter.data.to(dtype)
         for module, was_training in training:
             module.training = was_training

@@ -184,7 +184,9 @@ class Policy(nn.Module):
 
     def describe(self) -> str:
         """Return one line about the trained weights."""
-        what = f"pipeline.{self.denoiser_name} ({type(self.denoiser).__name__})"
+        quantizer = vars(self.denoiser).get("hf_quantizer")
+        quantized = "" if quantizer is None else f", quantized by {quantizer.quantization_config.quant_method.value}"
+        what = f"pipeline.{self.denoiser_name} ({type(self.denoiser).__name__}{quantized})"
         if self.adapter is None:
             weights = sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
             return f"{what}: {weights:,} of its own weights"

@@ -16,6 +16,7 @@ from torch import Tensor
 from ddpo_trl.config import DDPOConfig
 from ddpo_trl.config_checks import one_pass_disabled_reason
 from ddpo_trl.distributed import first_reason, smallest
+from ddpo_trl.policy.denoiser import is_compiled
 from ddpo_trl.policy.per_sample_gradients import (
     Call,
     SampleGradients,
@@ -60,6 +61,10 @@ def choose_passes(
         `ValueError`: If `one_pass` is `True` and it is not possible.
     """
     reason = "one_pass is False" if config.one_pass is False else one_pass_disabled_reason(config)
+    if reason is None and is_compiled(policy.denoiser):
+        reason = f"pipeline.{policy.denoiser_name} is compiled, and hooks on each trained layer would split its graphs"
+        if config.one_pass:
+            raise ValueError(f"one_pass is True, but {reason}. Leave one_pass out to take two passes.")
     weights = sum(parameter.numel() for parameter in policy.parameters() if parameter.requires_grad)
     plan = dataclasses.replace(plan, one_pass=True, gradient_bytes=4 * weights)
     if reason is None:
