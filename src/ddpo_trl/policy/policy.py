@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
@@ -18,43 +18,10 @@ from ddpo_trl.policy.gaussian import kl_divergence, log_prob
 from ddpo_trl.policy.lora import adapter_scales, add_adapter, describe_adapter
 from ddpo_trl.policy.per_sample_gradients import TrainedLayer
 from ddpo_trl.policy.pipeline import check_call
-from ddpo_trl.policy.records import Context, SampledBatch, join_samples
+from ddpo_trl.policy.records import Context, PolicyOutput, SampledBatch, Schedule, join_samples
 from ddpo_trl.policy.runner import PipelineRunner, seeded
 from ddpo_trl.policy.sampling import sample, sample_with_gradients
 from ddpo_trl.policy.schedulers import Replay, policy_scheduler
-
-
-class Schedule(NamedTuple):
-    """
-    Schedule of a sampler, and the memory of one sample.
-
-    Args:
-        stds (`list[float]`):
-            σ_t of each step, from noise to image; 0 for deterministic steps.
-        state_bytes (`int`):
-            Bytes of one sample's state x_t.
-        embedding_bytes (`int`):
-            Bytes of its prompt embedding, including the negative prompt's; 0 if the pipeline's are not known.
-    """
-
-    stds: list[float]
-    state_bytes: int
-    embedding_bytes: int
-
-
-class PolicyOutput(NamedTuple):
-    """
-    Log-probabilities of recorded actions, and the divergence of their steps.
-
-    Args:
-        log_probs (`torch.Tensor` of shape `(B,)`):
-            log π_θ, float32.
-        kl (`torch.Tensor` of shape `(B,)`, *optional*):
-            KL(π_θ ‖ π_ref) of the transition, float32, ≥ 0; only if requested.
-    """
-
-    log_probs: Tensor
-    kl: Tensor | None
 
 
 class Policy(nn.Module):

@@ -6,7 +6,7 @@ Shape legend, used in every docstring of the package: `B` samples of a batch, `N
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -174,6 +174,39 @@ class SampledBatch:
             finite_steps=torch.cat(finite_steps) if finite_steps else None,
             steps_run=parts[0].steps_run,
         )
+
+
+class Schedule(NamedTuple):
+    """
+    Schedule of a sampler, and the memory of one sample.
+
+    Args:
+        stds (`list[float]`):
+            σ_t of each step, from noise to image; 0 for deterministic steps.
+        state_bytes (`int`):
+            Bytes of one sample's state x_t.
+        embedding_bytes (`int`):
+            Bytes of its prompt embedding, including the negative prompt's; 0 if the pipeline's are not known.
+    """
+
+    stds: list[float]
+    state_bytes: int
+    embedding_bytes: int
+
+
+class PolicyOutput(NamedTuple):
+    """
+    Log-probabilities of recorded actions, and the divergence of their steps.
+
+    Args:
+        log_probs (`torch.Tensor` of shape `(B,)`):
+            log π_θ, float32.
+        kl (`torch.Tensor` of shape `(B,)`, *optional*):
+            KL(π_θ ‖ π_ref) of the transition, float32, ≥ 0; only if requested.
+    """
+
+    log_probs: Tensor
+    kl: Tensor | None
 
 
 def join_samples(parts: Sequence[Tensor]) -> Tensor:

@@ -6,7 +6,7 @@ on PyTorch's "meta" device, whose tensors have shapes and no memory. The bytes t
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -107,6 +107,14 @@ class MemoryForecast:
             range(1, 1025),
         )
         return max(sizes, default=0)
+
+
+def in_words(forecast: MemoryForecast | str, peaks: Mapping[str, int]) -> str:
+    """Return one line about the peaks of a forecast, or the reason why there is none."""
+    if isinstance(forecast, str):
+        return f"none: {forecast}"
+    parts = ", ".join(f"{name} {size / 2**30:.3g} GiB" for name, size in peaks.items() if size)
+    return f"{parts}; without reward functions and CUDA itself"
 
 
 def forecast_or_reason(policy: Policy, context: Context, config: DDPOConfig, alone: bool) -> MemoryForecast | str:

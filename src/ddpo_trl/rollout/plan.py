@@ -7,7 +7,7 @@ import torch
 
 from ddpo_trl.config import DDPOConfig, TransitionWeighting, WindowStrategy
 from ddpo_trl.policy.embedding_cache import MAX_CACHED_BYTES
-from ddpo_trl.rollout.forecast import MemoryForecast
+from ddpo_trl.rollout.forecast import MemoryForecast, in_words
 from ddpo_trl.seeding import Stream, generator
 
 
@@ -43,19 +43,13 @@ class BatchPlan:
             σ_t of every step of the sampler; the weights of `"std"`.
         transition_weighting (`"uniform"` or `"std"`):
             Whether all transitions have the same weight in the objective, or one in proportion to σ_t.
-        state_bytes (`int`):
-            Memory of one sample's state x_t.
-        one_pass (`bool`):
-            Whether gradients are taken while sampling.
-        one_pass_disabled_reason (`str`, *optional*):
-            Reason for two passes.
+        one_pass (`bool`), one_pass_disabled_reason (`str`, *optional*):
+            Whether gradients are taken while sampling, and the reason if not.
         samples_per_part (`int`, *optional*):
             In one pass, the number of samples that are sampled together at most, where memory does not hold the
             activations of a whole batch.
-        gradient_bytes (`int`):
-            Memory of one sample's gradient.
-        image_bytes, embedding_bytes (`int`):
-            Memory of one sample's image, and of what its prompts are encoded to.
+        state_bytes, gradient_bytes, image_bytes, embedding_bytes (`int`):
+            Memory of one sample's state x_t, its gradient, its image, and of what its prompts are encoded to.
         offload_rollout, gradient_checkpointing (`bool`):
             Whether the rollout is kept in CPU memory, and the settings of activation checkpointing.
         forecast ([`~ddpo_trl.rollout.forecast.MemoryForecast`] or `str`, *optional*):
@@ -212,19 +206,11 @@ class BatchPlan:
         """
         if not isinstance(self.forecast, MemoryForecast):
             return {}
-        kept = self.per_device_sample_batch_size * self.image_bytes + (
-            0 if self.offload_rollout else self.rollout_bytes
-        )
+        images = self.per_device_sample_batch_size * self.image_bytes
+        kept = images if self.offload_rollout else images + self.rollout_bytes
+        sampled = self._samples_at_once if self.one_pass else self.per_device_sample_batch_size
         trained = None if self.one_pass else self.per_device_train_batch_size
-        return self.forecast.peaks(self.per_device_sample_batch_size, trained, self.gradient_checkpointing, kept)
-
-    def _rows_of_forecast(self) -> list[tuple[str, str]]:
-        if self.forecast is None:
-            return []
-        if isinstance(self.forecast, str):
-            return [("forecast of GPU memory", f"none: {self.forecast}")]
-        peaks = ", ".join(f"{name} {size / 2**30:.3g} GiB" for name, size in self.forecast_peaks.items() if size)
-        return [("forecast of GPU memory", f"{peaks}; without reward functions and CUDA itself")]
+        return self.forecast.peaks(sampled, trained, self.gradient_checkpointing, kept)
 
     def rounds_for(self, total_episodes: int) -> int:
         """Rounds that hold at least `total_episodes` reward queries."""
@@ -232,7 +218,7 @@ class BatchPlan:
 
     def rows(self) -> list[tuple[str, str]]:
         """Return the plan as `(name, description)` lines."""
-        return [
+        rows = [
             (
                 "reward queries per round",
                 f"{self.samples_per_round} = {self.num_processes} processes x {self.num_sample_batches} batches x "
@@ -266,8 +252,10 @@ class BatchPlan:
                 "CPU memory of images, prompts",
                 f"{self.images_bytes / 2**20:.3g} MiB and up to {self.embeddings_bytes / 2**20:.3g} MiB of embeddings",
             ),
-            *self._rows_of_forecast(),
         ]
+        if self.forecast is not None:
+            rows.append(("forecast of GPU memory", in_words(self.forecast, self.forecast_peaks)))
+        return rows
 
     @property
     def _samples_at_once(self) -> int:
