@@ -16,6 +16,7 @@ from diffusers import (
 from huggingface_hub import ModelCard
 from peft import LoraConfig
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from artifacts.test_model_card import example, image_of_example
 from conformance.image_pipelines import flux
@@ -186,6 +187,20 @@ def test_layerwise_casting_may_be_enabled_before_or_after_the_adapter_is_added(m
         context = policy.context(PROMPTS, [{}] * len(PROMPTS), range(len(PROMPTS)))
         log_probs.append(policy.sample(context, record=[0]).steps[0].log_probs)
     assert torch.equal(*log_probs)
+
+
+@every_method
+def test_processes_share_the_gradients_of_the_adapter(make_config, quantized, method):
+    policy = Policy.from_pipeline(quantized(method), make_config())
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        wrapped = DistributedDataParallel(policy)  # refuses weights that it can't broadcast
+        context = policy.context(PROMPTS, [{}] * len(PROMPTS), range(len(PROMPTS)))
+        step = policy.sample(context, record=[0]).steps[0]
+        wrapped(0, step.latents, step.next_latents, context).log_probs.sum().backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    assert all(each.grad is not None for each in policy.parameters() if each.requires_grad)
 
 
 # ---- What is refused ----

@@ -10,7 +10,7 @@ from diffusers.loaders import PeftAdapterMixin
 from diffusers.utils.peft_utils import recurse_remove_peft_layers
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
-from torch import nn
+from torch import Tensor, nn
 
 
 def denoiser_name(pipeline: DiffusionPipeline) -> str:
@@ -82,6 +82,13 @@ def sharing_weights(denoiser: nn.Module) -> nn.Module:
     if adapter_layers(copied):
         remove_adapters(copied)
     return copied
+
+
+def quantized_weights(denoiser: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield the weights that are quantized or stored in 8 bits, with their names: none of them has a gradient."""
+    for name, parameter in denoiser.named_parameters():
+        if type(parameter) is not nn.Parameter or parameter.dtype.itemsize == 1:
+            yield name, parameter
 
 
 def compile_in_place(denoiser: ModelMixin, backend: str | None, mode: str | None) -> None:

@@ -11,7 +11,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from ddpo_trl.distributed import is_sharded
 from ddpo_trl.finite import check_weights
 from ddpo_trl.policy.adapter_checks import check_projections
-from ddpo_trl.policy.denoiser import adapter_layers, denoiser_name
+from ddpo_trl.policy.denoiser import adapter_layers, denoiser_name, quantized_weights
 
 
 def freeze_all_but_denoiser(pipeline: DiffusionPipeline, peft_config: PeftConfig | None) -> None:
@@ -49,15 +49,13 @@ def freeze_all_but_denoiser(pipeline: DiffusionPipeline, peft_config: PeftConfig
 
 def check_not_quantized(denoiser: ModelMixin, name: str) -> None:
     """Raise a `ValueError` for weights that have no gradient: quantized ones, or those that are stored in 8 bits."""
-    for key, parameter in denoiser.named_parameters():
-        is_quantized = type(parameter) is not nn.Parameter
-        if is_quantized or parameter.dtype.itemsize == 1:
-            kind = f"quantized ({type(parameter).__name__})" if is_quantized else f"stored as {parameter.dtype}"
-            raise ValueError(
-                f"use_lora is False, which trains pipeline.{name} itself, but {key} is {kind} and can't be updated. "
-                "Set use_lora=True to train an adapter on it (QLoRA), or load the pipeline without "
-                "quantization_config and without layerwise casting."
-            )
+    for key, weight in quantized_weights(denoiser):
+        kind = f"stored as {weight.dtype}" if type(weight) is nn.Parameter else f"quantized ({type(weight).__name__})"
+        raise ValueError(
+            f"use_lora is False, which trains pipeline.{name} itself, but {key} is {kind} and can't be updated. Set "
+            "use_lora=True to train an adapter on it (QLoRA), or load the pipeline without quantization_config and "
+            "without layerwise casting."
+        )
 
 
 def save_denoiser(denoiser: ModelMixin, directory: str, write: bool = True) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ddpo_trl.config import DDPOConfig
 from ddpo_trl.policy.adapter_dtype import set_compute_dtype
 from ddpo_trl.policy.adapter_files import load_adapter, save_adapter
-from ddpo_trl.policy.denoiser import denoiser_name, present_classes
+from ddpo_trl.policy.denoiser import denoiser_name, present_classes, quantized_weights
 from ddpo_trl.policy.full_weights import freeze_all_but_denoiser, load_denoiser, save_denoiser
 from ddpo_trl.policy.gaussian import kl_divergence, log_prob
 from ddpo_trl.policy.lora import adapter_scales, add_adapter, describe_adapter
@@ -97,6 +97,8 @@ class Policy(nn.Module):
             )
         if adapter is not None:
             set_compute_dtype(self.denoiser, adapter, config.adapter_compute_dtype)
+        # DDP would broadcast these, which not all of them can be. All processes load them from the same files.
+        self._ddp_params_and_buffers_to_ignore = [f"denoiser.{name}" for name, _ in quantized_weights(self.denoiser)]
         # FSDP shards by these blocks and gathers one at a time.
         self._no_split_modules = present_classes(self.denoiser, self.denoiser._no_split_modules or ())
         self.runner = PipelineRunner(pipeline, self.denoiser_name, self.scheduler, config, adapter is not None)
