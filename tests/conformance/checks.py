@@ -9,7 +9,7 @@ import copy
 import io
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import numpy as np
@@ -39,7 +39,7 @@ from ddpo_trl.policy.embeddings import text_encoders
 from ddpo_trl.policy.lora import ADAPTER_NAME, add_adapter
 from ddpo_trl.policy.per_sample_gradients import trained_weights
 from ddpo_trl.policy.policy import Policy
-from ddpo_trl.policy.records import Context
+from ddpo_trl.policy.records import Context, SampledBatch
 from ddpo_trl.policy.runner import PipelineRunner, seeded
 from ddpo_trl.policy.schedulers import Sampling
 from ddpo_trl.update.one_pass import layers_of_samples, policy_gradient
@@ -91,10 +91,10 @@ def config(case: Case, **overrides: Any) -> DDPOConfig:
     return DDPOConfig(**{**settings, **overrides})
 
 
-def make_policy(case: Case) -> Policy:
+def make_policy(case: Case, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Policy:
     """Create a policy whose adapter is not the identity, as after some training."""
-    pipeline = case.build(0)
-    policy = Policy(pipeline, config(case), add_adapter(pipeline, None))
+    pipeline = case.build(0).to(device, dtype)
+    policy = Policy(pipeline, config(case, use_cpu=device == "cpu"), add_adapter(pipeline, None))
     randomize_adapter(policy.denoiser)
     return policy
 
@@ -117,11 +117,18 @@ def replay_equals_sampling(case: Case) -> None:
     batch = policy.sample(context(policy, case), record=range(STEPS))
     trainable = [index for index, std in enumerate(policy.scheduler.stds) if std > 0]
     assert sorted(batch.steps) == trainable and trainable
-    for index, step in batch.steps.items():
-        replayed, _ = policy(index, step.latents, step.next_latents, batch.context)
-        assert torch.equal(replayed, step.log_probs), f"step {index}: {(replayed - step.log_probs).abs().max():.2g}"
+    assert replay_deviations(policy, batch) == dict.fromkeys(batch.steps, 0.0)
     assert batch.fingerprint is not None
     assert changed_settings(batch.fingerprint.settings, policy.runner.fingerprint().settings) == []
+
+
+def replay_deviations(policy: Policy, batch: SampledBatch) -> dict[int, float]:
+    """Return the largest |ratio - 1| of each recorded step: 0 only if it is replayed bitwise."""
+    found = {}
+    for index, step in batch.steps.items():
+        replayed, _ = policy(index, step.latents, step.next_latents, batch.context)
+        found[index] = torch.expm1((replayed - step.log_probs).detach()).abs().max().item()
+    return found
 
 
 def replay_needs_the_prompt(case: Case) -> None:
@@ -351,19 +358,38 @@ def counted_encodings(pipeline: DiffusionPipeline) -> Iterator[list[str]]:
 def one_pass_is_exact(case: Case) -> None:
     """Gradients computed during sampling, weighted by advantages, add up to that of replay; images are identical."""
     policy = make_policy(case)
-    batch = policy.sample(context(policy, case), record=range(STEPS))
+    deviation = one_pass_deviation(policy, policy.sample(context(policy, case), record=range(STEPS)))
+    assert deviation.images == 0
+    assert deviation.gradients < ROUNDING
+
+
+class OnePassDeviation(NamedTuple):
+    """
+    Largest difference between one pass and two, of the images, and of the gradients relative to the largest of them.
+    """
+
+    images: float
+    gradients: float
+
+
+def one_pass_deviation(policy: Policy, batch: SampledBatch) -> OnePassDeviation:
+    """Sample a batch again, with gradients, and compare with the batch and with the gradients of its replay."""
     layers = layers_of_samples(policy, batch.context, min(batch.steps))
     taken = policy.sample_with_gradients(batch.context, dict.fromkeys(sorted(batch.steps), 1.0), layers)
-    assert torch.equal(taken.images, batch.images)
-    advantages = torch.tensor([1.0, -2.0])
+    advantages = torch.tensor([1.0, -2.0], device=taken.images.device)
     for index, step in batch.steps.items():
         log_probs, _ = policy(index, step.latents, step.next_latents, batch.context)
         (-(advantages @ log_probs) / (len(advantages) * len(batch.steps))).backward()
     wanted = [weight.grad for weight in trained_weights(layers)]
     largest = max(grad.abs().max() for grad in wanted if grad is not None)
-    for own, grad in zip(policy_gradient([taken], advantages), wanted, strict=True):
-        expected = torch.zeros_like(own) if grad is None else grad
-        assert (own - expected).abs().max() < ROUNDING * largest
+    missed = [
+        (own if grad is None else own - grad).abs().max()
+        for own, grad in zip(policy_gradient([taken], advantages), wanted, strict=True)
+    ]
+    return OnePassDeviation(
+        images=(taken.images - batch.images).abs().max().item(),
+        gradients=(torch.stack(missed).max() / largest).item(),
+    )
 
 
 def the_doctor_agrees(case: Case) -> None:

@@ -1,0 +1,152 @@
+"""
+The tiny pipelines of tests/conformance on the device: replay against sampling, and one pass against two.
+
+All pipelines in float32, bfloat16 and float16 with PyTorch's choice of the attention kernel, and some of them with each
+kernel alone. Several processes work on the device. Nothing is asserted: the tolerances that hold are the result.
+"""
+
+import itertools
+import json
+import os
+import queue
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from gpu.setting import is_rehearsal, nan_last, short, table
+from rounds import Child
+
+
+DTYPES = ["float32", "bfloat16", "float16"]
+KERNELS = ["math", "efficient_attention", "flash_attention", "cudnn_attention"]
+CHOSEN = "chosen by PyTorch"
+
+# Pipelines that run with each attention kernel: a UNet, and transformers with and without a mask.
+WITH_EACH_KERNEL = ["Stable Diffusion 1.x", "PixArt-Sigma", "FLUX.1", "Stable Diffusion 3", "Wan 2.1"]
+REHEARSED = ["Stable Diffusion 1.x", "FLUX.1"]
+
+Job = dict[str, str]
+Row = dict[str, Any]
+
+
+def jobs(device: str, names: list[str]) -> list[Job]:
+    """Return what to run, the most important first: a stage that runs out of time has done that."""
+    plain = [{"dtype": dtype, "kernel": CHOSEN, "pipeline": name} for dtype, name in itertools.product(DTYPES, names)]
+    each = [
+        {"dtype": dtype, "kernel": kernel, "pipeline": name}
+        for dtype, kernel, name in itertools.product(DTYPES, KERNELS, WITH_EACH_KERNEL)
+        if name in names
+    ]
+    if is_rehearsal(device):
+        return plain + each[::5]
+    return plain[: len(names)] + each + plain[len(names) :]
+
+
+def run(device: str, save: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    names = REHEARSED if is_rehearsal(device) else pipeline_names()
+    planned = jobs(device, names)
+    waiting: queue.SimpleQueue[Job] = queue.SimpleQueue()
+    for job in planned:
+        waiting.put(job)
+    rows: list[Row] = []
+    figures = {"planned": len(planned), "rows": rows}
+    workers = 2 if is_rehearsal(device) else max(2, (os.cpu_count() or 2) * 3 // 4)
+    threads = [threading.Thread(target=work, args=(device, waiting, rows), daemon=True) for _ in range(workers)]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        for thread in threads:
+            thread.join(timeout=0.5)
+        save({**figures, "rows": list(rows)})
+    return figures
+
+
+def pipeline_names() -> list[str]:
+    from conformance.checks import CASES
+
+    return [case.name for case in CASES]
+
+
+def work(device: str, waiting: "queue.SimpleQueue[Job]", rows: list[Row]) -> None:
+    """Have a process of its own do jobs until there are none; if it ends, another one goes on after that job."""
+    command, child = [sys.executable, "-m", "gpu.conformance_worker", device], None
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    while not waiting.empty():
+        try:
+            job = waiting.get_nowait()
+        except queue.Empty:
+            break
+        child = child or Child(command, environment)
+        try:
+            child.ask(json.dumps(job))
+            rows.append(job | child.answer())
+        except (RuntimeError, OSError) as error:
+            rows.append(job | {"error": f"the process ended: {str(error)[-300:]}"})
+            child = None
+    if child:
+        child.end()
+
+
+# ---- Results ----
+
+
+def groups(rows: list[Row]) -> dict[tuple[str, str], list[Row]]:
+    """Return the rows by dtype and kernel, in the order of the tables."""
+    found = {(dtype, kernel): [] for kernel, dtype in itertools.product([CHOSEN, *KERNELS], DTYPES)}  # type: ignore[var-annotated]
+    for row in rows:
+        found[row["dtype"], row["kernel"]].append(row)
+    return {key: group for key, group in found.items() if group}
+
+
+def worst(rows: list[Row], name: str) -> str:
+    """Return the largest value and the pipeline it belongs to."""
+    values = [(row[name], row["pipeline"]) for row in rows if name in row]
+    if not values:
+        return "-"
+    value, pipeline = max(values, key=lambda each: nan_last(each[0]))
+    return f"{short(value)} ({pipeline})" if value else "0"
+
+
+def line(figures: dict[str, Any]) -> str:
+    rows = figures["rows"]
+    parts = []
+    for (dtype, kernel), group in groups(rows).items():
+        if kernel == CHOSEN:
+            exact = sum(row.get("replay") == 0 for row in group)
+            parts.append(f"{dtype} {exact}/{len(group)} replayed bitwise, worst {worst(group, 'replay')}")
+    errors = sum("error" in row for row in rows)
+    return f"{'; '.join(parts)}; {errors} errors; {len(rows)} of {figures['planned']} run"
+
+
+def page(figures: dict[str, Any]) -> str:
+    rows = figures["rows"]
+    heading = [
+        "dtype", "attention kernel", "pipelines", "replayed bitwise", "worst \\|ratio - 1\\|",
+        "worst difference of one pass's gradient, relative to the largest", "same images in one pass", "not run",
+    ]  # fmt: skip
+    cells = [
+        [
+            dtype,
+            kernel,
+            len(group),
+            sum(row.get("replay") == 0 for row in group),
+            worst(group, "replay"),
+            worst(group, "gradients"),
+            sum(row.get("images") == 0 for row in group),
+            sum("error" in row for row in group),
+        ]
+        for (dtype, kernel), group in groups(rows).items()
+    ]
+    errors = sorted({(row["dtype"], row["kernel"], row["pipeline"], row["error"]) for row in rows if "error" in row})
+    listed = "".join(
+        f"- {dtype}, {kernel}, {name}: {' '.join(error.split())}\n" for dtype, kernel, name, error in errors
+    )
+    inexact = [row for row in rows if row["kernel"] == CHOSEN and row.get("replay", 0) != 0]
+    others = ", ".join(f"{row['pipeline']} ({row['dtype']}, {short(row['replay'])})" for row in inexact)
+    return (
+        "The tiny pipelines of the [conformance suite](conformance.md). Each step is replayed right after sampling; the "
+        "ratio of a step that is replayed bitwise is exactly 1. "
+        f"{len(rows)} of {figures['planned']} combinations were run.\n\n{table(heading, cells)}\n"
+        f"Not replayed bitwise with the kernel that PyTorch chooses: {others or 'none'}.\n\n{listed}"
+    )
