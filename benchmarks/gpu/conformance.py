@@ -1,8 +1,8 @@
 """
 The tiny pipelines of tests/conformance on the device: replay against sampling, and one pass against two.
 
-All pipelines in float32, bfloat16 and float16 with PyTorch's choice of the attention kernel, and some of them with each
-kernel alone. Several processes work on the device. Nothing is asserted: the tolerances that hold are the result.
+All pipelines in float32, bfloat16 and float16 with the attention kernel that PyTorch chooses, and some of them with
+each kernel alone. Several processes work on the device. Nothing is asserted: the tolerances that hold are the result.
 """
 
 import itertools
@@ -14,12 +14,19 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+from torch.nn.attention import SDPBackend
+
 from gpu.setting import is_rehearsal, nan_last, short, table
 from rounds import Child
 
 
 DTYPES = ["float32", "bfloat16", "float16"]
-KERNELS = ["math", "efficient_attention", "flash_attention", "cudnn_attention"]
+KERNELS = {
+    "math": SDPBackend.MATH,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cuDNN": SDPBackend.CUDNN_ATTENTION,
+}
 CHOSEN = "chosen by PyTorch"
 
 # Pipelines that run with each attention kernel: a UNet, and transformers with and without a mask.
@@ -59,6 +66,8 @@ def run(device: str, save: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
         for thread in threads:
             thread.join(timeout=0.5)
         save({**figures, "rows": list(rows)})
+    if not any("replay" in row for row in rows):
+        raise RuntimeError(f"No combination could be run. The first error is {rows[0]['error']}")
     return figures
 
 
@@ -139,14 +148,12 @@ def page(figures: dict[str, Any]) -> str:
         for (dtype, kernel), group in groups(rows).items()
     ]
     errors = sorted({(row["dtype"], row["kernel"], row["pipeline"], row["error"]) for row in rows if "error" in row})
-    listed = "".join(
-        f"- {dtype}, {kernel}, {name}: {' '.join(error.split())}\n" for dtype, kernel, name, error in errors
-    )
+    listed = "".join(f"- {', '.join(where)}: {' '.join(error.split())}\n" for *where, error in errors)
     inexact = [row for row in rows if row["kernel"] == CHOSEN and row.get("replay", 0) != 0]
     others = ", ".join(f"{row['pipeline']} ({row['dtype']}, {short(row['replay'])})" for row in inexact)
     return (
-        "The tiny pipelines of the [conformance suite](conformance.md). Each step is replayed right after sampling; the "
-        "ratio of a step that is replayed bitwise is exactly 1. "
+        "The tiny pipelines of the [conformance suite](conformance.md). Each step is replayed right after sampling; "
+        "the ratio of a step that is replayed bitwise is exactly 1. "
         f"{len(rows)} of {figures['planned']} combinations were run.\n\n{table(heading, cells)}\n"
         f"Not replayed bitwise with the kernel that PyTorch chooses: {others or 'none'}.\n\n{listed}"
     )

@@ -7,10 +7,10 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import sdpa_kernel
 
 from conformance.checks import CASES, STEPS, context, make_policy, one_pass_deviation, replay_deviations
-from gpu.conformance import CHOSEN
+from gpu.conformance import CHOSEN, KERNELS
 from gpu.setting import nan_last, quiet
 
 
@@ -34,7 +34,7 @@ def deviations(job: dict[str, str], device: str) -> dict[str, Any]:
 
 def kernel(name: str) -> AbstractContextManager[None]:
     """Return the context in which `scaled_dot_product_attention` has only one kernel."""
-    return nullcontext() if name == CHOSEN else sdpa_kernel(SDPBackend[name.upper()])
+    return nullcontext() if name == CHOSEN else sdpa_kernel(KERNELS[name])
 
 
 def main() -> None:

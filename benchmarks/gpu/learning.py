@@ -72,9 +72,10 @@ def page(figures: dict[str, Any]) -> str:
         "gain",
         "in standard errors",
         "recognized",
-        "seconds, four at once",
+        "seconds",
     ]
     return (
-        "`ddpo-trl demo`: JPEG compressibility of the embedded pipeline, on fixed prompts and seeds. The suite asks for "
-        f"4 standard errors from a run that learns, and at most 2 from one with shuffled rewards.\n\n{table(heading, rows)}"
+        "`ddpo-trl demo`: JPEG compressibility of the embedded pipeline, on fixed prompts and seeds; all runs at the "
+        "same time. The suite requires at least 4 standard errors of a run that learns, and at most 2 of one with "
+        f"shuffled rewards.\n\n{table(heading, rows)}"
     )

@@ -27,8 +27,8 @@ Written by `make gpu`.
 """
 
 NOTHING = """
-**Nothing has been measured on a GPU yet.** All figures of these documents that are called *measured* were measured on a
-CPU; figures about GPUs are forecasts.
+**Nothing has been measured on a GPU yet.** All figures of these documents that are called *measured* were measured on
+a CPU; figures about GPUs are forecasts.
 """
 
 HOW_TO = """

@@ -45,12 +45,11 @@ def compared_runs(device: str, one_pass: bool) -> dict[str, float]:
     whole, folder = weights_after(device, one_pass)
     again, _ = weights_after(device, one_pass)
     resumed, _ = weights_after(device, one_pass, sorted(Path(folder).glob("checkpoint-*"))[0])
+    start = {name: torch.zeros_like(weight) for name, weight in whole.items() if "lora_B" in name}
     return {
         "equal runs": difference(whole, again),
         "resumed": difference(whole, resumed),
-        "moved": difference(
-            whole, {name: torch.zeros_like(weight) for name, weight in whole.items() if "lora_B" in name}
-        ),
+        "moved": difference(whole, start),
     }
 
 
@@ -118,9 +117,9 @@ def page(figures: dict[str, Any]) -> str:
     ]
     images = [[name, short(found["mean"]), short(found["largest"])] for name, found in figures["images"].items()]
     return (
-        f"Largest difference of the trained weights of the embedded pipeline after {ROUNDS} rounds: of two equal runs; "
-        "of a run that was resumed after its first round and one that was not; and how far training moved them. 0 is "
-        f"bitwise.\n\n{table(['', *names], rows)}\n"
+        f"Largest difference of the trained weights of the embedded pipeline after {ROUNDS} rounds: of two equal "
+        "runs; of a run that was resumed after its first round and one that was not; and how far training moved them. "
+        f"0 is bitwise.\n\n{table(['', *names], rows)}\n"
         "Images with the same seeds, on the CPU and on the device, pixels in [0, 1]:\n\n"
         f"{table(['convolutions', 'mean difference', 'largest'], images)}"
     )

@@ -11,6 +11,7 @@ packages of `make gpu-wheels` first, for a machine without network. This file im
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -23,8 +24,7 @@ from pathlib import Path
 from typing import Any
 
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from gpu import page, wheels
 
@@ -43,6 +43,7 @@ STAGES = {
 }
 REHEARSAL_PATIENCE = 6
 
+ROOT = page.ROOT
 FOLDER = ROOT / "outputs" / "gpu"
 SITE = ROOT / "build" / "gpu-site"
 
@@ -123,10 +124,8 @@ def status_of(process: "subprocess.Popen[bytes]", budget: float) -> str:
     except subprocess.TimeoutExpired:
         return f"stopped after {budget} s"
     finally:
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)  # its own processes too, if any are left
-        except ProcessLookupError:
-            pass
         process.wait()
 
 
