@@ -6,21 +6,23 @@ each kernel alone. Several processes work on the device. Nothing is asserted: th
 """
 
 import itertools
-import json
 import os
 import queue
-import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from torch.nn.attention import SDPBackend
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from conformance import checks
 from gpu.setting import is_rehearsal, nan_last, short, table
-from rounds import Child
+from gpu.workers import Worker, WorkerEnded
 
 
-DTYPES = ["float32", "bfloat16", "float16"]
+CASES = {case.name: case for case in checks.CASES}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 KERNELS = {
     "math": SDPBackend.MATH,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
@@ -51,7 +53,7 @@ def jobs(device: str, names: list[str]) -> list[Job]:
 
 
 def run(device: str, save: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-    names = REHEARSED if is_rehearsal(device) else pipeline_names()
+    names = REHEARSED if is_rehearsal(device) else list(CASES)
     planned = jobs(device, names)
     waiting: queue.SimpleQueue[Job] = queue.SimpleQueue()
     for job in planned:
@@ -71,30 +73,55 @@ def run(device: str, save: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     return figures
 
 
-def pipeline_names() -> list[str]:
-    from conformance.checks import CASES
-
-    return [case.name for case in CASES]
-
-
 def work(device: str, waiting: "queue.SimpleQueue[Job]", rows: list[Row]) -> None:
     """Have a process of its own do jobs until there are none; if it ends, another one goes on after that job."""
-    command, child = [sys.executable, "-m", "gpu.conformance_worker", device], None
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    worker = None
     while not waiting.empty():
         try:
             job = waiting.get_nowait()
         except queue.Empty:
             break
-        child = child or Child(command, environment)
+        worker = worker or Worker(answer_jobs, device)
         try:
-            child.ask(json.dumps(job))
-            rows.append(job | child.answer())
-        except (RuntimeError, OSError) as error:
-            rows.append(job | {"error": f"the process ended: {str(error)[-300:]}"})
-            child = None
-    if child:
-        child.end()
+            worker.ask(job)
+            rows.append(job | worker.answer())
+        except WorkerEnded as error:
+            rows.append(job | {"error": str(error)})
+            worker = None
+    if worker:
+        worker.end()
+
+
+# ---- The process that does jobs ----
+
+
+def answer_jobs(questions: Iterator[Job], answer: Callable[[Row], None], device: str) -> None:
+    torch.set_num_threads(1)
+    for job in questions:
+        found = deviations(job, device)
+        answer(found)
+        if "CUDA error" in found.get("error", ""):
+            raise SystemExit("After an error of CUDA, this process can't use the device.")
+
+
+def deviations(job: Job, device: str) -> Row:
+    """Measure a combination, or say why it could not be run."""
+    found: Row = {}
+    try:
+        with kernel(job["kernel"]):
+            case = CASES[job["pipeline"]]
+            policy = checks.make_policy(case, device, DTYPES[job["dtype"]])
+            batch = policy.sample(checks.context(policy, case), record=range(checks.STEPS))
+            found["replay"] = max(checks.replay_deviations(policy, batch).values(), key=nan_last)
+            found |= checks.one_pass_deviation(policy, batch)._asdict()
+    except Exception as error:  # whatever it is, it is a result
+        found["error"] = f"{type(error).__name__}: {str(error)[:300]}"
+    return found
+
+
+def kernel(name: str) -> AbstractContextManager[None]:
+    """Return the context in which `scaled_dot_product_attention` has only one kernel."""
+    return nullcontext() if name == CHOSEN else sdpa_kernel(KERNELS[name])
 
 
 # ---- Results ----

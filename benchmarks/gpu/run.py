@@ -103,7 +103,7 @@ def run_stage(name: str, device: str) -> Results:
     with log.open("w") as file:
         command = [sys.executable, "-m", "gpu.stage", name, device, str(output)]
         process = subprocess.Popen(
-            command, stdout=file, stderr=subprocess.STDOUT, env=environment(), cwd=ROOT, start_new_session=True
+            command, stdout=file, stderr=subprocess.STDOUT, env=environment(), cwd=ROOT, process_group=0
         )
         status = status_of(process, budget)
     seconds = round(time.monotonic() - start, 1)
@@ -137,6 +137,7 @@ def environment() -> dict[str, str]:
         **os.environ,
         "PYTHONPATH": os.pathsep.join(paths),
         "PYTHONUNBUFFERED": "1",
+        "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # asks for the device without using it: processes are forked later
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_VERBOSITY": "error",
         "TOKENIZERS_PARALLELISM": "false",
