@@ -14,7 +14,7 @@ def run(device: str, save: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     speed = json.loads(path.read_text())["stages"].get("speed") if path.is_file() else None
     if speed is None:
         return {"skipped": "the stage `speed` has no results"}
-    rows = {
+    rows: dict[str, Any] = {
         f"{network}, {side}": {"forecast": answers[-1]["forecast_bytes"], "peak": peak_bytes(answers)}
         for network, sides in speed["figures"].items()
         for side, answers in sides["answers"].items()

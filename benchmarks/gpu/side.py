@@ -1,5 +1,6 @@
 """One side of a comparison of rounds: it makes its pipeline and trainer, and then a round for each question."""
 
+import functools
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -143,12 +144,12 @@ def ours(network: Network, turns: Turns, rounds: int, one_pass: bool, **options:
 SIDES: dict[str, Callable[[Network, Turns, int], None]] = {
     "floor": floor,
     "TRL's loop": trl,
-    "two passes": lambda *given: ours(*given, one_pass=False),
-    "one pass": lambda *given: ours(*given, one_pass=True),
-    "two passes, checkpointing": lambda *given: ours(*given, one_pass=False, gradient_checkpointing=True),
-    "one pass, checkpointing": lambda *given: ours(*given, one_pass=True, gradient_checkpointing=True),
-    "two passes, compiled": lambda *given: ours(*given, one_pass=False, compiled=True),
-    "one pass, compiled": lambda *given: ours(*given, one_pass=True, compiled=True),
+    "two passes": functools.partial(ours, one_pass=False),
+    "one pass": functools.partial(ours, one_pass=True),
+    "two passes, checkpointing": functools.partial(ours, one_pass=False, gradient_checkpointing=True),
+    "one pass, checkpointing": functools.partial(ours, one_pass=True, gradient_checkpointing=True),
+    "two passes, compiled": functools.partial(ours, one_pass=False, compiled=True),
+    "one pass, compiled": functools.partial(ours, one_pass=True, compiled=True),
 }
 
 

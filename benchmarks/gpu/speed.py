@@ -24,7 +24,11 @@ Answers = dict[str, list[dict[str, Any]]]  # rounds of each side
 def run(device: str, save: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     figures: dict[str, Any] = {}
     for network in NETWORKS:
-        figures[network] = measure(network, SIDES, device, lambda found, name=network: save({**figures, name: found}))
+
+        def save_these(found: dict[str, Any], network: str = network) -> None:
+            save({**figures, network: found})
+
+        figures[network] = measure(network, SIDES, device, save_these)
     require_equal_work(figures)
     return figures
 

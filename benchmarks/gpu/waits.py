@@ -42,9 +42,8 @@ def run(device: str, save: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     return figures
 
 
-def make_trainer(
-    device: str, reward: Any, rounds: int, callbacks: list[TrainerCallback], **settings: Any
-) -> DDPOTrainer:
+def make_trainer(device: str, reward: Any, callbacks: list[TrainerCallback], **settings: Any) -> DDPOTrainer:
+    """Make a trainer of the embedded pipeline for two rounds."""
     size = 2 if is_rehearsal(device) else 16
     config = quiet_config(
         use_cpu=device == "cpu",
@@ -111,8 +110,9 @@ class ReadsWarn(TorchDispatchMode):
 
 
 def place() -> str:
-    """Return the innermost line of the package on the stack, and the innermost of all below that counting."""
-    frames = [frame for frame in traceback.extract_stack() if frame.filename not in (__file__, warnings.__file__)]
+    """Return the innermost line of the package on the stack, and the innermost of all, without PyTorch's internals."""
+    hidden = (__file__, warnings.__file__, f"{Path(torch.__file__).parent}/_")
+    frames = [frame for frame in traceback.extract_stack() if not frame.filename.startswith(hidden)]
     ours = [frame for frame in frames if frame.filename.startswith(OURS)]
     shown = [f"ddpo_trl{ours[-1].filename.removeprefix(OURS)}:{ours[-1].lineno}"] if ours else []
     if not ours or frames[-1] is not ours[-1]:

@@ -61,9 +61,9 @@ class Worker:
         return answer
 
     def end(self) -> None:
-        """Ask no more, and wait until the process ends."""
+        """Ask no more, and end the process."""
         self.connection.close()
-        self.process.join(timeout=10)
+        self.process.join(timeout=2)
         self.process.kill()
 
 
