@@ -143,6 +143,6 @@ def stable_diffusion_xl(device: str) -> StableDiffusionXLPipeline:
 
 
 NETWORKS = {
-    "SD 1.5": Network(stable_diffusion, image_pipelines.stable_diffusion, batch_size=4, steps=10, image_size=512),
-    "SDXL": Network(stable_diffusion_xl, image_pipelines.stable_diffusion_xl, batch_size=1, steps=10, image_size=1024),
+    "SD 1.5": Network(stable_diffusion, image_pipelines.stable_diffusion, batch_size=4, steps=5, image_size=512),
+    "SDXL": Network(stable_diffusion_xl, image_pipelines.stable_diffusion_xl, batch_size=1, steps=5, image_size=1024),
 }

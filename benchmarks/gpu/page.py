@@ -12,12 +12,12 @@ TITLES = {
     "machine": "Machine",
     "conformance": "Replay and one pass",
     "resume": "Resumed and repeated runs",
-    "learning": "Learning",
     "speed": "Speed and memory",
-    "compiled": "torch.compile",
     "forecast": "Peak memory against its forecast",
     "waits": "Waits of the host, and rewards in their own stream",
+    "learning": "Learning",
     "processes": "Two processes on one GPU",
+    "compiled": "torch.compile",
 }
 
 HEADING = """\

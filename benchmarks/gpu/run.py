@@ -33,14 +33,14 @@ from gpu import page, wheels
 # shared, as many times more.
 STAGES = {
     "machine": 40,
-    "conformance": 105,
+    "conformance": 110,
     "resume": 45,
-    "learning": 70,
-    "speed": 110,
-    "compiled": 60,
+    "speed": 130,
     "forecast": 20,
-    "waits": 35,
-    "processes": 25,
+    "waits": 40,
+    "learning": 80,
+    "processes": 30,
+    "compiled": 120,
 }
 ALL_STAGES = 480
 REHEARSAL_PATIENCE = 6

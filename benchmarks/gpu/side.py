@@ -18,7 +18,7 @@ from sides import brightness
 
 
 def forecast_bytes(trainer: DDPOTrainer) -> int | None:
-    """Return the peak memory that a plan forecasts, `None` as long as plans don't: the only call to fill in then."""
+    """Return the peak memory that a plan forecasts, `None` without a forecast: there is none yet, fill it in here."""
     return None
 
 
@@ -133,6 +133,9 @@ def ours(network: Network, turns: Turns, rounds: int, one_pass: bool, **options:
     pipeline = network.pipeline(turns.device)
     adapter = add_adapter(pipeline, None)
     if compiled:
+        torch._dynamo.config.recompile_limit = (
+            64  # blocks of one class with different shapes, with gradients and without
+        )
         # A rehearsal only traces: to compile for a CPU takes minutes.
         pipeline.unet.compile_repeated_blocks(**({"backend": "eager"} if is_rehearsal(turns.device) else {}))
     trainer = DDPOTrainer(config, brightness, PROMPTS, pipeline, callbacks=[Rounds()])

@@ -40,7 +40,7 @@ def measure(network: str, sides: Sequence[str], device: str, save: Callable[[dic
     Returns:
         `dict`: The answers of each side, and the errors of those that ended.
     """
-    repeats = 1 if is_rehearsal(device) else 4
+    repeats = 1 if is_rehearsal(device) else 3
     children = {side: Worker(run_side, network, side, device, repeats + 1) for side in sides}
     answers: Answers = {side: [] for side in sides}
     errors: dict[str, str] = {}
@@ -127,7 +127,7 @@ def page(figures: dict[str, Any]) -> str:
 
 INTRODUCTION = """\
 A round samples one batch and makes one update: SD 1.5 with 4 images of 512 x 512, SDXL with one of 1024 x 1024, both
-with 10 steps and guidance, random weights in bfloat16 and an adapter of rank 4 in float32. *Floor* is the denoiser
+with 5 steps and guidance, random weights in bfloat16 and an adapter of rank 4 in float32. *Floor* is the denoiser
 alone, as often as sampling and training call it. *TRL's loop* has the operations of TRL 0.23.1's trainer. Ratios are
 medians of neighboring rounds, with their range; memory is the largest that PyTorch allocated in a round, weights
 included.
