@@ -9,7 +9,7 @@ READY := $(VENV)/ready
 # With two cores, spinning OpenMP threads of one process starve the other.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test learning slow torture conformance docs bench scaling results gpu gpu-wheels check format emoji emoji-quality emoji-alignment clean
+.PHONY: demo test learning slow torture conformance docs bench scaling results check format emoji emoji-quality emoji-alignment clean
 
 demo: $(READY)  ## the main job: DDPO on the embedded pipeline, results in outputs/demo
 	TRANSFORMERS_VERBOSITY=error $(BIN)/ddpo-trl demo $(FLAGS)  # it warns of a missing torchvision, which nothing here needs
@@ -41,12 +41,14 @@ scaling: $(READY)  ## cost of a round against its size, into outputs/scaling.jso
 results: $(READY)  ## docs/results.md from 27 runs of the demo in outputs/results; two hours, resumable
 	TRANSFORMERS_VERBOSITY=error $(BIN)/python benchmarks/results.py $(FLAGS)
 
+.PHONY: gpu gpu-wheels
+
 # With WHEELS, the machine's own Python and packages are used, and .venv is not made.
 gpu: $(if $(WHEELS),,$(READY))  ## what only a GPU can show, into docs/gpu.md; at most 8 minutes, resumable; DEVICE=cpu rehearses it
 	$(if $(WHEELS),$(PYTHON),$(BIN)/python) benchmarks/gpu/run.py $(if $(WHEELS),--wheels $(WHEELS)) $(FLAGS)
 
-gpu-wheels:  ## packages that a GPU machine without network lacks, into .whl, for make gpu WHEELS=.whl
-	$(PYTHON) benchmarks/gpu/wheels.py .whl
+gpu-wheels:  ## packages that a GPU machine without network lacks, into build/gpu-wheels, for make gpu WHEELS=build/gpu-wheels
+	$(PYTHON) benchmarks/gpu/wheels.py build/gpu-wheels
 
 check: $(READY)  ## lint, format and types
 	$(BIN)/ruff check .
@@ -68,7 +70,7 @@ emoji-alignment: $(READY)  ## train the small CLIP of the reward emoji_alignment
 	$(BIN)/python tools/emoji/alignment.py --measure
 
 clean:
-	rm -rf $(VENV) .whl build dist outputs
+	rm -rf $(VENV) build dist outputs
 
 # torch 2.13.0 by exact version: its CPU build is what a machine without GPU wants, and a range may fetch CUDA packages.
 $(READY): pyproject.toml

@@ -44,10 +44,12 @@ DEVICE=cpu make gpu           # a rehearsal in small sizes, without a GPU; it wr
 make gpu FLAGS="--stages conformance waits --again"
 ```
 
-On a machine without a network: `make gpu-wheels` downloads what such a machine lacks beside PyTorch, transformers and
-accelerate (10 MiB) to `.whl`, and `make gpu WHEELS=.whl`, or without make
-`python3 benchmarks/gpu/run.py --wheels .whl`, runs from there. Results are also copied to the folder `$OUT`, if it is
-set. Elsewhere, `python benchmarks/gpu/run.py --publish cuda.json` writes this page from them.
+On a machine without a network: `make gpu-wheels` downloads what such a machine lacks in addition to PyTorch,
+transformers and accelerate (9 MiB) to `build/gpu-wheels`, and `make gpu WHEELS=build/gpu-wheels`, or without make
+`python3 benchmarks/gpu/run.py --wheels build/gpu-wheels`, runs from there. After each stage, results and logs are also
+copied to the folder `$OUT`, if it is set. `outputs/gpu` holds what is done so far: copied to another machine, the same
+command goes on there. `python benchmarks/gpu/run.py --publish cuda.json` writes this page from the results of another
+machine.
 """
 
 
