@@ -140,6 +140,7 @@ def environment() -> dict[str, str]:
     """Return the environment of a stage: it finds the wheels, the package, and the parts of tests and benchmarks."""
     site = [SITE] if (SITE / "installed.txt").is_file() else []
     paths = [*map(str, site), *(str(ROOT / folder) for folder in ("src", "benchmarks", "tests"))]
+    paths += [path for path in [os.environ.get("PYTHONPATH")] if path]
     return {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(paths),

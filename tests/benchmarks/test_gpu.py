@@ -15,7 +15,7 @@ from conformance import image_pipelines
 from conformance.checks import config
 from ddpo_trl.policy.lora import add_adapter
 from ddpo_trl.policy.policy import Policy
-from gpu import conformance, machine, page, run, waits, wheels
+from gpu import conformance, forecast, machine, page, run, speed, waits, wheels
 from gpu.networks import NETWORKS
 from gpu.trl_loop import TRLLoop
 from rounds import PROMPTS
@@ -147,10 +147,21 @@ def test_a_combination_is_measured_or_the_reason_is_given():
         job = {"dtype": dtype, "kernel": kernel, "pipeline": name}
         figures["rows"].append(job | conformance.deviations(job, "cpu"))
     exact, refused = figures["rows"]
+    assert 0 <= exact["alone"] < 1e-5
     assert exact["replay"] == exact["images"] == 0 and exact["gradients"] < 1e-5
     assert "RuntimeError" in refused["error"]
     assert "float32 1/1 replayed bitwise, worst 0; 1 errors; 2 of 3 run" in conformance.line(figures)
     assert f"- float32, cuDNN, {name}: RuntimeError" in conformance.page(figures)
+
+
+def test_all_pipelines_run_in_every_dtype_and_float32_comes_first():
+    names = list(conformance.CASES)
+    jobs = conformance.jobs("cuda", names)
+    assert [job["pipeline"] for job in jobs[: len(names)]] == names
+    assert {job["dtype"] for job in jobs[: len(names)]} == {"float32"}
+    plain = [(job["dtype"], job["pipeline"]) for job in jobs if job["kernel"] == conformance.CHOSEN]
+    assert sorted(plain) == sorted((dtype, name) for dtype in conformance.DTYPES for name in names)
+    assert set(conformance.WITH_EACH_KERNEL) <= set(names)
 
 
 def test_a_value_that_is_not_a_number_is_the_worst():
@@ -197,3 +208,43 @@ def test_trls_loop_makes_an_update():
     assert loop.trained_steps == sizes.steps - 1  # the last one has no noise
     assert any(not torch.equal(old, new) for old, new in zip(before, loop.weights, strict=True))
     assert all(torch.isfinite(weight).all() for weight in loop.weights)
+
+
+def rounds(*seconds: float, gib: int = 1, denoised: int = 8, forecast: int | None = None) -> list[dict[str, Any]]:
+    measured = {"peak_bytes": gib * 2**30, "denoised": denoised, "forecast_bytes": forecast}
+    return [{"seconds": each, **measured} for each in seconds]
+
+
+def test_ratios_are_those_of_neighboring_rounds():
+    answers = {
+        "floor": rounds(1.0, 2.0, 1.0),
+        "TRL's loop": rounds(4.0, 4.0, 4.0),
+        "two passes": rounds(2.0, 3.0, 4.0),
+    }
+    text = speed.page({"SDXL": {"answers": answers, "errors": {"one pass": "OutOfMemoryError: 1 GiB"}}})
+    # Of TRL's loop: 0.5, 0.75 and 1. Of the floor: 2, 1.5 and 4.
+    assert "| two passes | 3.000 | 0.75 (0.50 to 1.00) | 2.00 (1.50 to 4.00) | 1.00 |" in text
+    assert "- one pass did not run: OutOfMemoryError: 1 GiB" in text
+
+
+def test_sides_that_do_not_do_the_same_work_are_not_compared():
+    answers = {"floor": rounds(1.0), "TRL's loop": rounds(1.0, denoised=9), "two passes": rounds(1.0)}
+    with pytest.raises(RuntimeError, match="not valid"):
+        speed.require_equal_work({"SDXL": {"answers": answers}})
+
+
+def test_a_peak_is_compared_with_its_forecast_or_the_stage_is_skipped(monkeypatch, tmp_path):
+    monkeypatch.setattr(forecast, "ROOT", tmp_path)
+    (tmp_path / "outputs" / "gpu").mkdir(parents=True)
+
+    def compare(**kwargs: Any) -> dict[str, Any]:
+        figures = {"SDXL": {"answers": {"one pass": rounds(1.0, **kwargs)}, "errors": {}}}
+        (tmp_path / "outputs" / "gpu" / "cuda.json").write_text(
+            json.dumps({"stages": {"speed": {"figures": figures}}})
+        )
+        return forecast.run("cuda", lambda found: None)
+
+    assert "skipped" in compare()
+    figures = compare(gib=3, forecast=4 * 2**30)
+    assert forecast.line(figures) == "measured / forecast from 0.75 to 0.75"
+    assert "| SDXL, one pass | 4.00 | 3.00 | 0.75 |" in forecast.page(figures)

@@ -122,12 +122,17 @@ def replay_equals_sampling(case: Case) -> None:
     assert changed_settings(batch.fingerprint.settings, policy.runner.fingerprint().settings) == []
 
 
-def replay_deviations(policy: Policy, batch: SampledBatch) -> dict[int, float]:
-    """Return the largest |ratio - 1| of each recorded step: 0 only if it is replayed bitwise."""
+def replay_deviations(policy: Policy, batch: SampledBatch, row: int | None = None) -> dict[int, float]:
+    """
+    Return the largest |ratio - 1| of each recorded step: 0 only if it is replayed bitwise. With `row`, that sample is
+    replayed without the others.
+    """
+    rows = slice(None) if row is None else slice(row, row + 1)
+    samples = batch.context if row is None else batch.context.rows([row])
     found = {}
     for index, step in batch.steps.items():
-        replayed, _ = policy(index, step.latents, step.next_latents, batch.context)
-        found[index] = torch.expm1((replayed - step.log_probs).detach()).abs().max().item()
+        replayed, _ = policy(index, step.latents[rows], step.next_latents[rows], samples)
+        found[index] = torch.expm1((replayed - step.log_probs[rows]).detach()).abs().max().item()
     return found
 
 
