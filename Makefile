@@ -44,7 +44,7 @@ results: $(READY)  ## docs/results.md from 27 runs of the demo in outputs/result
 .PHONY: gpu gpu-wheels
 
 # With WHEELS, the machine's own Python and packages are used, and .venv is not made.
-gpu: $(if $(WHEELS),,$(READY))  ## what only a GPU can show, into docs/gpu.md; at most 8 minutes, resumable; DEVICE=cpu rehearses it
+gpu: $(if $(WHEELS),,$(READY))  ## measurements on a GPU, into docs/gpu.md; at most 8 minutes, resumable; DEVICE=cpu rehearses it
 	$(if $(WHEELS),$(PYTHON),$(BIN)/python) benchmarks/gpu/run.py $(if $(WHEELS),--wheels $(WHEELS)) $(FLAGS)
 
 gpu-wheels:  ## packages that a GPU machine without network lacks, into build/gpu-wheels, for make gpu WHEELS=build/gpu-wheels

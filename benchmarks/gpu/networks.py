@@ -33,7 +33,7 @@ class Network(NamedTuple):
         tiny (`Callable[[int], DiffusionPipeline]`):
             Makes the one that stands for it in a rehearsal, from a seed.
         batch_size, steps (`int`):
-            Images of a round, which are one batch and one micro-batch, and denoising steps.
+            Images per round, which are one batch and one micro-batch, and denoising steps.
         image_size (`int`):
             Height and width in pixels.
     """

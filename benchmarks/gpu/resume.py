@@ -1,5 +1,5 @@
 """
-Runs of the embedded pipeline that should end alike: two equal ones, and one that was resumed after its first round.
+Runs of the embedded pipeline that should end equal: two equal ones, and one that was resumed after its first round.
 
 Each is compared in one pass and in two, with PyTorch's default kernels, and with deterministic ones and attention by
 plain matrix products. And the images of the same seeds on the CPU and on the device, with and without TF32 in

@@ -1,5 +1,5 @@
 """
-What only a GPU can show, in stages that take at most 8 minutes together: `make gpu`.
+Measurements on a GPU, in stages that take at most 8 minutes together: `make gpu`.
 
 Each stage runs in its own process and has a time budget, so that an error, a crash or a hang of CUDA ends that stage
 only. Results are kept in outputs/gpu/cuda.json: a stage that is done is not repeated (`--again` repeats it). When all
@@ -124,7 +124,7 @@ def run_stage(name: str, device: str, budget: float) -> Results:
 
 
 def status_of(process: "subprocess.Popen[bytes]", budget: float) -> str:
-    """Wait for a process, and end it and all that it started when its time is over."""
+    """Wait for a process for its time at most, end all processes of its group, and return its status."""
     try:
         code = process.wait(budget)
         return "done" if code == 0 else f"failed with status {code}"

@@ -1,4 +1,4 @@
-"""What the stages share: the device, and how numbers are written."""
+"""Shared parts of the stages: the device, and the format of numbers."""
 
 import logging
 import math

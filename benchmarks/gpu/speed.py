@@ -129,7 +129,7 @@ INTRODUCTION = """\
 A round samples one batch and makes one update: SD 1.5 with 4 images of 512 x 512, SDXL with one of 1024 x 1024, both
 with 5 steps and guidance, random weights in bfloat16 and an adapter of rank 4 in float32. *Floor* is the denoiser
 alone, as often as sampling and training call it. *TRL's loop* has the operations of TRL 0.23.1's trainer. Ratios are
-medians of neighboring rounds, with their range; memory is the largest that PyTorch allocated in a round, weights
+medians of neighboring rounds, with their range; memory is the most that PyTorch allocated per round, weights
 included.
 """
 

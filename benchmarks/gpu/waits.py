@@ -1,5 +1,5 @@
 """
-Waits of the host for the GPU in a round, by the place in the code that causes them; and rewards in their own stream.
+Waits of the host for the GPU per round, by the place in the code that causes them; and rewards in their own stream.
 
 PyTorch warns of each operation that waits (`torch.cuda.set_sync_debug_mode`). A rehearsal emulates that for reads of
 single numbers. Rewards that a network computes on the GPU while the next batch is sampled must be bitwise those that

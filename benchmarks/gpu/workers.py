@@ -1,7 +1,8 @@
 """
 Processes that answer questions, forked from one that has imported everything and used no device: they start at once.
 
-If a library ever uses CUDA when it is imported, forked processes can't: `GPU_WORKERS=spawn make gpu` starts them anew.
+If a library ever uses CUDA when it is imported, forked processes can't use it: `GPU_WORKERS=spawn make gpu` starts new
+ones instead.
 """
 
 import contextlib
@@ -61,7 +62,7 @@ class Worker:
         return answer
 
     def end(self) -> None:
-        """Ask no more, and end the process."""
+        """End the process."""
         self.connection.close()
         self.process.join(timeout=2)
         self.process.kill()

@@ -1,4 +1,4 @@
-"""benchmarks/gpu: stages fail alone and are not repeated, and what they measure is what they say."""
+"""benchmarks/gpu: stages fail alone and are not repeated, and their figures are right."""
 
 import collections
 import json
@@ -181,7 +181,7 @@ def test_a_wait_is_counted_at_its_place():
 
 
 def test_trls_loop_takes_the_log_probabilities_of_the_policy():
-    """What it recorded, replayed by the policy on the same states."""
+    """The policy replays recorded states of the loop, and finds the same log-probabilities."""
     case = next(case for case in image_pipelines.IMAGE_CASES if case.name == "Stable Diffusion 1.x")
     sizes = NETWORKS["SD 1.5"].sized("cpu")
     pipeline = case.build(0)
