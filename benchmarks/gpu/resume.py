@@ -84,10 +84,11 @@ def image_differences(device: str) -> dict[str, Any]:
     """Compare images with the same seeds on the CPU and on the device, pixels being in [0, 1]."""
     steps = 3 if is_rehearsal(device) else 20
     found = {}
-    expected = images("cpu", steps)
+    config = quiet_config(use_cpu=device == "cpu", num_inference_steps=steps)
+    expected = images("cpu", config)
     for tf32 in (True, False):
         torch.backends.cudnn.allow_tf32 = tf32
-        distance = (images(device, steps) - expected).abs()
+        distance = (images(device, config) - expected).abs()
         found[f"TF32 {'on' if tf32 else 'off'}"] = {
             "mean": distance.mean().item(),
             "largest": distance.max().item(),
@@ -96,9 +97,8 @@ def image_differences(device: str) -> dict[str, Any]:
     return found
 
 
-def images(device: str, steps: int) -> Tensor:
-    pipeline = load_emoji_pipeline().to(device)
-    policy = Policy.from_pipeline(pipeline, quiet_config(use_cpu=device == "cpu", num_inference_steps=steps))
+def images(device: str, config: Any) -> Tensor:
+    policy = Policy.from_pipeline(load_emoji_pipeline().to(device), config)
     return policy.sample(policy.context(PROMPTS, [{}] * len(PROMPTS), [1, 2, 3, 4])).images.cpu()
 
 

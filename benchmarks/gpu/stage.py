@@ -11,11 +11,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from gpu.setting import quiet
+
 
 def main() -> None:
     name, device, path = sys.argv[1:]
-    from gpu.setting import quiet
-
     stage = importlib.import_module(f"gpu.{name}")
 
     def save(figures: dict[str, Any]) -> None:
