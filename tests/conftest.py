@@ -26,11 +26,36 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # a prompt of five let
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
+# The set of library versions, a file in tests/versions, that `make test-versions` runs; the newest ones otherwise.
+VERSIONS = os.environ.get("TESTED_VERSIONS", "newest")
+
+
+def needs_newest(reason: str) -> pytest.MarkDecorator:
+    """Skip a test with another set of versions than the newest, in which it would test something else."""
+    return pytest.mark.skipif(VERSIONS != "newest", reason=f"{reason} (versions: {VERSIONS})")
+
+
+# Tests on a simulated GPU need processes of their own: `make real-size` runs them.
+collect_ignore = [] if "SIMULATED_GPU" in os.environ else ["real_size"]
+if "SIMULATED_GPU" in os.environ:
+    from real_size import device
+
+    device.load()  # before torch
+
 
 def pytest_collection_finish() -> None:
     """The Trainer collects garbage at the end of each run, half of a tiny run's time; what was imported is not any."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def load_lora_weights_takes_folders() -> None:
+    """Offline, which tests are, diffusers before 0.40 asks for the name of the file in a folder too."""
+    if VERSIONS == "oldest":
+        from diffusers.loaders import lora_base
+
+        vars(lora_base)["HF_HUB_OFFLINE"] = False
 
 
 def tiny_tokenizer() -> CLIPTokenizer:

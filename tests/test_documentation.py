@@ -5,6 +5,7 @@ import doctest
 import re
 import runpy
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -41,7 +42,8 @@ PAGES = sorted(path for path in (ROOT / "docs").glob("*.md") if snippets(path.re
 def test_the_examples_of_the_documentation_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for code in snippets(page.read_text()):
-        exec(compile(shorter(code), page.name, "exec"), {})
+        if "torchao" not in code or find_spec("torchao"):  # not installed for development
+            exec(compile(shorter(code), page.name, "exec"), {})
 
 
 def test_every_logged_figure_is_on_its_page_and_no_other(make_config):

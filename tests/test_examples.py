@@ -8,7 +8,6 @@ import threading
 import time
 from pathlib import Path
 
-import httpx2
 import nbformat
 import pytest
 from diffusers import DiffusionPipeline
@@ -21,6 +20,7 @@ from ddpo_trl.cli.sources import load_prompt_source, reward_spec
 from ddpo_trl.cli.train import make_parser
 from ddpo_trl.rewards.server import serve
 from ddpo_trl.rollout.plan import plan_batches
+from ddpo_trl.versions import http
 from rewards.test_remote_reward import free_port
 from rewards.test_rewards_vlm import vlm  # noqa: F401  (a fixture)
 
@@ -87,9 +87,9 @@ def reward_url():
         url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 30
         while True:
             try:
-                httpx2.get(f"{url}/health", timeout=5)
+                http.get(f"{url}/health", timeout=5)
                 break
-            except httpx2.TransportError:
+            except http.TransportError:
                 assert time.monotonic() < deadline
                 time.sleep(0.05)
         yield url

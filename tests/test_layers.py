@@ -15,6 +15,7 @@ ROOT = Path(ddpo_trl.__file__).parent
 
 # From the ground up. Rooms of one layer do not import each other.
 LAYERS = [
+    {"versions"},
     {"descriptions", "distributed", "emoji", "finite", "seeding", "settings", "suggestions", "transfers"},
     {"config_checks"},
     {"config"},

@@ -20,6 +20,7 @@ from ddpo_trl.policy.per_sample_gradients import Watch, trained_layers
 from ddpo_trl.policy.records import Step, steps_to
 from ddpo_trl.policy.sampling import differentiate
 from ddpo_trl.rollout.loader import RolloutLoader
+from test_trainer import gradients_of_a_round, relative_difference
 
 
 PROMPTS = ["cat", "dog", "owl"]
@@ -34,7 +35,7 @@ OFFLOADING = ["offload_rollout", "offload_vae", "offload_text_encoders"]
 
 @pytest.mark.parametrize(
     ("option", "one_pass"),
-    [*((option, one_pass) for option in OFFLOADING for one_pass in (True, False)), ("gradient_checkpointing", False)],
+    [(option, one_pass) for option in [*OFFLOADING, "gradient_checkpointing"] for one_pass in (True, False)],
 )
 def test_what_saves_memory_changes_no_result(make_config, option):
     runs = []
@@ -128,28 +129,66 @@ def test_the_trial_at_construction_has_no_more_samples_than_a_batch(make_config,
     trainer.train()
 
 
+def with_memory_for(samples: float, pipeline: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run out of memory in forward passes of more samples, if their activations are kept."""
+    forward = pipeline.unet.forward
+
+    def limited(*args: Any, **kwargs: Any) -> Any:
+        if torch.is_grad_enabled() and len(args[0]) > 2 * samples:  # with guidance
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total of ...")
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(pipeline.unet, "forward", limited)
+
+
 @pytest.mark.parametrize("insisting", [None, True])
 def test_a_trial_that_runs_out_of_memory_means_two_passes_with_the_reason(make_config, monkeypatch, insisting):
     pipeline = tiny_pipeline()
-    forward = pipeline.unet.forward
-    failures: list[str] = []
-
-    def full(*args: Any, **kwargs: Any) -> Any:
-        if torch.is_grad_enabled() and not failures:
-            failures.append("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total of ...")
-            raise torch.OutOfMemoryError(*failures)
-        return forward(*args, **kwargs)
-
-    monkeypatch.setattr(pipeline.unet, "forward", full)
-    config = make_config(one_pass=insisting)
-    reason = "a step of 2 samples with gradients needs more memory than there is (CUDA out of memory. Tried to allocat"
-    if insisting:
-        with pytest.raises(ValueError, match=re.escape(f"one_pass is True, but {reason}")):
-            DDPOTrainer(config, brightness, PROMPTS, pipeline)
-        return
-    trainer = DDPOTrainer(config, brightness, PROMPTS, pipeline)
+    with monkeypatch.context() as during_construction:
+        with_memory_for(0, pipeline, during_construction)
+        config = make_config(one_pass=insisting)
+        reason = "a step of one sample with gradients needs more memory than there is (CUDA out of memory. Tried to al"
+        if insisting:
+            with pytest.raises(ValueError, match=re.escape(f"one_pass is True, but {reason}")):
+                DDPOTrainer(config, brightness, PROMPTS, pipeline)
+            return
+        trainer = DDPOTrainer(config, brightness, PROMPTS, pipeline)
     assert not trainer.plan.one_pass and reason in str(trainer.plan)
     trainer.train()
+
+
+@pytest.mark.parametrize("memory, part", [(1, 1), (2, 2), (3, 2), (4, None)])
+def test_one_pass_runs_in_the_largest_parts_that_fit(make_config, monkeypatch, memory, part):
+    """Of batches of 4 samples; a lack of memory is an error on a GPU, and pretended to be one here."""
+    monkeypatch.setattr("ddpo_trl.update.one_pass.reports_shortage", lambda device: True)
+    pipeline = tiny_pipeline()
+    with_memory_for(memory, pipeline, monkeypatch)
+    # Raw rewards: normalization divides by their spread, 7e-4 here, and magnifies what batch sizes change by rounding.
+    settings = {"max_grad_norm": 0.0, "advantage_normalization": "none"}
+    config = make_config(**settings)
+    trainer = DDPOTrainer(config, brightness, PROMPTS, pipeline)
+    assert trainer.plan.one_pass and trainer.plan.samples_per_part == part
+    assert (f"in parts of {part} samples" in str(trainer.plan)) == (part is not None)
+    two_passes = gradients_of_a_round(make_config(one_pass=False, **settings))
+    assert relative_difference(gradients_of_a_round(config, pipeline), two_passes) < 1e-5
+
+
+def test_one_pass_leaves_room_for_what_a_run_keeps(make_config, monkeypatch):
+    """The gradients of a round's other samples, the sum of all, and AdamW's two states."""
+    reserved: list[int] = []
+    empty = torch.empty
+
+    def noted(*size: Any, **kwargs: Any) -> torch.Tensor:
+        if kwargs.get("dtype") == torch.uint8:
+            reserved.append(*size)
+        return empty(*size, **kwargs)
+
+    monkeypatch.setattr("ddpo_trl.update.one_pass.reports_shortage", lambda device: True)
+    monkeypatch.setattr(torch, "empty", noted)
+    for offload, others in ((False, 4), (True, 0)):
+        config = make_config(offload_rollout=offload, num_sample_batches=2)  # of 4 samples
+        trainer = DDPOTrainer(config, brightness, PROMPTS, tiny_pipeline())
+        assert reserved.pop() == (others + 3) * trainer.plan.gradient_bytes
 
 
 def test_one_pass_holds_no_outputs_of_layers_that_pytorch_would_not_hold(make_config):

@@ -114,7 +114,7 @@ def deviations(job: Job, device: str) -> Row:
             batch = policy.sample(checks.context(policy, case), record=range(checks.STEPS))
             found["replay"] = max(checks.replay_deviations(policy, batch).values(), key=nan_last)
             found["alone"] = max(checks.replay_deviations(policy, batch, row=1).values(), key=nan_last)
-            found |= checks.one_pass_deviation(policy, batch)._asdict()
+            found |= checks.one_pass_deviation(policy, batch, *checks.in_one_pass(policy, batch))._asdict()
     except Exception as error:  # whatever it is, it is a result
         found["error"] = f"{type(error).__name__}: {str(error)[:300]}"
     return found

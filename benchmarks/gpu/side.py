@@ -18,8 +18,8 @@ from sides import brightness
 
 
 def forecast_bytes(trainer: DDPOTrainer) -> int | None:
-    """Return the peak memory that a plan forecasts, `None` without a forecast: there is none yet, fill it in here."""
-    return None
+    """Return the peak memory that a plan forecasts, `None` without a forecast, as on a CPU."""
+    return max(trainer.plan.forecast_peaks.values(), default=None)
 
 
 class Turns:
@@ -109,8 +109,7 @@ def trl(network: Network, turns: Turns, rounds: int) -> None:
 
 
 def ours(network: Network, turns: Turns, rounds: int, one_pass: bool, **options: Any) -> None:
-    """Run rounds of DDPOTrainer; with `compiled`, after compiling the blocks of the denoiser."""
-    compiled = options.pop("compiled", False)
+    """Run rounds of DDPOTrainer."""
 
     class Rounds(TrainerCallback):
         def on_epoch_begin(self, *args: Any, **kwargs: Any) -> None:
@@ -131,17 +130,16 @@ def ours(network: Network, turns: Turns, rounds: int, one_pass: bool, **options:
         **options,
     )
     pipeline = network.pipeline(turns.device)
-    adapter = add_adapter(pipeline, None)
-    if compiled:
-        torch._dynamo.config.recompile_limit = (
-            64  # blocks of one class with different shapes, with gradients and without
-        )
-        # A rehearsal only traces: to compile for a CPU takes minutes.
-        pipeline.unet.compile_repeated_blocks(**({"backend": "eager"} if is_rehearsal(turns.device) else {}))
     trainer = DDPOTrainer(config, brightness, PROMPTS, pipeline, callbacks=[Rounds()])
-    assert adapter in pipeline.unet.peft_config
     turns.ready(pipeline.unet)
     trainer.train()
+
+
+def compiled(network: Network, turns: Turns, rounds: int) -> None:
+    """Run rounds in two passes with a compiled denoiser. A rehearsal only traces it: a CPU would compile for minutes."""
+    torch._dynamo.config.recompile_limit = 64  # blocks have many shapes, with gradients and without
+    backend = "eager" if is_rehearsal(turns.device) else "inductor"
+    ours(network, turns, rounds, one_pass=False, torch_compile=True, torch_compile_backend=backend)
 
 
 SIDES: dict[str, Callable[[Network, Turns, int], None]] = {
@@ -151,8 +149,7 @@ SIDES: dict[str, Callable[[Network, Turns, int], None]] = {
     "one pass": functools.partial(ours, one_pass=True),
     "two passes, checkpointing": functools.partial(ours, one_pass=False, gradient_checkpointing=True),
     "one pass, checkpointing": functools.partial(ours, one_pass=True, gradient_checkpointing=True),
-    "two passes, compiled": functools.partial(ours, one_pass=False, compiled=True),
-    "one pass, compiled": functools.partial(ours, one_pass=True, compiled=True),
+    "two passes, compiled": compiled,
 }
 
 

@@ -206,8 +206,8 @@ class DDPOConfig(TrainingArguments):
         None,
         """Whether per-sample gradients are taken while images are sampled and combined once the rewards are known,
         instead of replaying every step. The gradient is the same. `None` does so where it is exact and possible: one
-        update per round, no KL, checkpointing, fp16 or sharding, linear layers and convolutions only, and enough
-        memory on all processes; the batch plan names the reason if not. `True` makes that reason an error.""",
+        update per round, no KL, fp16 or sharding, linear layers and convolutions only, and enough memory on all
+        processes; the batch plan names the reason if not. `True` makes that reason an error.""",
     )
     target_kl: Annotated[float | None, Bounds(above=0)] = setting(
         None,
@@ -243,10 +243,14 @@ class DDPOConfig(TrainingArguments):
     )
     per_device_train_batch_size: Count = setting(
         4,
-        """Number of samples per micro-batch, all at one timestep. Gradients accumulate over all trained timesteps of
-        all samples of a mini-batch, so `gradient_accumulation_steps` is derived and must not be set.""",
+        """Number of samples per micro-batch, all at one timestep; in one pass, the most that are sampled at once.
+        Gradients accumulate over all trained timesteps of all samples of a mini-batch, so
+        `gradient_accumulation_steps` is derived and must not be set.""",
     )
     use_lora: bool = setting(True, "Whether to train a LoRA adapter. `False` trains all weights of the denoiser.")
+    adapter_compute_dtype: Literal["float32", "denoiser"] = setting(
+        "float32", "Dtype of products with the adapter's float32 weights. That of the denoiser saves memory and time."
+    )
     learning_rate: NotNegative = setting(3e-4, "Initial learning rate of AdamW.")
     weight_decay: NotNegative = setting(1e-4, "Weight decay of AdamW.")
     lr_scheduler_type: str = setting("constant", "Learning rate schedule.")

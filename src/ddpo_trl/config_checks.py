@@ -51,10 +51,6 @@ WITHOUT_EFFECT = {
     "neftune_noise_alpha": "it is noise on a language model's embeddings: eta and noise_level are the noise here",
     "parallelism_config": "every process runs the whole pipeline: use FSDP2 or DeepSpeed by accelerate's config",
     "prediction_loss_only": "an evaluation has no loss",
-    "torch_compile": "the pipeline calls the denoiser itself: compile its blocks before "
-    "(`pipeline.transformer.compile_repeated_blocks()`)",
-    "torch_compile_backend": "it belongs to torch_compile, which would do nothing",
-    "torch_compile_mode": "it belongs to torch_compile, which would do nothing",
     "train_sampling_strategy": "a list of prompts is shuffled in every pass: give a prompt function for another order",
     "use_cache": "a denoiser has no cache of keys and values",
     "use_liger_kernel": "its kernels are of language models",
@@ -96,6 +92,8 @@ def without_effect(config: Any) -> Iterator[str]:
     """Check for settings of the Trainer that would do nothing."""
     defaults = {field.name: field for field in dataclasses.fields(TrainingArguments)}
     for name, remedy in WITHOUT_EFFECT.items():
+        if name not in defaults:
+            continue  # a field of later versions
         value = vars(config)[name]
         if value != default_of(defaults[name]) and value is not None and value is not False:
             yield f"{name} is {value!r}, which would do nothing here: {remedy}. Leave it out."
@@ -186,17 +184,13 @@ def one_pass_disabled_reason(config: Any) -> str | None:
 
     One pass is exact if the whole gradient of a round is taken by the policy that sampled it.
     """
-    sample_size, train_size = config.per_device_sample_batch_size, config.per_device_train_batch_size
     reasons = {
         f"a round has {config.updates_per_round} updates": config.updates_per_round > 1,
         f"kl_coef is {config.kl_coef:g}": config.kl_coef > 0,
         f"timestep_fraction is {config.timestep_fraction:g}": config.timestep_fraction < 1,
-        "gradient_checkpointing is on": config.gradient_checkpointing,
         "fp16 scales the loss": config.fp16,
         "the weights are sharded": bool(config.fsdp) or parse_flag_from_env("ACCELERATE_USE_FSDP"),
         "DeepSpeed takes the gradients": config.deepspeed_plugin is not None,
-        f"per_device_sample_batch_size ({sample_size}) is above per_device_train_batch_size ({train_size}), the "
-        "samples that a backward pass may hold": sample_size > train_size,
     }
     return next((reason for reason, applies in reasons.items() if applies), None)
 

@@ -256,10 +256,10 @@ def print_summary(summary: dict[str, Any], unit: str, output_dir: str) -> None:
         f"{summary['recognized_gain']:+.0%} ± {summary['recognized_gain_stderr']:.0%}",
     )
     seconds = summary["seconds"]
+    saved = [name for name in ("reward.png", "before_after.png", "summary.json") if Path(output_dir, name).is_file()]
     console = Console()
     console.print(table)
     console.print(
         f"{seconds['total']:.0f} s: sampling {seconds['sampling']:.0f} s, training {seconds['training']:.0f} s "
-        f"(scoring {seconds['scoring']:.1f} s meanwhile). Saved in {output_dir}: the weights, reward.png, "
-        "before_after.png, summary.json"
+        f"(scoring {seconds['scoring']:.1f} s meanwhile). Saved in {output_dir}: {', '.join(['the weights', *saved])}"
     )

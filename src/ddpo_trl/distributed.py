@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType, PartialState
-from accelerate.utils import gather_object
+from accelerate.utils import DynamoBackend, gather_object
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -15,7 +15,10 @@ def gather(accelerator: Accelerator, values: Tensor) -> Tensor:
     """Return the `(N, ...)` values of all processes, in their order, on the CPU: `(N · processes, ...)`."""
     if accelerator.num_processes == 1:
         return values.cpu()
-    return accelerator.gather(values.to(accelerator.device)).cpu()
+    if values.dtype != torch.float64:
+        return accelerator.gather(values.to(accelerator.device)).cpu()
+    bits = values.view(torch.int64)  # not every device has float64
+    return accelerator.gather(bits.to(accelerator.device)).cpu().view(torch.float64)
 
 
 def first_reason(own: str | None) -> str | None:
@@ -27,6 +30,11 @@ def first_reason(own: str | None) -> str | None:
         return own
     reasons = enumerate(gather_object([own]))
     return next((f"on process {rank} {reason}" for rank, reason in reasons if reason is not None), None)
+
+
+def smallest(own: int) -> int:
+    """Return the smallest value that any process has. All processes have to call it."""
+    return own if PartialState().num_processes == 1 else min(gather_object([own]))
 
 
 def note_process(error: BaseException) -> None:
@@ -69,6 +77,22 @@ def check_devices(config: Any) -> None:
             f"{config.n_gpu} GPUs are visible to one process, and DataParallel can't drive a pipeline. Start the "
             "script with `accelerate launch`, or make one GPU visible (CUDA_VISIBLE_DEVICES=0)."
         )
+
+
+def check_compilation(accelerator: Accelerator, torch_compile: bool) -> None:
+    """
+    Keep accelerate from compiling the policy, which runs a whole pipeline. `torch_compile` has compiled the denoiser.
+
+    Raises:
+        `ValueError`: If only accelerate's own config asks for it.
+    """
+    dynamo = accelerator.state.dynamo_plugin
+    if dynamo.backend != DynamoBackend.NO and not torch_compile:
+        raise ValueError(
+            f"accelerate's dynamo_backend is {dynamo.backend.value}, which would compile a call of the pipeline. "
+            "Leave it out, and set torch_compile=True, which compiles the denoiser."
+        )
+    dynamo.backend = DynamoBackend.NO
 
 
 def check_wrapping(accelerator: Accelerator) -> None:

@@ -14,6 +14,8 @@ from diffusers.utils import logging as diffusers_logging
 from PIL import Image
 from transformers.utils import logging as transformers_logging
 
+from ddpo_trl.versions import DTYPE
+
 
 EMOJI_PATH = Path(__file__).parent / "assets" / "emoji"
 
@@ -100,7 +102,7 @@ def load_emoji_pipeline(torch_dtype: torch.dtype = torch.float32) -> StableDiffu
         log.disable_progress_bar()
     try:
         pipeline: StableDiffusionPipeline = StableDiffusionPipeline.from_pretrained(
-            EMOJI_PATH, dtype=torch_dtype, local_files_only=True, use_safetensors=True
+            EMOJI_PATH, local_files_only=True, use_safetensors=True, **{DTYPE: torch_dtype}
         )
     finally:
         for log in loud:

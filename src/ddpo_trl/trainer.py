@@ -26,7 +26,7 @@ from ddpo_trl.checks import ReplayCheck
 from ddpo_trl.checks.construction import check_arguments, plan_round
 from ddpo_trl.checks.gradients import no_gradient_cause
 from ddpo_trl.config import DDPOConfig
-from ddpo_trl.distributed import check_alike, check_devices, check_wrapping, note_process
+from ddpo_trl.distributed import check_alike, check_compilation, check_devices, check_wrapping, note_process
 from ddpo_trl.evaluation.evaluator import check_evaluation, reward_names
 from ddpo_trl.finite import check_update
 from ddpo_trl.policy.fingerprint import changed_weights
@@ -180,6 +180,7 @@ class DDPOTrainer(SavingTrainer):
         )
         self.callback_handler: RoundCallbacks = RoundCallbacks(self.callback_handler, args.updates_per_round)
         check_wrapping(self.accelerator)
+        check_compilation(self.accelerator, args.torch_compile)
         if self.is_fsdp_enabled:
             # Autocast decides on precision, as in sampling. This would round recorded states and log-probabilities.
             self.accelerator.state.fsdp_plugin.mixed_precision_policy = None
@@ -393,7 +394,7 @@ class DDPOTrainer(SavingTrainer):
         )
         loss, metrics = result.loss, dict(result.metrics)
         if batch.on_policy:
-            is_first = self.state.global_step == self._initial_global_step
+            is_first = self.state.global_step == self.clock.first_step
             metrics["val/ratio_deviation"] = self._replay_check.deviation(
                 self._policy, batch, log_probs.detach(), self.rollout, is_first
             )
@@ -439,7 +440,7 @@ class DDPOTrainer(SavingTrainer):
             logs = {**logs, **self.metrics.take(self.accelerator), "episode": self.episodes}
             self._replay_check.warn_of_rounding(logs.get("val/ratio_deviation", 0.0))
             if start_time is not None:
-                rounds = (self.state.global_step - self._initial_global_step) / self.plan.updates_per_round
+                rounds = (self.state.global_step - self.clock.first_step) / self.plan.updates_per_round
                 logs["eps"] = rounds * self.plan.samples_per_round / (time.time() - start_time)
         is_evaluation = any(name.startswith("eval_") for name in logs)
         if is_evaluation:

@@ -20,6 +20,7 @@ from ddpo_trl.artifacts.code_example import written_arguments
 from ddpo_trl.artifacts.model_card import write_model_card
 from ddpo_trl.policy.lora import add_adapter
 from ddpo_trl.policy.policy import Policy
+from ddpo_trl.versions import DTYPE
 
 
 def write_card(directory: Any, pipeline: Any, config: Any, **arguments: Any) -> Any:
@@ -132,7 +133,8 @@ def test_the_example_calls_the_pipeline_as_training_did(tmp_path):
 def test_the_example_loads_half_precision_as_such(make_config, tmp_path):
     card = write_card(tmp_path, tiny_pipeline().to(torch.bfloat16), make_config(bf16=True))
     assert example(card).startswith("import torch\nfrom diffusers")
-    assert 'StableDiffusionPipeline.from_pretrained("path/to/the/base/pipeline", dtype=torch.bfloat16)' in card.text
+    load = 'StableDiffusionPipeline.from_pretrained("path/to/the/base/pipeline", '
+    assert f"{load}{DTYPE}=torch.bfloat16)" in card.text
 
 
 @pytest.mark.parametrize("prompt", ['a "quoted" cat', "back\\slash", "two\nlines", "Katze, größer: #1 'x'", "---"])

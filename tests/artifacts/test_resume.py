@@ -14,7 +14,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 
 import kill_a_run
-from conftest import brightness, tiny_pipeline
+from conftest import brightness, needs_newest, tiny_pipeline
 from ddpo_trl import DDPOConfig, DDPOTrainer
 from ddpo_trl.artifacts import checkpoints, resuming
 
@@ -204,6 +204,7 @@ def test_settings_that_change_no_result_are_not_named(tmp_path):
     assert longer == ["num_train_epochs is 200 and was 100: the learning rate follows the schedule of this length."]
 
 
+@needs_newest("older versions have fewer fields")
 def test_the_lists_of_settings_hold_nothing_that_does_not_exist():
     fields = {field.name for field in dataclasses.fields(DDPOConfig)}
     named = resuming.HARMLESS | resuming.LENGTH | resuming.OF_THE_OPTIMIZER | resuming.REFUSED.keys()
@@ -303,8 +304,28 @@ def test_what_a_run_depends_on_besides_settings_is_named_where_it_has_changed(
     trainer(1, **before).train()
     with caplog.at_level("WARNING", logger="ddpo_trl"):
         trainer(2, **after).train(resume_from_checkpoint=True)
-    said = sorted(record.getMessage().partition(": ")[2] for record in caplog.records)
+    own = [
+        record for record in caplog.records if record.name.startswith("ddpo_trl")
+    ]  # and not wandb's, of other tests
+    said = sorted(record.getMessage().partition(": ")[2] for record in own)
     assert len(said) == len(named) and all(map(str.startswith, said, named)), said
+
+
+def test_other_versions_are_named_and_bytecode_is_compared_within_one_version_of_python():
+    def run(code: str, **versions: str) -> dict[str, Any]:
+        code_of = {"The code of reward": code}
+        return {"rewards": {}, "prompts": "", "eval_prompts": None, "ingredients": code_of, "versions": versions}
+
+    before = run("a", python="3.11", torch="2.13.0")
+    assert list(resuming.run_changes(before, run("a", python="3.11", torch="2.6.0"), False)) == [
+        "torch is 2.6.0 and was 2.13.0: no longer bitwise identical are images and gradients."
+    ]
+    (said,) = resuming.run_changes(before, run("b", python="3.12", torch="2.13.0"), False)
+    assert said.startswith("python is 3.12 and was 3.11")
+    (said,) = resuming.run_changes(before, run("b", python="3.11", torch="2.13.0"), False)
+    assert said.startswith("The code of reward is 'b' and was 'a'")
+    without = {name: value for name, value in before.items() if name != "versions"}  # of an earlier checkpoint
+    assert list(resuming.run_changes(without, run("a", python="3.12", torch="2.6.0"), False)) == []
 
 
 def test_a_damaged_checkpoint_is_named_and_not_praised(make_config, tmp_path):

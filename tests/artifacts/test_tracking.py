@@ -4,9 +4,12 @@ import copy
 import csv
 import io
 import json
+import logging
 import random
 import struct
+import sys
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -169,7 +172,19 @@ def test_the_metrics_are_the_trainers_logs(run):
 def test_pictures_settings_and_environment_are_there(run):
     assert all(Image.open(run.output / name).width > 400 for name in ("reward.png", "before_after.png"))
     assert json.loads((run.output / "ddpo_config.json").read_text())["num_logged_images"] == FIXED
-    assert json.loads((run.output / "environment.json").read_text())["torch"] == torch.__version__
+    assert json.loads((run.output / "environment.json").read_text())["torch"] == version("torch")
+
+
+def test_without_matplotlib_a_run_says_which_pictures_it_does_not_draw(make_config, tmp_path, monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it were not installed
+    config = make_config(output_dir=str(tmp_path / "run"), log_images_rounds=1, num_logged_images=2)
+    trainer = DDPOTrainer(config, brightness, ["cat", "dog"], tiny_pipeline())
+    with caplog.at_level(logging.WARNING):
+        trainer.train()
+    (warning,) = [record.getMessage() for record in caplog.records if "matplotlib" in record.getMessage()]
+    assert "reward.png and before_after.png are not drawn" in warning and "ddpo_trl[plots]" in warning
+    written = {path.name for path in (tmp_path / "run").iterdir()}
+    assert written.isdisjoint({"reward.png", "before_after.png"}) and written >= {"report.html", "samples"}
 
 
 # ---- In the trackers ----

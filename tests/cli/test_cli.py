@@ -9,6 +9,7 @@ import re
 import shlex
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from transformers.debug_utils import DebugOption
 
 from conformance.image_pipelines import IMAGE_CASES
-from conftest import tiny_pipeline
+from conftest import needs_newest, tiny_pipeline
 from ddpo_trl import DDPOConfig, cli
 from ddpo_trl.cli import demo, doctor, errors, sources, train
 from ddpo_trl.cli.arguments import CommandParser
@@ -208,7 +209,9 @@ def test_a_mistake_is_answered_by_one_line(argv, answer, capsys, tmp_path, monke
             "'total_episode' in the file of --config is not a setting. Did you mean --total_episodes?",
         ),
         ("reward: [", "is not valid YAML: while parsing a flow node"),
-        ("8", "must contain a YAML mapping"),
+        pytest.param(
+            "8", "must contain a YAML mapping", marks=needs_newest("older versions of TRL have no message for it")
+        ),
         ("eta: 0", "eta is 0"),
         ("dtype: float7", "dtype is 'float7'; choose one of 'float32', 'bfloat16', 'float16'"),
     ],
@@ -606,7 +609,7 @@ def test_the_report_and_the_environment(trained, tmp_path, capsys):
     assert "<html" in (tmp_path / "report.html").read_text()
     status, out, _ = run(capsys, "env")
     assert status == 0
-    assert f"- torch: {torch.__version__}" in out
+    assert f"- torch: {version('torch')}\n" in out  # without the build that torch.__version__ may add
 
 
 def test_images_are_made_in_batches(trained):

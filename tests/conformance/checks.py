@@ -8,7 +8,7 @@ import contextlib
 import copy
 import io
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -33,11 +33,12 @@ from conformance.newer_pipelines import NEWER_CASES
 from conformance.refused_pipelines import Refusal
 from ddpo_trl import DDPOConfig, DDPOTrainer, check_pipeline
 from ddpo_trl.checks.causes import changed_settings
+from ddpo_trl.checks.gradients import check_checkpointing
 from ddpo_trl.policy.adapter_files import has_lora_loader, save_adapter
 from ddpo_trl.policy.denoiser import denoiser_name
 from ddpo_trl.policy.embeddings import text_encoders
 from ddpo_trl.policy.lora import ADAPTER_NAME, add_adapter
-from ddpo_trl.policy.per_sample_gradients import trained_weights
+from ddpo_trl.policy.per_sample_gradients import TrainedLayer, trained_weights
 from ddpo_trl.policy.policy import Policy
 from ddpo_trl.policy.records import Context, SampledBatch
 from ddpo_trl.policy.runner import PipelineRunner, seeded
@@ -360,12 +361,42 @@ def counted_encodings(pipeline: DiffusionPipeline) -> Iterator[list[str]]:
             hook.remove()
 
 
-def one_pass_is_exact(case: Case) -> None:
-    """Gradients computed during sampling, weighted by advantages, add up to that of replay; images are identical."""
+def one_pass_is_exact(case: Case) -> str | None:
+    """Weighted gradients of sampling add up to that of replay, with checkpointing too; images are identical."""
     policy = make_policy(case)
-    deviation = one_pass_deviation(policy, policy.sample(context(policy, case), record=range(STEPS)))
+    batch = policy.sample(context(policy, case), record=range(STEPS))
+    taken, layers = in_one_pass(policy, batch)
+    remark = checkpointing_changes_nothing(policy, taken, layers)
+    deviation = one_pass_deviation(policy, batch, taken, layers)
     assert deviation.images == 0
     assert deviation.gradients < ROUNDING
+    return remark
+
+
+def in_one_pass(policy: Policy, batch: SampledBatch) -> tuple[SampledBatch, Mapping[TrainedLayer, int]]:
+    """Sample a batch again, with gradients, and return it and the layers that were watched."""
+    layers = layers_of_samples(policy, batch.context, min(batch.steps))
+    return policy.sample_with_gradients(batch.context, dict.fromkeys(sorted(batch.steps), 1.0), layers), layers
+
+
+def checkpointing_changes_nothing(
+    policy: Policy, taken: SampledBatch, layers: Mapping[TrainedLayer, int]
+) -> str | None:
+    try:
+        policy.activation_checkpointing_enable()
+        check_checkpointing(policy, taken.context.rows([0]))
+    except ValueError as refusal:
+        return str(refusal).partition(". ")[0]
+    finally:
+        policy.denoiser.disable_gradient_checkpointing()
+    policy.activation_checkpointing_enable()
+    steps = [index for index, std in enumerate(policy.scheduler.stds) if std > 0]
+    assert layers_of_samples(policy, taken.context, steps[0]) == layers
+    again = policy.sample_with_gradients(taken.context, dict.fromkeys(steps, 1.0), layers)
+    assert taken.gradients is not None and again.gradients is not None
+    for own, expected in zip(again.gradients.weights, taken.gradients.weights, strict=True):
+        assert torch.equal(own, expected)
+    return None
 
 
 class OnePassDeviation(NamedTuple):
@@ -377,15 +408,15 @@ class OnePassDeviation(NamedTuple):
     gradients: float
 
 
-def one_pass_deviation(policy: Policy, batch: SampledBatch) -> OnePassDeviation:
-    """Sample a batch again, with gradients, and compare with the batch and with the gradients of its replay."""
-    layers = layers_of_samples(policy, batch.context, min(batch.steps))
-    taken = policy.sample_with_gradients(batch.context, dict.fromkeys(sorted(batch.steps), 1.0), layers)
+def one_pass_deviation(
+    policy: Policy, batch: SampledBatch, taken: SampledBatch, layers: Mapping[TrainedLayer, int]
+) -> OnePassDeviation:
+    """Compare a batch that was sampled with gradients, which are used up, with one that is replayed."""
     advantages = torch.tensor([1.0, -2.0], device=taken.images.device)
     for index, step in batch.steps.items():
         log_probs, _ = policy(index, step.latents, step.next_latents, batch.context)
         (-(advantages @ log_probs) / (len(advantages) * len(batch.steps))).backward()
-    wanted = [weight.grad for weight in trained_weights(layers)]
+    wanted = [weight.grad for weight in trained_weights(list(layers))]
     largest = max(grad.abs().max() for grad in wanted if grad is not None)
     missed = [
         (own if grad is None else own - grad).abs().max()

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from diffusers import (
+    AnimateDiffPipeline,
     BriaPipeline,
     BriaTransformer2DModel,
     DDIMScheduler,
@@ -20,6 +21,7 @@ from diffusers import (
     LCMScheduler,
     LTXConditionPipeline,
     LTXImageToVideoPipeline,
+    MotionAdapter,
     StableDiffusion3InpaintPipeline,
     TextToVideoSDPipeline,
     UNet3DConditionModel,
@@ -47,6 +49,7 @@ from conformance.image_pipelines import (
     stable_diffusion_3_parts,
     stable_diffusion_parts,
     t5,
+    unet,
 )
 from conformance.newer_pipelines import (
     IMAGE,
@@ -181,6 +184,21 @@ def text_to_video(seed: int) -> DiffusionPipeline:
     return ready(pipeline)
 
 
+def animate_diff(seed: int) -> DiffusionPipeline:
+    """Image layers see a row per frame, motion layers one per position; with activation checkpointing too."""
+    torch.manual_seed(seed)
+    motion = MotionAdapter(
+        block_out_channels=(8, 16),
+        motion_layers_per_block=1,
+        motion_norm_num_groups=4,
+        motion_num_attention_heads=2,
+        use_motion_mid_block=False,
+    )
+    scheduler = DDIMScheduler(**STABLE_DIFFUSION_BETAS, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
+    parts = {**clip(), "unet": unet(), "vae": kl_autoencoder(), "motion_adapter": motion, "scheduler": scheduler}
+    return ready(AnimateDiffPipeline(**parts))
+
+
 VIDEO = {**IMAGE, "num_frames": 9, "max_sequence_length": 32}
 STRENGTH = {"strength": 0.8}
 FLUX_INPUTS = ("image", "mask_image")
@@ -224,4 +242,5 @@ MORE_CASES = (
     Case("Bria", bria, {**IMAGE, "max_sequence_length": 32}),
     Case("Latent Consistency", latent_consistency),
     Case("ModelScope text-to-video", text_to_video, {**IMAGE_SIZES, "num_frames": 3}),
+    Case("AnimateDiff", animate_diff, {**IMAGE_SIZES, "num_frames": 3}),
 )

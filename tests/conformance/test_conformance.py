@@ -1,5 +1,6 @@
 """Every pipeline of the suite passes every check. `make conformance` prints the table."""
 
+import diffusers
 import pytest
 
 from conformance.checks import CASES, CHECKS, it_is_refused_with_the_cause
@@ -8,6 +9,7 @@ from conformance.input_pipelines import INPUT_CASES
 from conformance.more_pipelines import MORE_CASES
 from conformance.refused_pipelines import REFUSALS
 from conformance.table import DOCUMENT
+from ddpo_trl.versions import installed
 
 
 # The checks that every pipeline of the first half runs in the quick suite.
@@ -26,7 +28,8 @@ FAMILIES = [
 LAYOUTS = [*FAMILIES, "Stable Diffusion XL", "Sana", "CogVideoX", "Lumina 2", "Qwen-Image", "Z-Image", "FLUX.2 klein"]
 PROOFS = {
     **dict.fromkeys(["prompt matters", "one round", "encoded once"], FAMILIES),
-    **dict.fromkeys(["save, reload", "cache", "one pass"], LAYOUTS),
+    **dict.fromkeys(["save, reload", "cache"], LAYOUTS),
+    "one pass": [*LAYOUTS, "Stable Diffusion 3", "AnimateDiff", "Chroma"],
     "doctor": [*FAMILIES, "Stable Diffusion IP-Adapter", "FLUX.2 klein with a reference image"],
     "same prompt twice": ["FLUX.1", "Qwen-Image", "Z-Image", "HiDream"],
     "other inputs": [
@@ -67,6 +70,17 @@ POINTS = {
 }
 SLOW_REFUSALS = ["FramePack, two sections", "Cosmos 2 video-to-world"]
 
+# Pipelines that diffusers before 0.42 can't build or run at the size of the tests.
+NEWER = {
+    "HunyuanVideo image-to-video": "its encode_prompt fails with the tiny tokenizer",
+    "LTX-2": "its networks have other arguments",
+}
+
+
+def skip_newer(name: str) -> None:
+    if name in NEWER and installed("diffusers") < (0, 42):
+        pytest.skip(f"{name} with diffusers {diffusers.__version__}: {NEWER[name]}")
+
 
 def is_quick(name: str, title: str) -> bool:
     if name in POINTS:
@@ -85,6 +99,7 @@ PAIRS = [
 
 @pytest.mark.parametrize(("case", "check"), PAIRS)
 def test_a_pipeline_is_a_policy(case, check):
+    skip_newer(case.name)
     check(case)
 
 
@@ -96,6 +111,7 @@ def test_a_pipeline_is_a_policy(case, check):
     ],
 )
 def test_a_pipeline_that_can_not_be_a_policy_is_refused_with_the_cause(refusal):
+    skip_newer(refusal.case.name)
     it_is_refused_with_the_cause(refusal)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from accelerate.hooks import ModelHook, add_hook_to_module
+from accelerate import cpu_offload, cpu_offload_with_hook
 from diffusers import (
     DDIMPipeline,
     DDIMScheduler,
@@ -18,6 +18,7 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DModel,
 )
+from diffusers.hooks import apply_group_offloading
 from torch.overrides import TorchFunctionMode
 
 from conformance.image_pipelines import (
@@ -472,10 +473,27 @@ def test_a_denoiser_that_reuses_earlier_steps_is_refused(make_config):
         make_policy(pipeline, make_config())
 
 
-def test_a_pipeline_with_offloading_hooks_is_refused(make_config):
+def test_a_denoiser_offloaded_in_groups_is_refused_and_other_networks_may_be(make_config):
+    cpu = torch.device("cpu")
     pipeline: Any = tiny_pipeline()
-    add_hook_to_module(pipeline.unet, ModelHook())
-    with pytest.raises(ValueError, match=r"pipeline\.unet is offloaded by accelerate's hooks.*remove_all_hooks"):
+    for component in (pipeline.text_encoder, pipeline.vae):
+        apply_group_offloading(component, onload_device=cpu, offload_type="leaf_level")
+    images = make_policy(pipeline, make_config()).sample(CONTEXT).images
+    assert torch.equal(images, make_policy(tiny_pipeline(), make_config()).sample(CONTEXT).images)
+    for settings in ({"offload_type": "leaf_level"}, {"offload_type": "block_level", "num_blocks_per_group": 1}):
+        pipeline = tiny_pipeline()
+        pipeline.unet.enable_group_offload(onload_device=cpu, **settings)
+        with pytest.raises(ValueError, match=r"is offloaded in groups of layers.*without enable_group_offload\(\)"):
+            make_policy(pipeline, make_config())
+
+
+@pytest.mark.parametrize("offload", [cpu_offload, cpu_offload_with_hook], ids=["sequential", "model"])
+@pytest.mark.parametrize("name", ["unet", "vae", "text_encoder"])
+def test_a_network_offloaded_by_accelerate_is_refused(make_config, offload, name):
+    """What enable_sequential_cpu_offload() and enable_model_cpu_offload() do to each network."""
+    pipeline = tiny_pipeline()
+    offload(pipeline.components[name], execution_device=torch.device("cpu"))
+    with pytest.raises(ValueError, match=rf"pipeline\.{name} is offloaded by accelerate's hooks.*remove_all_hooks"):
         make_policy(pipeline, make_config())
 
 

@@ -18,7 +18,6 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-import httpx2
 import pytest
 import torch
 from datasets import Dataset
@@ -31,6 +30,7 @@ from ddpo_trl.rewards import RemoteReward
 from ddpo_trl.rewards.scoring import RewardScorer
 from ddpo_trl.rewards.server import ServedFunction, create_app
 from ddpo_trl.rewards.wire_format import pack, unpack
+from ddpo_trl.versions import http
 from launch import PROCESSES
 
 
@@ -84,9 +84,9 @@ def wait_for(url: str, status: Callable[[], int | None], log: Path) -> None:
     while time.monotonic() < deadline:
         assert status() is None, log.read_text()
         try:
-            httpx2.get(f"{url}/health", timeout=5)
+            http.get(f"{url}/health", timeout=5)
             return
-        except httpx2.TransportError:
+        except http.TransportError:
             time.sleep(0.1)
     pytest.fail(f"No server after two minutes: {log.read_text()}")
 
@@ -330,7 +330,7 @@ def test_without_the_token_nothing_is_told(server, token, told):
     with pytest.raises(ValueError, match=f"{url} requires its token, but {told}; pass token, or set .*REWARD_TOKEN"):
         RemoteReward(url, token=token)
     body = pack(torch.zeros(1, 3, 8, 8), ["a"], [{}], "png")
-    assert httpx2.post(f"{url}/score", content=body).status_code == 401
+    assert http.post(f"{url}/score", content=body).status_code == 401
 
 
 def test_the_token_may_come_from_the_environment_and_is_not_shown(server, monkeypatch):
@@ -344,7 +344,7 @@ def test_a_request_that_is_too_large_is_refused(server):
     url, _ = server
     with pytest.raises(ValueError, match=f"0.3 MB is more than the reward server at {url} accepts.*--max_request_mb"):
         connect(server, image_format="fp16")(torch.zeros(1, 3, 224, 224), [""], [{}])
-    with httpx2.Client(headers={"Authorization": f"Bearer {TOKEN}"}) as client:
+    with http.Client(headers={"Authorization": f"Bearer {TOKEN}"}) as client:
         assert client.post(f"{url}/score", content=b"0" * 100_001).status_code == 413
         assert client.post(f"{url}/score", content=b"0" * 100_000).status_code == 400
 
@@ -378,7 +378,7 @@ def test_a_malformed_request_is_refused(server, body):
         unpack(body)
     if len(body) < 100_000:
         headers = {"Authorization": f"Bearer {TOKEN}"}
-        response = httpx2.post(f"{server[0]}/score", content=body, headers=headers)
+        response = http.post(f"{server[0]}/score", content=body, headers=headers)
         assert response.status_code == 400 and "The request is malformed" in response.json()["detail"]
 
 

@@ -8,8 +8,17 @@ from torch import nn
 from transformers import TrainerCallback
 
 from conftest import brightness, tiny_pipeline
-from ddpo_trl import DDPOTrainer
-from ddpo_trl.policy.per_sample_gradients import reached_rows, row_layout, trained_layers, weight_gradients
+from ddpo_trl import DDPOTrainer, load_emoji_pipeline
+from ddpo_trl.policy.per_sample_gradients import (
+    TrainedLayer,
+    Watch,
+    reached_rows,
+    row_layout,
+    trained_layers,
+    weight_gradients,
+)
+from ddpo_trl.policy.policy import Policy
+from ddpo_trl.policy.sampling import differentiate
 from test_trainer import PROMPTS, gradients_of_a_round, lora_weights, relative_difference
 
 
@@ -35,6 +44,8 @@ def both(make_config, pipeline=tiny_pipeline, reward_fn=brightness, **settings):
         {"transition_weighting": "std"},
         {"sde_window_size": 2, "sde_window_strategy": "random"},
         {"per_device_sample_batch_size": 2, "num_sample_batches": 4, "offload_rollout": True},
+        {"gradient_checkpointing": True},
+        {"per_device_train_batch_size": 2},
     ],
     ids=lambda settings: ",".join(settings) or "default",
 )
@@ -166,8 +177,6 @@ def test_one_pass_is_the_default_where_it_is_exact(make_config, capsys):
         ({"num_ppo_epochs": 3}, "a round has 3 updates"),
         ({"kl_coef": 0.1}, "kl_coef is 0.1"),
         ({"timestep_fraction": 0.5}, "timestep_fraction is 0.5"),
-        ({"gradient_checkpointing": True}, "gradient_checkpointing is on"),
-        ({"per_device_train_batch_size": 2}, "per_device_sample_batch_size (4) is above per_device_train_batch_size"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -178,6 +187,26 @@ def test_what_needs_two_passes_takes_them_and_says_why(make_config, settings, re
     trainer = DDPOTrainer(make_config(one_pass=None, **settings), brightness, PROMPTS, tiny_pipeline())
     assert not trainer.plan.one_pass
     assert reason in str(trainer.plan)
+
+
+def test_a_backward_pass_has_no_more_samples_than_a_training_batch(make_config):
+    rows: list[int] = []
+    pipeline = tiny_pipeline()
+    config = make_config(per_device_sample_batch_size=6, per_device_train_batch_size=4)
+    trainer = DDPOTrainer(config, brightness, PROMPTS, pipeline)
+    assert "one: gradients are taken while sampling, in parts of 4 samples" in str(trainer.plan)
+    pipeline.unet.register_forward_pre_hook(lambda module, inputs: rows.append(len(inputs[0]) // 2))  # with guidance
+    trainer.train()
+    assert rows == 2 * [*[4] * 4, *[2] * 4]  # two batches of 6 samples, four steps
+
+
+@pytest.mark.parametrize("insisting", [None, True])
+def test_parts_are_taken_where_few_steps_are_trained_on_only_if_asked_for(make_config, insisting):
+    settings = {"per_device_train_batch_size": 2, "train_timestep_range": [0.0, 0.25]}
+    plan = DDPOTrainer(make_config(one_pass=insisting, **settings), brightness, PROMPTS, tiny_pipeline()).plan
+    assert plan.one_pass == bool(insisting)
+    reason = "only 1 of 4 steps are trained on, and all would run in parts of 2 samples"
+    assert (reason in str(plan)) != plan.one_pass
 
 
 def test_an_adapter_without_gradients_of_single_samples_takes_two_passes(make_config):
@@ -225,6 +254,78 @@ def test_gradients_that_do_not_fit_are_refused_with_their_size(make_config, monk
     with pytest.raises(ValueError, match="gradients of a round's samples take .* GiB"):
         DDPOTrainer(make_config(one_pass=True), brightness, PROMPTS, tiny_pipeline())
     assert not DDPOTrainer(make_config(one_pass=None), brightness, PROMPTS, tiny_pipeline()).plan.one_pass
+
+
+# ---- Activation checkpointing ----
+
+
+def taken_gradients(policy: Policy, layers: dict[TrainedLayer, int]) -> list[torch.Tensor]:
+    """The gradients of two samples."""
+    batch = policy.sample_with_gradients(policy.context(["cat", "dog"], [{}] * 2, [0, 1]), {0: 1.0, 1: 1.0}, layers)
+    assert batch.gradients is not None
+    return batch.gradients.weights
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "autocast"])
+def test_gradients_with_checkpointing_are_those_without(make_config, precision):
+    """Bitwise, for the embedded pipeline: the same operations on the same numbers."""
+    pipeline = load_emoji_pipeline()
+    if precision == "bfloat16":
+        pipeline.to(torch.bfloat16)
+    policy = Policy.from_pipeline(pipeline, make_config(num_inference_steps=2))
+    layers = dict.fromkeys(trained_layers(policy.denoiser), 1)
+    with torch.no_grad():
+        for layer in layers:
+            layer.weight.normal_(std=0.1)  # where one factor is 0, the other's gradient is
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "autocast"):
+        plain = taken_gradients(policy, layers)
+        policy.activation_checkpointing_enable()
+        checkpointed = taken_gradients(policy, layers)
+    assert all(gradient.any() for gradient in plain)
+    assert all(torch.equal(*pair) for pair in zip(plain, checkpointed, strict=True))
+
+
+def test_checkpointing_runs_layers_twice_and_takes_their_gradients_once(make_config):
+    policy = Policy.from_pipeline(tiny_pipeline(), make_config())
+    policy.activation_checkpointing_enable()
+    layers = trained_layers(policy.denoiser)
+    taken: list[int] = []
+    runs: list[nn.Module] = []
+    watch = Watch(layers, lambda call, grad: taken.append(call.number))
+
+    def take(log_probs: torch.Tensor) -> None:
+        watch.backward(log_probs.sum())
+
+    context = policy.context(["cat", "dog"], [{}] * 2, [0, 1])
+    hooks = [layer.register_forward_hook(lambda module, *_: runs.append(module)) for layer in layers]
+    for _ in range(2):  # the second has the same numbers
+        runs.clear()
+        with watch.watching():
+            differentiate(policy.runner, context, 0, take)
+        # The tiny network's last blocks are not checkpointed before their last tensors are needed.
+        assert len(layers) < len(runs) <= 2 * len(layers)
+        assert sorted(taken) == sorted(set(taken)) and len(taken) == len(layers)
+        taken.clear()
+    for hook in hooks:
+        hook.remove()
+
+
+def test_a_denoiser_without_checkpointing_is_refused_by_name(make_config):
+    pipeline = tiny_pipeline()
+    pipeline.unet._supports_gradient_checkpointing = False
+    with pytest.raises(ValueError, match="gradient_checkpointing is True, but UNet2DConditionModel does not supp"):
+        DDPOTrainer(make_config(one_pass=None, gradient_checkpointing=True), brightness, PROMPTS, pipeline)
+
+
+@pytest.mark.parametrize("one_pass", [None, False])
+def test_a_denoiser_that_computes_something_else_with_checkpointing_is_refused_by_name(make_config):
+    """As Chroma, which leaves out the mask of its prompt there: it would sample from another policy than its users."""
+    pipeline = tiny_pipeline()
+    block = pipeline.unet.down_blocks[0].resnets[0]
+    forward = block.forward
+    block.forward = lambda *args: forward(*args) * (1.1 if torch.is_grad_enabled() else 1.0)
+    with pytest.raises(ValueError, match="gradient_checkpointing is True, but UNet2DConditionModel computes someth"):
+        DDPOTrainer(make_config(gradient_checkpointing=True), brightness, PROMPTS, pipeline)
 
 
 # ---- The arithmetic, against autograd ----

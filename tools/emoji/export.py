@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from autoencoder import create_autoencoder
 from data import STYLES, Concept, load_dataset
@@ -83,6 +84,12 @@ def contact_sheet(images: np.ndarray) -> Image.Image:
     return Image.fromarray(grid.reshape(rows * TILE_SIZE, SHEET_COLUMNS * TILE_SIZE, 3))
 
 
+def with_prefix(weights: Path) -> None:
+    """Renames the text encoder's tensors as transformers before 5.10 does; all later versions read these names too."""
+    tensors = {f"text_model.{name}": tensor for name, tensor in load_file(weights).items()}
+    save_file(tensors, weights, metadata={"format": "pt"})
+
+
 def export(work_dir: Path, target: Path) -> None:
     """Writes the whole folder next to `target` and then swaps the two, so that `target` is never incomplete."""
     concepts, drawings = load_dataset(work_dir)
@@ -93,6 +100,7 @@ def export(work_dir: Path, target: Path) -> None:
     pipeline.save_pretrained(folder)
     # transformers 5 writes only tokenizer.json; these are vocab.json and merges.txt, which older versions read.
     pipeline.tokenizer.backend_tokenizer.model.save(str(folder / "tokenizer"))
+    with_prefix(folder / "text_encoder" / "model.safetensors")
     # With dtype float16 in its config, the text encoder would load in half precision, and the rest in single.
     config = json.loads((folder / "text_encoder" / "config.json").read_text())
     (folder / "text_encoder" / "config.json").write_text(json.dumps({**config, "dtype": "float32"}, indent=2) + "\n")

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers import ModelMixin
 from PIL.Image import Image
 
 from ddpo_trl.artifacts.hub_metadata import hub_name
@@ -14,6 +15,7 @@ from ddpo_trl.config import DDPOConfig
 from ddpo_trl.emoji import EMOJI_PATH
 from ddpo_trl.policy.adapter_files import has_lora_loader
 from ddpo_trl.policy.policy import Policy
+from ddpo_trl.versions import DTYPE
 
 
 # The scheduler is saved too, since it may have been replaced after loading and images depend on it.
@@ -43,10 +45,23 @@ def example(
     if str(pipeline.name_or_path) == str(EMOJI_PATH):
         imports.append("from ddpo_trl.emoji import EMOJI_PATH")
         base = "EMOJI_PATH"
-    dtype = next(policy.denoiser.parameters()).dtype  # an adapter may have another dtype
-    if dtype in (torch.float16, torch.bfloat16):
+    dtype = policy.denoiser.dtype  # an adapter may have another dtype
+    quantization = written_quantization(policy.denoiser)
+    # The default is float32; that of quantized networks is another one for each method.
+    precision = f", {DTYPE}={dtype}" if quantization or dtype in (torch.float16, torch.bfloat16) else ""
+    if precision:
         imports.insert(0, "import torch")
-        arguments += f", dtype={dtype}"
+    before = []
+    if quantization:
+        model_class, quantization_class = type(policy.denoiser).__name__, quantization.partition(".")[0]
+        classes += [model_class, quantization_class]
+        source = f'{base}, subfolder="{component}"{precision}'
+        before += [
+            f"quantization = {quantization}",
+            f"{component} = {model_class}.from_pretrained({source}, quantization_config=quantization)",
+        ]
+        arguments += f", {component}={component}"
+    arguments += precision
     written, defined = written_arguments(config, inputs)
     if any("load_image(" in line for line in defined):
         imports.append("from diffusers.utils import load_image")
@@ -54,7 +69,16 @@ def example(
     load = f"pipeline = {pipeline_class}.from_pretrained({base}{arguments})"
     result, field = ("video", "frames") if task.endswith("video") else ("image", "images")
     call = f"{result} = pipeline({', '.join([json.dumps(prompt, ensure_ascii=False), *written])}).{field}[0]"
-    return "\n".join([*imports, "", load, *after, *defined, call])
+    return "\n".join([*imports, "", *before, load, *after, *defined, call])
+
+
+def written_quantization(denoiser: ModelMixin) -> str:
+    """Write the config by which a denoiser was quantized when it was loaded; empty if its files are quantized."""
+    quantizer = vars(denoiser).get("hf_quantizer")
+    if quantizer is None or quantizer.pre_quantized:
+        return ""
+    config = quantizer.quantization_config
+    return f"{type(config).__name__}.from_dict({json.loads(json.dumps(config.to_dict(), default=str))!r})"
 
 
 def written_arguments(config: DDPOConfig, inputs: Mapping[str, Any]) -> tuple[list[str], list[str]]:

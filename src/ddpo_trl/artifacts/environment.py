@@ -29,7 +29,8 @@ def environment(device: torch.device | None = None) -> dict[str, str]:
     is by default the machine's accelerator, or else its CPU.
     """
     if device is None:
-        device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        device = accelerator or torch.device("cpu")
     found = {
         "python": platform.python_version(),
         **{package: version(package) for package in PACKAGES},

@@ -7,15 +7,15 @@ import os
 import shlex
 import shutil
 from concurrent.futures import Future
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar
 
-import httpx2
-from huggingface_hub import CommitInfo
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub import CommitInfo, HfApi
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from transformers.utils import logging
-from transformers.utils.hub import PushInProgress, hf_api
+from transformers.utils.hub import PushInProgress
 
 from ddpo_trl.artifacts.model_card import write_model_card
 from ddpo_trl.artifacts.record import MODEL_NAMES, SAMPLES_FOLDER
@@ -29,6 +29,9 @@ logger = logging.get_logger(__name__)
 
 # Checkpoints, which `hub_strategy` decides on, partial files, and single images, which `report.html` contains.
 NOT_PUSHED = [f"{PREFIX_CHECKPOINT_DIR}-*", "_*", f"{SAMPLES_FOLDER}/*"]
+
+# One client, whose uploads in the background are made one after another.
+HUB = HfApi(library_name="ddpo_trl", library_version=version("ddpo_trl"))
 
 
 class PushError(RuntimeError):
@@ -58,12 +61,11 @@ class PushingTrainer(EvaluatingTrainer):
         name, token, branch = wanted_name(self.args), token or self.args.hub_token, self.args.hub_revision
         private = self.args.hub_private_repo if private is None else private
         intent = f"The model is to be pushed to {name!r}"
-        api = hf_api()
         try:
-            repo_id: str = api.create_repo(name, token=token, private=private, exist_ok=True).repo_id
-            api.auth_check(repo_id, token=token, write=True)
+            repo_id: str = HUB.create_repo(name, token=token, private=private, exist_ok=True).repo_id
+            HUB.auth_check(repo_id, token=token, write=True)
             if branch is not None and not branch.startswith("refs/"):  # the reference of a pull request exists
-                api.create_branch(repo_id, branch=branch, token=token, exist_ok=True)
+                HUB.create_branch(repo_id, branch=branch, token=token, exist_ok=True)
         except HFValidationError as error:
             raise ValueError(
                 f"{intent}, which can't be the name of a repository. Set hub_model_id='you/name', with letters, "
@@ -76,7 +78,7 @@ class PushingTrainer(EvaluatingTrainer):
                 "hub_revision and the token (`hf auth login`, HF_TOKEN or hub_token), or train with "
                 "push_to_hub=False and push later."
             ) from error
-        except (httpx2.RequestError, OSError) as error:
+        except (HTTPError, OSError) as error:
             raise RuntimeError(
                 f"{intent}, but the Hub can't be reached: {in_a_line(error)}. Train with push_to_hub=False and push "
                 "later."
@@ -163,7 +165,7 @@ class PushingTrainer(EvaluatingTrainer):
         if checkpoint is not None:
             last = self.args.hub_strategy == HubStrategy.CHECKPOINT
             folder, path_in_repo, ignored = checkpoint, "last-checkpoint" if last else os.path.basename(checkpoint), []
-        push: Future[CommitInfo] = hf_api().upload_folder(
+        push: Future[CommitInfo] = HUB.upload_folder(
             repo_id=self.hub_model_id,
             folder_path=folder,
             path_in_repo=path_in_repo,

@@ -4,10 +4,9 @@ import os
 from functools import cache
 from typing import Any
 
-import httpx2
 from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub.errors import HFValidationError, HTTPError
 from huggingface_hub.utils import validate_repo_id
 from transformers.utils import logging
 from yaml import YAMLError
@@ -36,7 +35,7 @@ def license_of(base_model: str | None) -> dict[str, Any]:
         return {}
     try:
         data = ModelCard.load(base_model, ignore_metadata_errors=True).data.to_dict()
-    except (OSError, ValueError, YAMLError, httpx2.RequestError) as error:  # no network, no card, no metadata
+    except (OSError, ValueError, YAMLError, HTTPError) as error:  # no network, no card, no metadata
         logger.info(f"The license of {base_model} is not in the model card, because its card can't be read: {error}")
         return {}
     fields = {name: data[name] for name in ("license", "license_name", "license_link") if name in data}

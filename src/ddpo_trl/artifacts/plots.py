@@ -1,4 +1,8 @@
-"""Pictures for the model card and the docs: the reward curve, and rows of images with the same captions."""
+"""
+Pictures for the model card and the docs: the reward curve, and rows of images with the same captions.
+
+matplotlib is imported by the functions that draw, since it is optional: `pip install 'ddpo_trl[plots]'`.
+"""
 
 import os
 import textwrap
@@ -6,14 +10,14 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
 
-from matplotlib.figure import Figure
-from matplotlib.font_manager import FontProperties
-from matplotlib.textpath import TextToPath
-from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # Lines of a caption; the rest of a long prompt is left out.
 CAPTION_LINES = 3
@@ -39,10 +43,18 @@ class ImageRow:
     rewards: Sequence[float | None]
 
 
+def can_draw() -> bool:
+    """Return whether matplotlib is installed."""
+    return find_spec("matplotlib") is not None
+
+
 def save_reward_curve(
     log_history: Sequence[dict[str, Any]], path: str | os.PathLike[str], reward_name: str = "reward"
 ) -> None:
     """Draw the mean reward per round with a band of one standard deviation. Without a logged round, do nothing."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
     logs = [log for log in log_history if "reward" in log]
     if not logs:
         return
@@ -73,6 +85,8 @@ def save_reward_curve(
 
 def save_comparison(rows: Sequence[ImageRow], captions: Sequence[str], path: str | os.PathLike[str]) -> None:
     """Draw rows of images below one another, with one caption per column."""
+    from matplotlib.figure import Figure
+
     titles = [caption_text(caption) for caption in captions]
     lines = max(title.count("\n") for title in titles)
     tallest = max(image.height / image.width for row in rows for image in row.images)
@@ -82,7 +96,7 @@ def save_comparison(rows: Sequence[ImageRow], captions: Sequence[str], path: str
     for row, cells in zip(rows, grid, strict=True):
         has_rewards = any(reward is not None for reward in row.rewards)
         for axes, image, reward in zip(cells, row.images, row.rewards, strict=True):
-            axes.imshow(image, interpolation="auto")
+            axes.imshow(image)
             axes.set(xticks=[], yticks=[])
             axes.spines[:].set_color("#cccccc")
             if has_rewards:
@@ -106,12 +120,15 @@ def caption_text(prompt: str) -> str:
 
 def text_width(text: str) -> float:
     """Return the width of a caption's line in points."""
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.textpath import TextToPath
+
     font = FontProperties(size=CAPTION_POINTS)
     with unknown_letters_allowed():
         return TextToPath().get_text_width_height_descent(text, font, ismath=False)[0]
 
 
-def save(figure: Figure, path: str | os.PathLike[str]) -> None:
+def save(figure: "Figure", path: str | os.PathLike[str]) -> None:
     """Write a picture that fits a screen and can be enlarged."""
     with unknown_letters_allowed():
         figure.savefig(path, dpi=150)

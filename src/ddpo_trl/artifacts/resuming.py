@@ -11,6 +11,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from ddpo_trl.artifacts.checkpoints import CONFIG_NAME, PLAN_NAME, RUN_NAME, read_json
 
 
+CODE = "The code of"  # a function: how the names of their entries in `run.json` begin
 ANOTHER_RUN = "from here on this is another run."
 
 # Settings that change results only by rounding, with the results that are no longer bitwise identical.
@@ -20,9 +21,10 @@ ROUNDING = {
     "num_sample_batches": "the composition of mini-batches",
     "per_device_train_batch_size": "gradients, by the rounding of other batches and another order",
     "one_pass": "gradients, by the rounding of their sums",
-    **dict.fromkeys(
-        ("gradient_checkpointing", "activation_checkpointing", "torch_compile", "tf32"), "gradients, by rounding"
-    ),
+    "samples_per_part": "images and gradients, by the rounding of other batches",
+    "adapter_compute_dtype": "images and gradients, by the rounding of the adapter's products",
+    **dict.fromkeys(("gradient_checkpointing", "activation_checkpointing", "tf32"), "gradients, by rounding"),
+    "torch_compile": "images and gradients, by the rounding of other kernels",
     **dict.fromkeys(("vae_slicing", "vae_tiling"), "images"),
     **dict.fromkeys(("metric_for_best_model", "greater_is_better"), "the best checkpoint, which is chosen again"),
 }
@@ -77,7 +79,9 @@ def read(checkpoint: str) -> SavedRun:
 def with_plan(settings: Mapping[str, Any], plan: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields of the config and what the batch plan adds to them; `one_pass` as it was decided."""
     stds = plan["stds"]
-    added = {name: plan[name] for name in ("num_processes", "one_pass", "state_bytes")}
+    added = {
+        name: plan[name] for name in ("num_processes", "one_pass", "samples_per_part", "state_bytes") if name in plan
+    }
     if stds:
         added["the sampler"] = f"{len(stds)} steps of σ {stds[0]:.6g} to {stds[-1]:.6g}, {sum(stds):.6g} in all"
     return {**settings, **added}
@@ -142,7 +146,17 @@ def run_changes(saved: Mapping[str, Any], current: Mapping[str, Any], new_reward
     for name in ("prompts", "eval_prompts"):
         if current[name] != saved[name]:
             yield f"The {name} are {current[name]} and were {saved[name]}: {ANOTHER_RUN}"
+    yield from _ingredient_changes(saved, current)
+
+
+def _ingredient_changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> Iterator[str]:
+    versions, saved_versions = current["versions"], saved.get("versions", current["versions"])
+    for name, value in versions.items():
+        if value != (before := saved_versions[name]):
+            yield f"{name} is {value} and was {before}: no longer bitwise identical are images and gradients."
     for name, value in current["ingredients"].items():
+        if name.startswith(CODE) and versions["python"] != saved_versions["python"]:
+            continue  # each version has its own bytecode
         saved_value = saved["ingredients"].get(name, value)
         if saved_value != value:
             yield f"{name} is {value!r} and was {saved_value!r}: {ANOTHER_RUN}"

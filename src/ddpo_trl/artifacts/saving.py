@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from transformers.utils import logging
 
 from ddpo_trl.artifacts import checkpoints, record, resuming
 from ddpo_trl.artifacts.checkpoints import PLAN_NAME, RUN_NAME
+from ddpo_trl.artifacts.environment import version
 from ddpo_trl.artifacts.hub import PushError, PushingTrainer
 from ddpo_trl.descriptions import DIGITS, code_digest, described
 from ddpo_trl.policy.pipeline import ingredients
@@ -145,7 +147,7 @@ class SavingTrainer(PushingTrainer):
         functions: dict[str, Any] = dict(zip(self.scorer.names, self.scorer.functions, strict=True))
         if isinstance(self.prompts, FunctionPrompts):
             functions["prompt_fn"] = self.prompts.prompt_fn
-        code = {f"The code of {name}": code_digest(function)[:DIGITS] for name, function in functions.items()}
+        code = {f"{resuming.CODE} {name}": code_digest(function)[:DIGITS] for name, function in functions.items()}
         return {**ingredients(policy.pipeline), **policy.adapter_record, **code}
 
     def _optimizer_record(self) -> dict[str, Any]:
@@ -160,6 +162,10 @@ class SavingTrainer(PushingTrainer):
             "eval_prompts": None if self.eval_prompts is None else fingerprint(self.eval_prompts),
             "prompt_key_fn": described(self.prompt_key_fn),
             "ingredients": self._ingredients,
+            "versions": {
+                "python": f"{sys.version_info.major}.{sys.version_info.minor}",
+                **{name: version(name) for name in ("torch", "diffusers", "transformers", "peft")},
+            },
         }
 
     def checkpoint_to_resume(self, resume_from_checkpoint: str | bool | None = None) -> str | None:

@@ -10,9 +10,10 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
+from transformers.utils import logging
 
 from ddpo_trl.artifacts import record
-from ddpo_trl.artifacts.plots import save_reward_curve
+from ddpo_trl.artifacts.plots import can_draw, save_reward_curve
 from ddpo_trl.artifacts.record import Kind, LoggedImage
 from ddpo_trl.artifacts.report import write_report
 from ddpo_trl.config import DDPOConfig
@@ -22,6 +23,8 @@ from ddpo_trl.prompts import PromptPair
 from ddpo_trl.rollout.records import Rollout
 from ddpo_trl.seeding import randomness_untouched
 
+
+logger = logging.get_logger(__name__)
 
 # Name of the table in wandb and trackio, and of the group of images in tensorboard.
 SAMPLES = "samples"
@@ -59,6 +62,7 @@ class RunRecorder(TrainerCallback):
         self.trackers = trackers
         self.rollout: Rollout | None = None
         self._has_begun = False
+        self._draws = can_draw()
 
     def on_train_begin(self, args: DDPOConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.rollout = None
@@ -68,6 +72,11 @@ class RunRecorder(TrainerCallback):
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
         record.write_settings(args.output_dir, args)
         record.write_environment(args.output_dir, args.device)
+        if args.log_images_rounds and not self._draws:
+            logger.warning(
+                f"{record.REWARD_CURVE_NAME} and {record.BEFORE_AFTER_NAME} are not drawn, since matplotlib is not "
+                "installed: pip install 'ddpo_trl[plots]'. report.html shows the same."
+            )
         record.write_metrics(args.output_dir, state.log_history, args.updates_per_round)
         # The images of the resumed round are complete; there is no rollout to make them from again.
         done = state.global_step // args.updates_per_round
@@ -107,7 +116,7 @@ class RunRecorder(TrainerCallback):
         if not state.is_world_process_zero:
             return
         record.write_samples(args.output_dir, round, images)
-        if round:
+        if round and self._draws:
             names = evaluator.scorer.names
             label = names[0] if len(names) == 1 else "reward"
             save_reward_curve(state.log_history, Path(args.output_dir, record.REWARD_CURVE_NAME), label)

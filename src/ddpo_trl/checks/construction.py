@@ -1,5 +1,6 @@
 """Checks and decisions at construction, before time is spent."""
 
+import dataclasses
 import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -7,12 +8,16 @@ from typing import Any, NamedTuple
 from diffusers import DiffusionPipeline
 from transformers import TrainerCallback
 
+from ddpo_trl.checks.gradients import check_checkpointing
+from ddpo_trl.checks.quantization import check_quantized_layers
 from ddpo_trl.config import DDPOConfig
+from ddpo_trl.policy.denoiser import compile_in_place
 from ddpo_trl.policy.per_sample_gradients import TrainedLayer
 from ddpo_trl.policy.pipeline import move
 from ddpo_trl.policy.policy import Policy
 from ddpo_trl.policy.records import Context
 from ddpo_trl.prompts import PromptPair, PromptSource, ShuffledPrompts, check_inputs
+from ddpo_trl.rollout.forecast import forecast_or_reason
 from ddpo_trl.rollout.plan import BatchPlan, plan_batches
 from ddpo_trl.rollout.trial import TRIAL_SAMPLES, known_prompts, trial_samples
 from ddpo_trl.update.one_pass import autocast, choose_passes
@@ -92,11 +97,20 @@ def plan_round(
         with autocast(config):
             policy.runner.encode(known_prompts(policy, prompts, eval_prompts or ()), config.device)
     move(pipeline, config.device, config)
+    check_quantized_layers(policy.denoiser, policy.denoiser_name)
+    if config.torch_compile:
+        compile_in_place(policy.denoiser, config.torch_compile_backend, config.torch_compile_mode)
     batches = trial_samples(policy, prompts)
     trial = batches.rows(range(min(TRIAL_SAMPLES, config.per_device_sample_batch_size)))
     with autocast(config):
         plan = plan_batches(config, *policy.probe_schedule(batches))
+        if config.gradient_checkpointing:  # the Trainer enables it too late for one pass to be tried with it
+            policy.activation_checkpointing_enable()
+            check_checkpointing(policy, trial.rows([0]))
         plan, layers = choose_passes(config, policy, trial, plan)
+        if config.device.type != "cpu":
+            alone = isinstance(prompts, ShuffledPrompts) and not policy.input_names
+            plan = dataclasses.replace(plan, forecast=forecast_or_reason(policy, batches, config, alone))
     config.gradient_accumulation_steps = plan.micro_batches_per_update
     if config.save_total_limit == 1 and config.metric_for_best_model is not None:
         config.save_total_limit = 2  # at the end Trainer would delete the last one, from which a stopped run resumes

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import itertools
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,14 +16,21 @@ from torch import Tensor, nn
 
 from ddpo_trl.checks import log_prob_difference, replay_problem
 from ddpo_trl.checks.gradients import no_gradient_cause
+from ddpo_trl.checks.quantization import check_quantized_layers
 from ddpo_trl.config import DDPOConfig
 from ddpo_trl.policy.adapter_files import has_lora_loader
 from ddpo_trl.policy.denoiser import adapter_layers, denoiser_name, remove_adapters
 from ddpo_trl.policy.lora import describe_adapter
+from ddpo_trl.policy.pipeline import plain_tensors
 from ddpo_trl.policy.policy import Policy
-from ddpo_trl.policy.records import SampledBatch
+from ddpo_trl.policy.records import Context, SampledBatch
+from ddpo_trl.rollout.forecast import MemoryForecast, forecast_or_reason
 from ddpo_trl.rollout.records import Transition
 
+
+# Memory of GPUs, in GiB, and of it what CUDA itself takes: an assumption.
+CARDS = (8, 12, 16, 24, 40, 80)
+CUDA_GIB = 1
 
 # Images may leave [0, 1] by rounding.
 RANGE_TOLERANCE = 0.01
@@ -53,6 +61,8 @@ class PipelineReport:
             Memory of the recorded steps of one sample.
         training_bytes (`int`):
             Memory that the training step of one sample keeps for the backward pass.
+        forecast ([`~ddpo_trl.rollout.forecast.MemoryForecast`], *optional*):
+            Forecast of GPU memory. The report shows the largest batches that fit.
         notes (`list[str]`):
             Findings that don't prevent training.
         problem (`str`, *optional*):
@@ -68,6 +78,7 @@ class PipelineReport:
     replay_differences: dict[int, float] = field(default_factory=dict)
     trajectory_bytes: int = 0
     training_bytes: int = 0
+    forecast: MemoryForecast | None = None
     notes: list[str] = field(default_factory=list)
     problem: str | None = None
 
@@ -87,10 +98,25 @@ class PipelineReport:
             ("replay difference by step", differences),
             ("memory of a trajectory", per_sample(self.trajectory_bytes)),
             ("memory of a training step", per_sample(self.training_bytes)),
+            *self._rows_of_forecast(),
             *(("note", note) for note in self.notes),
             ("verdict", self.problem or "can be trained"),
         ]
         return [(name, finding) for name, finding in rows if finding]
+
+    def _rows_of_forecast(self) -> list[tuple[str, str]]:
+        """Return the largest per-device batch for each size of a GPU."""
+        if self.forecast is None:
+            return []
+        rows = []
+        for one_pass, checkpointing in itertools.product((True, False), (False, True)):
+            largest = [
+                self.forecast.largest_batch((card - CUDA_GIB) * 2**30, one_pass, checkpointing) for card in CARDS
+            ]
+            fitting = [f"{card} GB: {size or 'none'}" for card, size in zip(CARDS, largest, strict=True)]
+            passes = f"{'one pass' if one_pass else 'two passes'}{', checkpointing' if checkpointing else ''}"
+            rows.append((f"forecast of the largest batch, {passes}", ", ".join(fitting)))
+        return rows
 
 
 def per_sample(size: int) -> str:
@@ -132,12 +158,18 @@ def check_pipeline(
     Returns:
         [`PipelineReport`]: Its `problem` is `None` if the pipeline can be trained.
     """
-    config = copy.copy(config or DDPOConfig(num_inference_steps=4))
+    given = config or DDPOConfig(num_inference_steps=4)
+    config = copy.copy(given)
     config.offload_text_encoders = config.offload_vae = False  # the pipeline stays where it is
     report = PipelineReport(pipeline=type(pipeline).__name__)
     try:
         with untouched(pipeline):
-            _examine(report, pipeline, config, prompts, metadata)
+            policy, context = _examine(report, pipeline, config, prompts, metadata)
+            forecast = forecast_or_reason(policy, context, given, alone=True)
+        if isinstance(forecast, str):
+            report.notes.append(f"no forecast of GPU memory: {forecast}")
+        else:
+            report.forecast = forecast
     except Exception as error:  # whatever a pipeline raises is the finding
         report.problem = finding(error, pipeline)
     return report
@@ -164,7 +196,7 @@ def _examine(
     config: DDPOConfig,
     prompts: Sequence[str],
     metadata: Sequence[Any],
-) -> None:
+) -> tuple[Policy, Context]:
     name = denoiser_name(pipeline)
     denoiser = pipeline.components[name]
     weights = sum(parameter.numel() for parameter in denoiser.parameters())
@@ -185,9 +217,11 @@ def _examine(
         report.notes.append(f"with another value of {names} a sample is the same after one step")
     trained = config.steps_in_range(len(report.stds))
     batch = policy.sample(context, record=trained)
+    check_quantized_layers(denoiser, name)
     _examine_samples(report, batch, trained)
     _examine_replay(report, policy, batch)
     _examine_gradients(report, policy, batch)
+    return policy, context
 
 
 def _examine_samples(report: PipelineReport, batch: SampledBatch, trained: range) -> None:
@@ -262,12 +296,11 @@ def storage_bytes(tensors: Sequence[Tensor]) -> int:
 @contextmanager
 def counted_activations(module: nn.Module) -> Iterator[list[Tensor]]:
     """Collect the tensors that autograd keeps for the backward pass, except the weights of the module."""
-    weights = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
+    weights = {part.untyped_storage().data_ptr() for whole in module.parameters() for part in plain_tensors(whole)}
     kept: list[Tensor] = []
 
     def keep(tensor: Tensor) -> Tensor:
-        if tensor.untyped_storage().data_ptr() not in weights:
-            kept.append(tensor)
+        kept.extend(part for part in plain_tensors(tensor) if part.untyped_storage().data_ptr() not in weights)
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
@@ -293,6 +326,7 @@ def untouched(pipeline: DiffusionPipeline) -> Iterator[None]:
                 remove_adapters(network)
         for parameter, requires_grad, dtype in weights:
             parameter.requires_grad_(requires_grad)
-            parameter.data = parameter.data.to(dtype)  # an adapter's, which trains in float32
+            if parameter.dtype != dtype:  # an adapter's, which trains in float32
+                parameter.data = parameter.data.to(dtype)
         for module, was_training in training:
             module.training = was_training

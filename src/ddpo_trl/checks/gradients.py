@@ -1,4 +1,4 @@
-"""The reason why no gradient reaches the denoiser in a step."""
+"""The reason why no gradient reaches the denoiser in a step, or one of something else."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +9,39 @@ from torch import Tensor, nn
 from ddpo_trl.policy.denoiser import adapter_layers
 from ddpo_trl.policy.policy import Policy
 from ddpo_trl.policy.records import Context
+from ddpo_trl.policy.schedulers import Replay
+
+
+# Half precision rounds by less, if kernels with gradients and without differ; usually they don't.
+CHECKPOINTING_TOLERANCE = 0.01
+
+
+def check_checkpointing(policy: Policy, context: Context) -> None:
+    """
+    Refuse a denoiser that computes something else with activation checkpointing: some of diffusers' leave out an
+    argument there, such as the attention mask of the prompt.
+
+    Args:
+        policy ([`~ddpo_trl.policy.policy.Policy`]):
+            The policy, with activation checkpointing enabled: it is used only where gradients are computed.
+        context ([`~ddpo_trl.policy.records.Context`]):
+            One sample is enough.
+
+    Raises:
+        `ValueError`: If the first step differs.
+    """
+    with torch.no_grad():
+        plain = policy.runner.visit(policy.runner.policy_pipeline, Replay(0), context)
+    with torch.enable_grad():
+        mean = policy.runner.visit(policy.runner.policy_pipeline, Replay(0), context).mean.detach()
+    assert plain.latents is not None, "visit raises if no step was run"
+    change = (mean - plain.mean).norm() / (plain.mean - plain.latents).norm()
+    if change > CHECKPOINTING_TOLERANCE:
+        raise ValueError(
+            f"gradient_checkpointing is True, but {type(policy.denoiser).__name__} computes something else with it: "
+            f"the first step differs by {change:.2g} of its length, because diffusers leaves out an argument there. "
+            "Leave gradient_checkpointing out, and lower per_device_train_batch_size if memory is short."
+        )
 
 
 def no_gradient_cause(policy: Policy, step: int, latents: Tensor, next_latents: Tensor, context: Context) -> str:

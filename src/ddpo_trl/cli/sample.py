@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ddpo_trl.artifacts.checkpoints import CONFIG_NAME
-from ddpo_trl.artifacts.plots import ImageRow, save_comparison
+from ddpo_trl.artifacts.plots import ImageRow, can_draw, save_comparison
 from ddpo_trl.cli.arguments import CommandParser, Gather
 from ddpo_trl.cli.errors import UsageError, one_line, usage_errors
 from ddpo_trl.cli.sources import first_prompts, load_prompt_source, load_reward
@@ -77,6 +77,8 @@ def main(argv: Sequence[str]) -> int:
     folder = Path(rest.folder)
     if not any((folder / name).is_file() for name in (LORA_WEIGHTS_NAME, PEFT_WEIGHTS_NAME)):
         raise UsageError(f"{folder} has no LoRA weights, neither {LORA_WEIGHTS_NAME} nor {PEFT_WEIGHTS_NAME}.")
+    if not can_draw():
+        raise UsageError("The sheet is drawn by matplotlib, which is not installed: pip install 'ddpo_trl[plots]'.")
     path = Path(arguments.output or folder / "sheet.png")
     with usage_errors():
         pairs = sample_prompts(arguments, folder)

@@ -151,6 +151,21 @@ def check_projections(denoiser: nn.Module, name: str) -> None:
             )
 
 
+def check_storage(denoiser: nn.Module, name: str) -> None:
+    """
+    Raise a `ValueError` for convolutions under layerwise casting: their backward pass reads the weight, which has been
+    cast back to its storage dtype by then.
+    """
+    for key, module in denoiser.named_modules():
+        if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and module.weight.dtype.itemsize == 1:
+            kind = type(module).__name__
+            raise ValueError(
+                f"pipeline.{name}.{key} is a {kind} stored as {module.weight.dtype} by layerwise casting, which has "
+                "no gradient. Load the pipeline again and leave convolutions out: "
+                f"`pipeline.{name}.enable_layerwise_casting(..., skip_modules_classes=(torch.nn.{kind},))`."
+            )
+
+
 def check_copies(denoiser: nn.Module, owner: str) -> None:
     """Raise a `ValueError` for an adapter that trains copies of layers."""
     for name, module in denoiser.named_modules():

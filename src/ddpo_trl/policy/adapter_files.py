@@ -129,7 +129,7 @@ def check_files(pipeline: DiffusionPipeline, adapter: str, owner: str) -> None:
             save_adapter(pipeline, adapter, directory)
             if has_lora_loader(pipeline):
                 loader = f"{type(pipeline).__name__}.load_lora_weights"
-                twin.load_lora_weights(directory, adapter_name=adapter)
+                twin.load_lora_weights(directory, weight_name=LORA_WEIGHTS_NAME, adapter_name=adapter)
             else:
                 PeftModel.from_pretrained(fresh, directory, adapter_name=adapter, low_cpu_mem_usage=True)
         saved = {value.data_ptr() for value in get_peft_model_state_dict(denoiser, adapter_name=adapter).values()}

@@ -84,6 +84,22 @@ def sharing_weights(denoiser: nn.Module) -> nn.Module:
     return copied
 
 
+def compile_in_place(denoiser: ModelMixin, backend: str | None, mode: str | None) -> None:
+    """
+    Compile the blocks that a denoiser repeats, or all of it if it has none. The pipeline calls the same module as
+    before, with the same weights and names.
+    """
+    try:
+        denoiser.compile_repeated_blocks(backend=backend, mode=mode)
+    except ValueError:  # its class names no blocks
+        denoiser.compile(backend=backend, mode=mode)
+
+
+def is_compiled(denoiser: nn.Module) -> bool:
+    """Return whether a denoiser, or a part of it, was compiled in place."""
+    return any(module._compiled_call_impl is not None for module in denoiser.modules())
+
+
 def present_classes(module: nn.Module, names: Collection[str]) -> list[str]:
     """Return the class names among `names` that occur in a module."""
     return sorted({type(part).__name__ for part in module.modules()} & set(names))

@@ -27,6 +27,7 @@ def freeze_all_but_denoiser(pipeline: DiffusionPipeline, peft_config: PeftConfig
     if peft_config is not None or adapter_layers(denoiser):
         what = "peft_config is given" if peft_config is not None else "the pipeline carries a LoRA adapter"
         raise ValueError(f"use_lora is False, but {what}. Set use_lora=True to train the adapter, or remove it.")
+    check_not_quantized(denoiser, name)
     if denoiser.dtype != torch.float32:
         raise ValueError(
             f"use_lora is False, which trains pipeline.{name} itself, but its weights are {denoiser.dtype}. Load the "
@@ -44,6 +45,19 @@ def freeze_all_but_denoiser(pipeline: DiffusionPipeline, peft_config: PeftConfig
     for component_name, component in pipeline.components.items():
         if isinstance(component, nn.Module) and component_name != name:
             component.requires_grad_(False).eval()
+
+
+def check_not_quantized(denoiser: ModelMixin, name: str) -> None:
+    """Raise a `ValueError` for weights that have no gradient: quantized ones, or those that are stored in 8 bits."""
+    for key, parameter in denoiser.named_parameters():
+        is_quantized = type(parameter) is not nn.Parameter
+        if is_quantized or parameter.dtype.itemsize == 1:
+            kind = f"quantized ({type(parameter).__name__})" if is_quantized else f"stored as {parameter.dtype}"
+            raise ValueError(
+                f"use_lora is False, which trains pipeline.{name} itself, but {key} is {kind} and can't be updated. "
+                "Set use_lora=True to train an adapter on it (QLoRA), or load the pipeline without "
+                "quantization_config and without layerwise casting."
+            )
 
 
 def save_denoiser(denoiser: ModelMixin, directory: str, write: bool = True) -> None:

@@ -8,6 +8,7 @@ from diffusers import DiffusionPipeline
 
 from ddpo_trl.emoji import load_emoji_pipeline
 from ddpo_trl.suggestions import did_you_mean
+from ddpo_trl.versions import DTYPE
 
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -35,4 +36,4 @@ def load_pipeline(source: str | os.PathLike[str], dtype: Dtype = "float32") -> D
     if not os.path.isdir(source) and "/" not in source:
         meant = did_you_mean(source, ["emoji"])
         raise ValueError(f"There is no folder {source!r}, and a Hub id has the form owner/name.{meant}")
-    return DiffusionPipeline.from_pretrained(source, dtype=DTYPES[dtype], use_safetensors=True)
+    return DiffusionPipeline.from_pretrained(source, use_safetensors=True, **{DTYPE: DTYPES[dtype]})

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.hooks import HookRegistry
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_processor import Attention
@@ -22,6 +23,7 @@ from ddpo_trl.policy.adapter_checks import (
     check_copies,
     check_initialization,
     check_projections,
+    check_storage,
     check_use,
     without_dropout,
 )
@@ -30,6 +32,9 @@ from ddpo_trl.policy.denoiser import active_adapters, adapter_layers, denoiser_n
 
 
 ADAPTER_NAME = "default"
+
+# Hook of layerwise casting by which an adapter does not cast its inputs. A float32 adapter has to.
+UNCAST_INPUTS = "peft_autocast_disable"
 
 
 def default_lora_config(denoiser: nn.Module) -> LoraConfig:
@@ -115,6 +120,7 @@ def add_adapter(pipeline: DiffusionPipeline, peft_config: PeftConfig | None) -> 
         )
     _check_other_networks(pipeline, name)
     check_projections(denoiser, name)
+    check_storage(denoiser, name)
     check_use(denoiser, name, active)
     if active:
         denoiser.peft_config[active[0]] = config = without_dropout(denoiser.peft_config[active[0]])
@@ -154,6 +160,8 @@ def _check_other_networks(pipeline: DiffusionPipeline, name: str) -> None:
 def _train_only(denoiser: nn.Module, adapter: str) -> None:
     for layer in adapter_layers(denoiser):
         layer.set_adapter(adapter)  # lets its weights require gradients again
+        if "_diffusers_hook" in vars(layer):  # layerwise casting was enabled after the adapter had been added
+            HookRegistry.check_if_exists_or_initialize(layer).remove_hook(UNCAST_INPUTS, recurse=False)
         for module in layer.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0

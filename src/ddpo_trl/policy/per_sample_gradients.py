@@ -40,8 +40,9 @@ class Watch:
     """
     Hand over the gradient of each output of some layers as soon as a backward pass has computed it.
 
-    So no two gradients need to be in memory at a time, nor the outputs. PyTorch's own product with the inputs, which
-    sums over the batch, is not computed.
+    So no two gradients need to be in memory at a time, nor the outputs. Inputs are kept as autograd keeps tensors:
+    activation checkpointing recomputes them. PyTorch's own product with the inputs, which sums over the batch, is not
+    computed.
 
     Args:
         layers (`Iterable[torch.nn.Module]`):
@@ -54,43 +55,63 @@ class Watch:
     def __init__(self, layers: Iterable[TrainedLayer], take: Callable[[Call, Tensor], None]):
         self.layers = list(layers)
         self.take = take
-        # Outputs before which there is no other: a backward pass that goes back to these comes by all.
-        self._first_outputs: list[Tensor] = []
+        # An input of all watched outputs: a backward pass that goes back to it comes by all of them.
+        self._token = torch.zeros((), requires_grad=True)
         self._calls = 0
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Watch the layers while the context is open and grad mode is on."""
-        hooks = [layer.register_forward_hook(self._remember) for layer in self.layers]
+        """
+        Watch the layers while the context is open and grad mode is on. Backward passes have to run in it too:
+        activation checkpointing calls the layers again there, and expects them to keep the same tensors.
+        """
+        hooks = [layer.register_forward_hook(self._watch) for layer in self.layers]
         try:
             yield
         finally:
             for hook in hooks:
                 hook.remove()
 
-    def _remember(self, layer: Any, inputs: tuple[Tensor, ...], outputs: Tensor) -> None:
+    def _watch(self, layer: Any, inputs: tuple[Tensor, ...], outputs: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
-            return
-        if not inputs[0].requires_grad:
-            # Autocast may have cast the weight while grad mode was off: then the outputs are in no graph yet.
-            self._first_outputs.append(outputs.requires_grad_())
-        outputs.register_hook(functools.partial(self._hand_over, Call(self._calls, layer, inputs[0].detach())))
-        self._calls += 1
+            return outputs
+        number, self._calls = self._calls, self._calls + 1
+        hand_over = functools.partial(self._hand_over, number, layer)
+        watched: Tensor = _WatchedOutput.apply(self._token, hand_over, inputs[0].detach(), outputs)
+        return watched
 
-    def _hand_over(self, call: Call, grad: Tensor) -> None:
+    def _hand_over(self, number: int, layer: TrainedLayer, inputs: Tensor, grad: Tensor) -> None:
         with torch.autocast(
             grad.device.type, enabled=False
         ):  # which a backward pass may find otherwise than a forward
-            self.take(call, grad)
+            self.take(Call(number, layer, inputs), grad)
 
     def backward(self, value: Tensor, others: Sequence[Tensor] = ()) -> tuple[Tensor | None, ...]:
         """
         Run the backward pass of a watched forward pass, and forget it. Return the gradients of `others`, `None` where
         unused.
         """
-        first_outputs, self._first_outputs, self._calls = self._first_outputs, [], 0
-        gradients = torch.autograd.grad(value, [*first_outputs, *others], allow_unused=True)
-        return gradients[len(first_outputs) :]
+        _, *gradients = torch.autograd.grad(value, [self._token, *others], allow_unused=True)
+        self._calls = 0
+        return tuple(gradients)
+
+
+class _WatchedOutput(torch.autograd.Function):
+    """A layer's output, unchanged, whose gradient is handed over together with the layer's inputs."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, token: Tensor, hand_over: Callable[[Tensor, Tensor], None], inputs: Tensor, outputs: Tensor
+    ) -> Tensor:
+        ctx.hand_over = hand_over
+        ctx.save_for_backward(inputs)
+        return outputs.detach()  # not `outputs`: PyTorch would refuse to change that in place
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None, Tensor]:
+        (inputs,) = ctx.saved_tensors
+        ctx.hand_over(inputs, grad)
+        return None, None, None, grad
 
 
 class SampleGradients:

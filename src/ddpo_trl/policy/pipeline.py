@@ -3,12 +3,14 @@
 import copy
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from operator import attrgetter
 from types import CellType, FunctionType, MethodType
 from typing import Any
 
 import torch
 from diffusers import CacheMixin, DiffusionPipeline
+from diffusers.hooks import HookRegistry
 from diffusers.models.autoencoders.vae import AutoencoderMixin
 from torch import Tensor, nn
 
@@ -23,6 +25,9 @@ from ddpo_trl.policy.schedulers import PolicyScheduler
 
 # Without these arguments of `__call__` there is nothing to ask for an image.
 REQUIRED_PIPELINE_ARGUMENTS = ("prompt", "num_inference_steps", "generator", "output_type")
+
+# Name of the hook of enable_group_offload().
+GROUP_OFFLOADING = "group_offloading"
 
 # The code that all functions share which are decorated with one of torch's context managers.
 TORCH_DECORATOR = torch.no_grad()(lambda: None).__code__
@@ -86,12 +91,7 @@ def _check_parts(pipeline: DiffusionPipeline, config: DDPOConfig) -> None:
             f"The denoiser of {name} reuses what it computed in earlier steps, which a single replayed step can't. "
             "Switch it off with `disable_cache()`."
         )
-    for component_name, component in pipeline.components.items():
-        if isinstance(component, nn.Module) and "_hf_hook" in vars(component):
-            raise ValueError(
-                f"pipeline.{component_name} is offloaded by accelerate's hooks, which would move it away between two "
-                "steps of training. Call `pipeline.remove_all_hooks()`, and set offload_text_encoders or offload_vae."
-            )
+    _check_offloading(pipeline, denoiser)
     if config.offload_vae and ("vae" not in pipeline.components or config.pipeline_inputs):
         reason = "encodes images in training too" if config.pipeline_inputs else "has no component named vae"
         raise ValueError(f"offload_vae is True, but {name} {reason}. Set it to False.")
@@ -105,6 +105,25 @@ def _check_parts(pipeline: DiffusionPipeline, config: DDPOConfig) -> None:
             f"offload_text_encoders is True, but {name} has no method encode_prompt whose results could be kept. Set "
             "it to False."
         )
+
+
+def _check_offloading(pipeline: DiffusionPipeline, denoiser: nn.Module) -> None:
+    for component_name, component in pipeline.components.items():
+        if isinstance(component, nn.Module) and "_hf_hook" in vars(component):
+            raise ValueError(
+                f"pipeline.{component_name} is offloaded by accelerate's hooks, which would move it away between two "
+                "steps of training. Call `pipeline.remove_all_hooks()`, and set offload_text_encoders or offload_vae."
+            )
+    for module in denoiser.modules():
+        if "_diffusers_hook" not in vars(module):
+            continue
+        if HookRegistry.check_if_exists_or_initialize(module).get_hook(GROUP_OFFLOADING) is not None:
+            raise ValueError(
+                f"The denoiser of {type(pipeline).__name__} is offloaded in groups of layers, which would move "
+                "trained weights away between two steps of training. Load it without enable_group_offload(); text "
+                "encoders and vae may be offloaded so. To save memory, load it quantized, or set "
+                "gradient_checkpointing=True."
+            )
 
 
 def ingredients(pipeline: DiffusionPipeline) -> dict[str, Any]:
@@ -130,12 +149,23 @@ def frozen_weights_hash(network: nn.Module) -> str:
     """Return a hash of the first numbers of each tensor that is not trained: all of them would take minutes."""
     numbers = [torch.zeros(0)]
     for parameter in network.parameters():
-        if not (parameter.requires_grad or parameter.is_meta):
-            row = parameter.detach()
+        if parameter.requires_grad or parameter.is_meta:
+            continue
+        for row in plain_tensors(parameter.detach()):
             while row.ndim > 1:
                 row = row[0]
-            numbers.append(row[:8].reshape(-1).to("cpu", torch.float32))
+            numbers.append(row.reshape(-1)[:8].to("cpu", torch.float32))
     return digest(torch.cat(numbers))[:DIGITS]
+
+
+def plain_tensors(tensor: Tensor) -> Iterator[Tensor]:
+    """Return the tensors that a quantized weight of torchao or quanto consists of; any other tensor as it is."""
+    if "__tensor_flatten__" not in dir(tensor):  # PyTorch's protocol of tensors that wrap others
+        yield tensor
+        return
+    names, _ = attrgetter("__tensor_flatten__")(tensor)()
+    for name in names:
+        yield from plain_tensors(attrgetter(name)(tensor))
 
 
 def makes_video(pipeline: DiffusionPipeline) -> bool:

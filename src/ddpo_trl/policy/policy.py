@@ -10,6 +10,7 @@ from peft import PeftConfig
 from torch import Tensor, nn
 
 from ddpo_trl.config import DDPOConfig
+from ddpo_trl.policy.adapter_dtype import set_compute_dtype
 from ddpo_trl.policy.adapter_files import load_adapter, save_adapter
 from ddpo_trl.policy.denoiser import denoiser_name, present_classes
 from ddpo_trl.policy.full_weights import freeze_all_but_denoiser, load_denoiser, save_denoiser
@@ -127,6 +128,8 @@ class Policy(nn.Module):
                 f"Nothing is trainable: no parameter of pipeline.{self.denoiser_name} requires a gradient. Set "
                 "`requires_grad_(True)` on what you want to train, or use_lora=True."
             )
+        if adapter is not None:
+            set_compute_dtype(self.denoiser, adapter, config.adapter_compute_dtype)
         # FSDP shards by these blocks and gathers one at a time.
         self._no_split_modules = present_classes(self.denoiser, self.denoiser._no_split_modules or ())
         self.runner = PipelineRunner(pipeline, self.denoiser_name, self.scheduler, config, adapter is not None)
@@ -181,7 +184,9 @@ class Policy(nn.Module):
 
     def describe(self) -> str:
         """Return one line about the trained weights."""
-        what = f"pipeline.{self.denoiser_name} ({type(self.denoiser).__name__})"
+        quantizer = vars(self.denoiser).get("hf_quantizer")
+        quantized = "" if quantizer is None else f", quantized by {quantizer.quantization_config.quant_method.value}"
+        what = f"pipeline.{self.denoiser_name} ({type(self.denoiser).__name__}{quantized})"
         if self.adapter is None:
             weights = sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
             return f"{what}: {weights:,} of its own weights"
@@ -205,16 +210,28 @@ class Policy(nn.Module):
         offload: bool = False,
     ) -> None:
         """
-        Enable gradient checkpointing: called by the Trainer for `gradient_checkpointing=True`.
+        Enable gradient checkpointing: called for `gradient_checkpointing=True`, at construction and by the Trainer.
 
         Raises:
-            `ValueError`: For the options that diffusers' models don't have.
+            `ValueError`: If the denoiser does not support it, or for the options that diffusers' models don't have.
         """
         if activation_checkpointing_kwargs or every_n_layers != 1 or offload:
             raise ValueError(
                 "gradient_checkpointing_kwargs is set, but diffusers' models take no options there; leave it out."
             )
-        self.denoiser.enable_gradient_checkpointing()
+        try:
+            self.denoiser.enable_gradient_checkpointing()
+        except ValueError as error:
+            raise ValueError(
+                f"gradient_checkpointing is True, but {type(self.denoiser).__name__} does not support it. Leave it "
+                "out, and lower per_device_train_batch_size if memory is short."
+            ) from error
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
+    ) -> None:
+        """Enable gradient checkpointing, by the name that transformers before 5.24 calls."""
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **options)
 
     @torch.no_grad()
     def sample(
@@ -249,6 +266,7 @@ class Policy(nn.Module):
         weights: Mapping[int, float],
         layers: Mapping[TrainedLayer, int],
         stochastic: Collection[int] | None = None,
+        max_samples: int | None = None,
     ) -> SampledBatch:
         """
         Draw the images that [`~Policy.sample`] draws, and take the gradients of their log-probabilities meanwhile.
@@ -262,8 +280,11 @@ class Policy(nn.Module):
                 See [`~ddpo_trl.policy.per_sample_gradients.SampleGradients`].
             stochastic (`Collection[int]`, *optional*):
                 Indices of the steps that get noise, all by default.
+            max_samples (`int`, *optional*):
+                Number of samples, at most, whose activations are in memory at a time; all by default.
         """
-        calls = self.runner.calls.split(context)
+        parts = context.split(max_samples or len(context))
+        calls = [call for part in parts for call in self.runner.calls.split(part)]
         return SampledBatch.joined(
             context, [sample_with_gradients(self.runner, call, weights, layers, stochastic) for call in calls]
         )

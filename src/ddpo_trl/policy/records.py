@@ -43,9 +43,14 @@ class Context:
             inputs={name: [values[row] for row in rows] for name, values in self.inputs.items()},
         )
 
+    def split(self, size: int) -> list["Context"]:
+        """Return contexts of at most `size` samples each, in order."""
+        rows = range(len(self))
+        return [self.rows(rows[first : first + size]) for first in rows[::size]]
+
     def singles(self) -> list["Context"]:
         """Return each sample as a context of its own."""
-        return [self.rows([row]) for row in range(len(self))]
+        return self.split(1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
-from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
+from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel
 
 from ddpo_trl.rewards.model import RewardModel
 
@@ -67,7 +67,7 @@ def prepare_clip(network: Any, processor: str, device: torch.device, dtype: torc
         logit_scale=network.logit_scale.exp().item(),
         network=network.eval().requires_grad_(False).to(device, dtype),
         # As in CLIP's training. The default depends on whether torchvision is installed, and rewards would, too.
-        processor=AutoImageProcessor.from_pretrained(processor, backend="pil"),
+        processor=CLIPImageProcessorPil.from_pretrained(processor),
         tokenizer=AutoTokenizer.from_pretrained(processor),
     )
 

@@ -57,8 +57,9 @@ def call_as_guest(
 
     def call() -> Any:
         # Every thread starts on GPU 0: a model that the function loads to "cuda" would be there on all ranks.
-        on_gpu = torch.accelerator.device_index(None if images.device.type == "cpu" else images.device.index)
-        with GUESTS.visit(), on_gpu, behind(), torch.no_grad():
+        if images.device.type != "cpu":
+            torch.accelerator.set_device_index(images.device)  # of this thread, which ends with the call
+        with GUESTS.visit(), behind(), torch.no_grad():
             answer = function(images.detach().clone(), prompts, tuple(map(own_copy, metadata)))
             return asyncio.run(_await_within(timeout, answer)) if inspect.isawaitable(answer) else answer
 

@@ -9,11 +9,11 @@ import urllib.request
 from collections.abc import Sequence
 from typing import Any
 
-import httpx2
 from torch import Tensor
 
 from ddpo_trl.rewards.wire_format import FORMATS, pack
 from ddpo_trl.rewards.workers import CallTimeout, call_within
+from ddpo_trl.versions import http
 
 
 logger = logging.getLogger(__name__)
@@ -125,7 +125,7 @@ class RemoteReward:
             )
         return rewards
 
-    def _post(self, body: bytes) -> httpx2.Response:
+    def _post(self, body: bytes) -> http.Response:
         """Return the first answer that is not to be retried."""
         problem = ""
         for attempt in range(self.retries + 1):
@@ -146,7 +146,7 @@ class RemoteReward:
             f"whether it is running, and its log. {START}, or increase retries or backoff if it restarts slowly."
         )
 
-    def _send(self, method: str, path: str, body: bytes | None = None) -> httpx2.Response:
+    def _send(self, method: str, path: str, body: bytes | None = None) -> http.Response:
         """Send a request once; a `ConnectionError` is to be retried."""
         with self._connect() as client:  # closing it on a timeout ends an answer that is still being received
             try:
@@ -154,14 +154,14 @@ class RemoteReward:
                 return call_within(
                     self.timeout, functools.partial(client.request, method, self.url + path, content=body)
                 )
-            except httpx2.DecodingError as error:
+            except http.DecodingError as error:
                 raise ValueError(f"The reward server at {self.place} sent a malformed answer: {error}.") from error
-            except (CallTimeout, httpx2.ReadTimeout, httpx2.WriteTimeout) as error:
+            except (CallTimeout, http.ReadTimeout, http.WriteTimeout) as error:
                 raise TimeoutError(
                     f"The reward server at {self.place} did not answer within {self.timeout:g} s. If it needs more "
                     "time, increase timeout; if it hangs, see its log."
                 ) from error
-            except httpx2.RequestError as error:
+            except http.RequestError as error:
                 raise ConnectionError(f"{type(error).__name__}: {error}") from error
 
     def _ask_health(self) -> str:
@@ -182,7 +182,7 @@ class RemoteReward:
             )
         return name
 
-    def _error(self, response: httpx2.Response, size: int = 0) -> Exception:
+    def _error(self, response: http.Response, size: int = 0) -> Exception:
         """Return the error for the status of an answer to a request of `size` bytes."""
         match response.status_code:
             case 401:
@@ -211,12 +211,12 @@ class RemoteReward:
         """URL of the server for error messages, with the proxy in use."""
         if self._proxy is None:
             return self.url
-        return f"{self.url} (through the proxy {httpx2.URL(self._proxy).copy_with(userinfo=b'')})"
+        return f"{self.url} (through the proxy {http.URL(self._proxy).copy_with(userinfo=b'')})"
 
-    def _connect(self) -> httpx2.Client:
-        return httpx2.Client(
-            timeout=httpx2.Timeout(self.timeout, connect=self.timeout / 2),
-            transport=httpx2.HTTPTransport(proxy=self._proxy),  # instead of the one that the client would choose
+    def _connect(self) -> http.Client:
+        return http.Client(
+            timeout=http.Timeout(self.timeout, connect=self.timeout / 2),
+            transport=http.HTTPTransport(proxy=self._proxy),  # instead of the one that the client would choose
             headers={} if self._token is None else {"Authorization": f"Bearer {self._token}"},
         )
 
@@ -226,7 +226,7 @@ class RemoteReward:
 
 def proxy_for(url: str) -> str | None:
     """Return the proxy that the environment sets for a URL; always `None` for this machine."""
-    parsed = httpx2.URL(url)
+    parsed = http.URL(url)
     if is_loopback(parsed.host) or urllib.request.proxy_bypass(parsed.host):
         return None
     proxies = urllib.request.getproxies()
@@ -243,8 +243,8 @@ def is_loopback(host: str) -> bool:
 
 def _check_url(url: str) -> None:
     try:
-        parsed = httpx2.URL(url)
-    except httpx2.InvalidURL as error:
+        parsed = http.URL(url)
+    except http.InvalidURL as error:
         raise ValueError(f"url is {url!r}, which is not a valid URL: {error}.") from error
     if parsed.scheme not in ("http", "https") or not parsed.host:
         raise ValueError(f"url is {url!r}; pass the URL of a reward server, such as 'http://127.0.0.1:8000'.")
@@ -266,7 +266,7 @@ def checked_token(token: str | None) -> str | None:
     )
 
 
-def _field(response: httpx2.Response, name: str) -> Any:
+def _field(response: http.Response, name: str) -> Any:
     """Return a field of the JSON object in an answer; `None` if there is none."""
     try:
         return response.json()[name]
@@ -274,6 +274,6 @@ def _field(response: httpx2.Response, name: str) -> Any:
         return None
 
 
-def _detail(response: httpx2.Response) -> str:
+def _detail(response: http.Response) -> str:
     """Return the error message of a reward server, or the first characters of another answer."""
     return str(_field(response, "detail") or response.text[:200])

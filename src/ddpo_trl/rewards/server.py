@@ -157,7 +157,8 @@ def serve(
     if not max_request_mb > 0:
         raise ValueError(f"max_request_mb is {max_request_mb}; it must be above 0.")
     token = checked_token(token)
-    served = ServedFunction(function, batch_size, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    default = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    served = ServedFunction(function, batch_size, device or str(default))
     app = create_app(served, token, round(max_request_mb * MEGABYTE))
     if token is None and not is_loopback(host):
         logger.warning("No token: anyone who can reach this machine can use `%s`.", served.name)

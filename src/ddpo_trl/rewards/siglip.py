@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
-from transformers import AutoImageProcessor, SiglipVisionModel
+from transformers import SiglipImageProcessorPil, SiglipVisionModel
 
 from ddpo_trl.rewards.model import RewardModel
 from ddpo_trl.rewards.weights import Head, check_weights, predictor_head, rate, read_weights
@@ -73,7 +73,7 @@ class AestheticPredictorV25(RewardModel[SiglipPredictor]):
         return SiglipPredictor(
             network=network,
             # The default depends on whether torchvision is installed, and rewards would, too.
-            processor=AutoImageProcessor.from_pretrained(self.model, backend="pil"),
+            processor=SiglipImageProcessorPil.from_pretrained(self.model),
             head=predictor_head(self._read_head(), LAYERS, device, self.head, self.model, network.config.hidden_size),
         )
 

@@ -93,12 +93,24 @@ class RoundProgress(TrainerCallback):
 
 
 class TrainingClock(TrainerCallback):
-    """Clock of the time that rounds spend in training on `device`, without sampling, evaluation and saving."""
+    """
+    Clock of the time that rounds spend in training on `device`, without sampling, evaluation and saving.
+
+    Attributes:
+        first_step (`int`):
+            Optimizer steps before this call of `train`: those of the checkpoint if the run was resumed.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self.first_step = 0
         self._since: float | None = None
         self._seconds = 0.0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.first_step = state.global_step
 
     def start(self) -> None:
         """Start the clock when the images of a round are scored."""

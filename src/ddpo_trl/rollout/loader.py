@@ -117,7 +117,9 @@ class RolloutLoader:
             context, metadata = self._context(own, first), [entries for _, entries in own]
             with self.accelerator.autocast():
                 if self.plan.one_pass:
-                    batch = self.policy.sample_with_gradients(context, weights, self.gradient_layers, noisy)
+                    batch = self.policy.sample_with_gradients(
+                        context, weights, self.gradient_layers, noisy, self.plan.samples_per_part
+                    )
                 else:
                     batch = self.policy.sample(context, record=weights, stochastic=noisy)
             when = f"round {self.round}"

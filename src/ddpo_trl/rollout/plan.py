@@ -7,6 +7,7 @@ import torch
 
 from ddpo_trl.config import DDPOConfig, TransitionWeighting, WindowStrategy
 from ddpo_trl.policy.embedding_cache import MAX_CACHED_BYTES
+from ddpo_trl.rollout.forecast import MemoryForecast
 from ddpo_trl.seeding import Stream, generator
 
 
@@ -48,10 +49,17 @@ class BatchPlan:
             Whether gradients are taken while sampling.
         one_pass_disabled_reason (`str`, *optional*):
             Reason for two passes.
+        samples_per_part (`int`, *optional*):
+            In one pass, the number of samples that are sampled together at most, where memory does not hold the
+            activations of a whole batch.
         gradient_bytes (`int`):
             Memory of one sample's gradient.
         image_bytes, embedding_bytes (`int`):
             Memory of one sample's image, and of what its prompts are encoded to.
+        offload_rollout, gradient_checkpointing (`bool`):
+            Whether the rollout is kept in CPU memory, and the settings of activation checkpointing.
+        forecast ([`~ddpo_trl.rollout.forecast.MemoryForecast`] or `str`, *optional*):
+            Forecast of GPU memory, or the reason why there is none; `None` on the CPU.
 
     Raises:
         `ValueError`: If the sizes do not divide. The message holds the whole plan.
@@ -74,9 +82,13 @@ class BatchPlan:
     state_bytes: int = 0
     one_pass: bool = False
     one_pass_disabled_reason: str | None = None
+    samples_per_part: int | None = None
     gradient_bytes: int = 0
     image_bytes: int = 0
     embedding_bytes: int = 0
+    offload_rollout: bool = False
+    gradient_checkpointing: bool = False
+    forecast: MemoryForecast | str | None = None
 
     def __post_init__(self):
         unit = self.num_mini_batches * self.per_device_train_batch_size
@@ -192,6 +204,28 @@ class BatchPlan:
         prompts = min(self.samples_per_process, self.prompts_per_round)
         return min(prompts * self.embedding_bytes, MAX_CACHED_BYTES)
 
+    @property
+    def forecast_peaks(self) -> dict[str, int]:
+        """
+        Forecast of the most bytes that live on the GPU in each part of a round, without reward functions and CUDA
+        itself; empty if there is no forecast.
+        """
+        if not isinstance(self.forecast, MemoryForecast):
+            return {}
+        kept = self.per_device_sample_batch_size * self.image_bytes + (
+            0 if self.offload_rollout else self.rollout_bytes
+        )
+        trained = None if self.one_pass else self.per_device_train_batch_size
+        return self.forecast.peaks(self.per_device_sample_batch_size, trained, self.gradient_checkpointing, kept)
+
+    def _rows_of_forecast(self) -> list[tuple[str, str]]:
+        if self.forecast is None:
+            return []
+        if isinstance(self.forecast, str):
+            return [("forecast of GPU memory", f"none: {self.forecast}")]
+        peaks = ", ".join(f"{name} {size / 2**30:.3g} GiB" for name, size in self.forecast_peaks.items() if size)
+        return [("forecast of GPU memory", f"{peaks}; without reward functions and CUDA itself")]
+
     def rounds_for(self, total_episodes: int) -> int:
         """Rounds that hold at least `total_episodes` reward queries."""
         return math.ceil(total_episodes / self.samples_per_round)
@@ -232,19 +266,23 @@ class BatchPlan:
                 "CPU memory of images, prompts",
                 f"{self.images_bytes / 2**20:.3g} MiB and up to {self.embeddings_bytes / 2**20:.3g} MiB of embeddings",
             ),
+            *self._rows_of_forecast(),
         ]
 
     @property
     def _samples_at_once(self) -> int:
         """Number of samples per backward pass."""
-        return self.per_device_sample_batch_size if self.one_pass else self.per_device_train_batch_size
+        if self.one_pass:
+            return self.samples_per_part or self.per_device_sample_batch_size
+        return self.per_device_train_batch_size
 
     def _rows_of_passes(self) -> list[tuple[str, str]]:
         memory = f"{self.rollout_bytes / 2**20:.3g} MiB on each process"
         if self.one_pass:
             each = f"{self.samples_per_process} x {self.gradient_bytes / 2**20:.3g} MiB"
+            parts = f", in parts of {self.samples_per_part} samples" if self.samples_per_part else ""
             return [
-                ("passes", "one: gradients are taken while sampling"),
+                ("passes", f"one: gradients are taken while sampling{parts}"),
                 ("memory of the samples' gradients", f"{memory} = {each}"),
             ]
         because = f", because {self.one_pass_disabled_reason}" if self.one_pass_disabled_reason else ""
@@ -316,4 +354,6 @@ def plan_batches(config: DDPOConfig, stds: list[float], state_bytes: int = 0, em
         transition_weighting=config.transition_weighting,
         state_bytes=state_bytes,
         embedding_bytes=embedding_bytes,
+        offload_rollout=config.offload_rollout,
+        gradient_checkpointing=config.gradient_checkpointing,
     )

@@ -2,21 +2,24 @@
 
 import contextlib
 import dataclasses
-import gc
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import NamedTuple
 
 import psutil
 import torch
+from accelerate.utils import get_max_memory
+from accelerate.utils.memory import clear_device_cache
 from torch import Tensor
 
 from ddpo_trl.config import DDPOConfig
 from ddpo_trl.config_checks import one_pass_disabled_reason
-from ddpo_trl.distributed import first_reason
+from ddpo_trl.distributed import first_reason, smallest
+from ddpo_trl.policy.denoiser import is_compiled
 from ddpo_trl.policy.per_sample_gradients import (
     Call,
+    SampleGradients,
     TrainedLayer,
     Watch,
     reached_rows,
@@ -58,35 +61,111 @@ def choose_passes(
         `ValueError`: If `one_pass` is `True` and it is not possible.
     """
     reason = "one_pass is False" if config.one_pass is False else one_pass_disabled_reason(config)
-    layers: dict[TrainedLayer, int] = {}
+    if reason is None and is_compiled(policy.denoiser):
+        reason = f"pipeline.{policy.denoiser_name} is compiled, and hooks on each trained layer would split its graphs"
+        if config.one_pass:
+            raise ValueError(f"one_pass is True, but {reason}. Leave one_pass out to take two passes.")
     weights = sum(parameter.numel() for parameter in policy.parameters() if parameter.requires_grad)
     plan = dataclasses.replace(plan, one_pass=True, gradient_bytes=4 * weights)
     if reason is None:
-        layers, own_reason = _try_one_pass(config, policy, trial, plan)
+        layers, samples, own_reason = _try_one_pass(config, policy, trial, plan)
         reason = first_reason(own_reason)
         if reason and config.one_pass:
             raise ValueError(f"one_pass is True, but {reason}. Leave one_pass out to take two passes.")
-    return dataclasses.replace(
-        plan, one_pass=reason is None, one_pass_disabled_reason=reason
-    ), {} if reason else layers
+    if reason:
+        return dataclasses.replace(plan, one_pass=False, one_pass_disabled_reason=reason), {}
+    samples = smallest(samples)
+    in_parts = samples < plan.per_device_sample_batch_size
+    return dataclasses.replace(plan, samples_per_part=samples if in_parts else None), layers
 
 
 def _try_one_pass(
     config: DDPOConfig, policy: Policy, trial: Context, plan: BatchPlan
-) -> tuple[dict[TrainedLayer, int], str | None]:
-    """Return the layers to watch, or the reason why this process can't take one pass."""
+) -> tuple[dict[TrainedLayer, int], int, str | None]:
+    """
+    Return the layers to watch and the number of samples whose gradients are taken at once, or the reason why this
+    process can't take one pass.
+    """
     try:
         check_memory(plan.rollout_bytes, torch.device("cpu") if config.offload_rollout else config.device)
-        return layers_of_samples(policy, trial, plan.trainable_steps[0]), None
+        layers, samples = choose_samples_per_part(config, policy, trial, plan)
+        if config.one_pass is None:
+            check_speed(plan, samples)
     except (ValueError, NoGradient) as error:
-        return {}, str(error)
-    except torch.OutOfMemoryError as error:
-        message, _, _ = str(error).partition(". GPU")
-    # Only here are the error and its frames, which hold the tensors, released.
-    gc.collect()
-    if torch.accelerator.is_available():
-        torch.accelerator.empty_cache()
-    return {}, f"a step of {len(trial)} samples with gradients needs more memory than there is ({message})"
+        return {}, 0, str(error)
+    return layers, samples, None
+
+
+def choose_samples_per_part(
+    config: DDPOConfig, policy: Policy, trial: Context, plan: BatchPlan
+) -> tuple[dict[TrainedLayer, int], int]:
+    """
+    Choose the number of samples whose gradients are taken at once: `per_device_train_batch_size`, or the first of its
+    half, its quarter, ... whose activations fit in memory.
+
+    This is the only place that chooses it. It tries a step; a forecast of the memory would replace that.
+
+    Returns:
+        The layers to watch, see [`layers_of_samples`], and the number of samples.
+
+    Raises:
+        `ValueError`: If the gradients of one sample don't fit, or those of single samples can't be separated.
+    """
+    samples = min(plan.per_device_sample_batch_size, plan.per_device_train_batch_size)
+    step = plan.trainable_steps[0]
+    layers: dict[TrainedLayer, int] = {}
+
+    def separate(few: int) -> None:
+        layers.update(layers_of_samples(policy, trial.rows(range(few)), step))
+
+    def take(samples: int) -> None:
+        others = 0 if config.offload_rollout else plan.samples_per_process - samples
+        kept = plan.gradient_bytes * (others + 3)  # of other samples, of the round, and two states of AdamW
+        reserve = torch.empty(kept, dtype=torch.uint8, device=config.device)
+        call = policy.runner.calls.split(trial.rows([row % len(trial) for row in range(samples)]))[0]
+        gradients = SampleGradients(layers, len(call))
+        with gradients.watch.watching():
+            differentiate(policy.runner, call, step, gradients.add)
+        del reserve
+
+    trial = trial.rows(range(min(samples, len(trial))))
+    if (few := _first_that_fits(len(trial), separate)) < len(trial):
+        samples = few
+    if reports_shortage(config.device):
+        samples = _first_that_fits(samples, take)
+    return layers, samples
+
+
+def _first_that_fits(samples: int, run: Callable[[int], None]) -> int:
+    """Return the first of a number of samples, its half, its quarter, ... that does not run out of memory."""
+    message = ""
+    while samples:
+        try:
+            run(samples)
+            return samples
+        except torch.OutOfMemoryError as error:
+            message, _, _ = str(error).partition(". GPU")
+        # Only here are the error and its frames, which hold the tensors, released.
+        clear_device_cache(garbage_collection=True)
+        samples = -(-samples // 2) if samples > 1 else 0
+    raise ValueError(f"a step of one sample with gradients needs more memory than there is ({message})")
+
+
+def check_speed(plan: BatchPlan, samples: int) -> None:
+    """
+    Raise a `ValueError` if one pass in parts of `samples` may be slower than two passes: those run the steps that are
+    not trained on with whole batches.
+    """
+    trained, steps = plan.transitions_per_sample, len(plan.stds)
+    if samples < plan.per_device_sample_batch_size and 2 * trained < steps:
+        raise ValueError(
+            f"only {trained} of {steps} steps are trained on, and all would run in parts of {samples} samples"
+        )
+
+
+def reports_shortage(device: torch.device) -> bool:
+    """Return whether a lack of memory is an error; in the host's memory it ends the process."""
+    return device.type not in ("cpu", "mps")
 
 
 def autocast(config: DDPOConfig) -> AbstractContextManager[None]:
@@ -115,7 +194,7 @@ def free_memory(device: torch.device) -> int:
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
     if device.type not in ("cpu", "mps"):  # the latter computes in the host's memory
-        return torch.accelerator.get_memory_info(device)[0]
+        return get_max_memory()[device.index or 0]
     return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 

@@ -186,7 +186,7 @@ class DifferentiatedSampling(Sampling):
         self.log_probs: dict[int, Tensor] = {}
 
     def schedule(self, timesteps: Tensor, skipped: int) -> Tensor:
-        torch.set_grad_enabled(0 in self.record)  # until the next step; whoever called the pipeline sets it back
+        set_gradients(0 in self.record)  # until the next step; whoever called the pipeline sets it back
         return super().schedule(timesteps, skipped)
 
     def next_latents(self, index: int, latents: Tensor, mean: Tensor, std: float) -> Tensor:
@@ -201,8 +201,15 @@ class DifferentiatedSampling(Sampling):
                 )
             self.on_log_probs(index, log_probs)
             self.log_probs[index] = log_probs.detach()
-        torch.set_grad_enabled(index + 1 in self.record)
+        set_gradients(index + 1 in self.record)
         return action
+
+
+def set_gradients(enabled: bool) -> None:
+    """Set grad mode. Before it goes on, forget autocast's copies of weights: torch 2.6 made them without gradients."""
+    if enabled and not torch.is_grad_enabled():
+        torch.clear_autocast_cache()
+    torch.set_grad_enabled(enabled)
 
 
 class Replay(ActionSource):

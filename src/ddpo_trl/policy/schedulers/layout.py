@@ -76,7 +76,8 @@ def learn_layout(batch_size: int, elements: int, first: Tensor, digits: Sequence
     Raises:
         `ValueError`: If some elements are neither those of the first latents nor independent of them.
     """
-    seen = torch.stack([digit.double() for digit in digits])
+    first = first.cpu()  # not every device has float64
+    seen = torch.stack([digit.cpu().double() for digit in digits])
     constant = (seen == first.double()).all(0).flatten()  # the pipeline's own, put there before every step
     numbers = (
         seen * torch.tensor([float(BASE**place) for place in range(len(digits))]).to(seen).view(-1, *[1] * first.ndim)
@@ -94,7 +95,7 @@ def learn_layout(batch_size: int, elements: int, first: Tensor, digits: Sequence
             "dtype."
         )
     size, rows = elements // batch_size, numbers.long().view(batch_size, -1)
-    offsets = torch.arange(batch_size, device=rows.device).unsqueeze(1) * size
+    offsets = torch.arange(batch_size).unsqueeze(1) * size
     kept = moved.view(batch_size, -1)
     sources = rows - offsets
     position = kept[0].nonzero().flatten()
@@ -106,4 +107,4 @@ def learn_layout(batch_size: int, elements: int, first: Tensor, digits: Sequence
             "sample, or copies some of them: the state of a step can't be handed to it to be replayed. Sample one "
             "image at a time with per_device_sample_batch_size=1 and per_device_train_batch_size=1."
         )
-    return StateLayout(source=source.cpu(), state=position.cpu())
+    return StateLayout(source=source, state=position)
