@@ -59,6 +59,15 @@ scaling: $(READY)  ## cost of a round against its size, into outputs/scaling.jso
 results: $(READY)  ## docs/results.md from 27 runs of the demo in outputs/results; two hours, resumable
 	TRANSFORMERS_VERBOSITY=error $(BIN)/python benchmarks/results.py $(FLAGS)
 
+.PHONY: gpu gpu-wheels
+
+# With WHEELS, the machine's own Python and packages are used, and .venv is not made.
+gpu: $(if $(WHEELS),,$(READY))  ## measurements on a GPU, into docs/gpu.md; at most 8 minutes, resumable; DEVICE=cpu rehearses it
+	$(if $(WHEELS),$(PYTHON),$(BIN)/python) benchmarks/gpu/run.py $(if $(WHEELS),--wheels $(WHEELS)) $(FLAGS)
+
+gpu-wheels:  ## packages that a GPU machine without network lacks, into build/gpu-wheels, for make gpu WHEELS=build/gpu-wheels
+	$(PYTHON) benchmarks/gpu/wheels.py build/gpu-wheels
+
 check: $(READY)  ## lint, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
