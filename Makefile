@@ -10,7 +10,7 @@ READY := $(VENV)/ready
 # With two cores, spinning OpenMP threads of one process starve the other.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-versions test-oldest test-today learning slow torture conformance real-size docs bench scaling results check format emoji emoji-quality emoji-alignment clean
+.PHONY: demo test test-versions test-oldest test-today learning slow torture conformance real-size docs bench gpu gpu-wheels scaling results check format emoji emoji-quality emoji-alignment clean
 
 demo: $(READY)  ## the main job: DDPO on the embedded pipeline, results in outputs/demo
 	TRANSFORMERS_VERBOSITY=error $(BIN)/ddpo-trl demo $(FLAGS)  # it warns of a missing torchvision, which nothing here needs
@@ -19,10 +19,10 @@ test: $(READY)  ## the test suite; 8 to 14 minutes on two cores, depending on th
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 3 --dist loadfile $(FLAGS)  # three, because some tests wait; fixtures of a file are made once
 
 test-oldest:  ## the core of the suite with the oldest supported versions, in .venv-oldest
-	$(MAKE) test-versions SET=oldest
+	$(MAKE) test-versions SET=oldest FLAGS="$(FLAGS)"
 
 test-today:  ## the same with the versions of a GPU machine of today, in .venv-today
-	$(MAKE) test-versions SET=today
+	$(MAKE) test-versions SET=today FLAGS="$(FLAGS)"
 
 # Left out: the benchmarks and the docs, whose programs are pinned, and rewards whose packages only an extra needs.
 NOT_CORE := benchmarks learning test_docs_site.py test_documentation.py test_examples.py test_packaging.py \
@@ -59,7 +59,6 @@ scaling: $(READY)  ## cost of a round against its size, into outputs/scaling.jso
 results: $(READY)  ## docs/results.md from 27 runs of the demo in outputs/results; two hours, resumable
 	TRANSFORMERS_VERBOSITY=error $(BIN)/python benchmarks/results.py $(FLAGS)
 
-.PHONY: gpu gpu-wheels
 
 # With WHEELS, the machine's own Python and packages are used, and .venv is not made.
 gpu: $(if $(WHEELS),,$(READY))  ## measurements on a GPU, into docs/gpu.md; at most 8 minutes, resumable; DEVICE=cpu rehearses it

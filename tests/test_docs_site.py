@@ -59,6 +59,7 @@ def test_docstrings_in_the_hugging_face_format_become_lists_and_links(build):
         assert left == [], page.name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", WIDTHS.values(), ids=WIDTHS)
 def test_pages_fit_and_formulas_are_typeset(browser, pages, width):
     context = browser.new_context(viewport={"width": width, "height": 800}, is_mobile=width < 600)

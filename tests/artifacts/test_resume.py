@@ -209,7 +209,7 @@ def test_the_lists_of_settings_hold_nothing_that_does_not_exist():
     fields = {field.name for field in dataclasses.fields(DDPOConfig)}
     named = resuming.HARMLESS | resuming.LENGTH | resuming.OF_THE_OPTIMIZER | resuming.REFUSED.keys()
     assert named <= fields
-    assert resuming.ROUNDING.keys() - fields == {"num_processes"}
+    assert resuming.ROUNDING.keys() - fields == {"num_processes", "samples_per_part"}
     assert all(any(name.startswith(prefix) for name in fields) for prefix in resuming.HARMLESS_PREFIXES)
 
 

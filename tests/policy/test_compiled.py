@@ -49,7 +49,7 @@ def blocks_of_a_transformer(backend: Any) -> Any:
     ("build", "plain", "settings"),
     [
         pytest.param(whole_unet, tiny_pipeline, {}, marks=pytest.mark.slow),
-        (blocks_of_a_unet, tiny_pipeline, {}),
+        pytest.param(blocks_of_a_unet, tiny_pipeline, {}, marks=pytest.mark.slow),
         pytest.param(blocks_of_a_transformer, lambda: flux(0), FLUX, marks=pytest.mark.slow),
     ],
 )
