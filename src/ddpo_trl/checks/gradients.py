@@ -35,7 +35,7 @@ def check_checkpointing(policy: Policy, context: Context) -> None:
     with torch.enable_grad():
         mean = policy.runner.visit(policy.runner.policy_pipeline, Replay(0), context).mean.detach()
     assert plain.latents is not None, "visit raises if no step was run"
-    change = (mean - plain.mean).norm() / (plain.mean - plain.latents).norm()
+    change = ((mean - plain.mean).norm() / (plain.mean - plain.latents).norm()).item()
     if change > CHECKPOINTING_TOLERANCE:
         raise ValueError(
             f"gradient_checkpointing is True, but {type(policy.denoiser).__name__} computes something else with it: "
