@@ -19,6 +19,6 @@ line = speed.line
 
 def page(figures: dict[str, Any]) -> str:
     return (
-        "`torch_compile=True`, which disables one pass, against one pass without it; the first round, which compiles, is "
-        "left out.\n" + speed.sections(figures, "two passes")
+        "`torch_compile=True`, which disables one pass, against one pass without it; the first round, which compiles, "
+        "is left out.\n" + speed.sections(figures, "two passes")
     )
