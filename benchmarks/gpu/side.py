@@ -136,7 +136,7 @@ def ours(network: Network, turns: Turns, rounds: int, one_pass: bool, **options:
 
 
 def compiled(network: Network, turns: Turns, rounds: int) -> None:
-    """Run rounds in two passes with a compiled denoiser. A rehearsal only traces it: compiling takes minutes."""
+    """Run rounds in two passes with a compiled denoiser. A rehearsal only traces it, which takes less time."""
     torch._dynamo.config.recompile_limit = 64  # blocks have many shapes, with gradients and without
     backend = "eager" if is_rehearsal(turns.device) else "inductor"
     ours(network, turns, rounds, one_pass=False, torch_compile=True, torch_compile_backend=backend)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import diffusers
 import torch
@@ -12,7 +12,10 @@ from torch import nn
 
 from conformance import image_pipelines, newer_pipelines
 from conftest import tiny_tokenizer
-from real_size.simulated_gpu import SimulatedGPU
+
+
+if TYPE_CHECKING:  # benchmarks/gpu runs these on a real GPU
+    from real_size.simulated_gpu import SimulatedGPU
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +40,7 @@ class Family:
     pipeline_kwargs: dict[str, Any] = field(default_factory=dict)
     exact: tuple[str, ...] = ()
 
-    def pipeline(self, gpu: SimulatedGPU) -> DiffusionPipeline:
+    def pipeline(self, gpu: "SimulatedGPU") -> DiffusionPipeline:
         """Make the pipeline in CPU memory, in bfloat16."""
         pipeline = self.build()
         for name, network in pipeline.components.items():
