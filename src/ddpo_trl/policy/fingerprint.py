@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -85,4 +86,6 @@ def changed_weights(denoiser: nn.Module, before: Fingerprint | None) -> list[str
     """Return the names of the trained parameters whose sum has changed since the fingerprint was taken."""
     sums = {} if before is None else before.weights
     now = weight_sums(denoiser)
-    return [name for name, value in sums.items() if name not in now or now[name] != value]
+    differs = [now[name] != value for name, value in sums.items() if name in now]
+    read = iter(torch.stack(differs).tolist() if differs else ())  # the one wait for the device
+    return [name for name in sums if name not in now or next(read)]
