@@ -30,7 +30,7 @@ PROOFS = {
     **dict.fromkeys(["prompt matters", "one round", "encoded once"], FAMILIES),
     **dict.fromkeys(["save, reload", "cache"], LAYOUTS),
     "one pass": [*LAYOUTS, "Stable Diffusion 3", "AnimateDiff", "Chroma"],
-    "doctor": [*FAMILIES, "Stable Diffusion IP-Adapter", "FLUX.2 klein with a reference image"],
+    "doctor": ["FLUX.1", "Wan 2.1", "Stable Diffusion IP-Adapter", "FLUX.2 klein with a reference image"],
     "same prompt twice": ["FLUX.1", "Qwen-Image", "Z-Image", "HiDream"],
     "other inputs": [
         "Stable Diffusion image-to-image",
