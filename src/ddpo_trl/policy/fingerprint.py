@@ -87,5 +87,5 @@ def changed_weights(denoiser: nn.Module, before: Fingerprint | None) -> list[str
     sums = {} if before is None else before.weights
     now = weight_sums(denoiser)
     differs = [now[name] != value for name, value in sums.items() if name in now]
-    read = iter(torch.stack(differs).tolist() if differs else ())  # the one wait for the device
+    read = iter(torch.stack(differs).int().tolist() if differs else ())  # the one wait for the device
     return [name for name in sums if name not in now or next(read)]
