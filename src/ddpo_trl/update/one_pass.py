@@ -61,10 +61,6 @@ def choose_passes(
         `ValueError`: If `one_pass` is `True` and it is not possible.
     """
     reason = "one_pass is False" if config.one_pass is False else one_pass_disabled_reason(config)
-    if reason is None and is_compiled(policy.denoiser):
-        reason = f"pipeline.{policy.denoiser_name} is compiled, and hooks on each trained layer would split its graphs"
-        if config.one_pass:
-            raise ValueError(f"one_pass is True, but {reason}. Leave one_pass out to take two passes.")
     weights = sum(parameter.numel() for parameter in policy.parameters() if parameter.requires_grad)
     plan = dataclasses.replace(plan, one_pass=True, gradient_bytes=4 * weights)
     if reason is None:
@@ -86,6 +82,9 @@ def _try_one_pass(
     Return the layers to watch and the number of samples whose gradients are taken at once, or the reason why this
     process can't take one pass.
     """
+    if is_compiled(policy.denoiser):
+        what = f"pipeline.{policy.denoiser_name} is compiled"
+        return {}, 0, f"{what}, and hooks on each trained layer would split its graphs"
     try:
         check_memory(plan.rollout_bytes, torch.device("cpu") if config.offload_rollout else config.device)
         layers, samples = choose_samples_per_part(config, policy, trial, plan)
